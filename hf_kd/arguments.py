@@ -1,0 +1,180 @@
+"""The command line's arguments: the script's own, those of `DistillationConfig`, and a YAML file below both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config import DistillationConfig
+from .losses import LOSSES
+
+
+@dataclass
+class ScriptArguments:
+    """What to distil, from what, on which pictures."""
+
+    student: str | None = field(
+        default=None, metadata={"help": "Student: a Hub id, timm/NAME, or a local folder with a model or its config."}
+    )
+    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id, timm/NAME, or a local folder."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Pictures: a Hub id, a folder of pictures or of parquet files, or 'quickstart' (bundled)."},
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Give the student random weights, not its pretrained ones."})
+    compare: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', or "
+            'JSON with the numbers of each, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
+        },
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Side of the student's square input, in pixels."})
+    image_mean: list[float] | None = field(default=None, metadata={"help": "Channel means of the pixels, in [0, 1]."})
+    image_std: list[float] | None = field(default=None, metadata={"help": "Channel standard deviations, in [0, 1]."})
+    class_map: str | None = field(
+        default=None,
+        metadata={"help": "Where class names of teacher and data differ: by_index, or JSON with {data name: teacher name}."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: validation or test."})
+    eval_fraction: float = field(default=0.1, metadata={"help": "Share of train to hold out where there is no such split."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
+    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the models' repositories."})
+    traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
+
+    def arms(self, config: DistillationConfig) -> dict[str, DistillationConfig]:
+        """The runs asked for, by name: with `compare`, each in a folder of its own below `output_dir`.
+
+        Everything about the arguments that can be wrong without looking at data or models is found here.
+
+        Raises:
+            ValueError: naming the argument and the way out.
+        """
+        missing = [f"--{name}" for name in ("student", "dataset") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given (or be in the --config file); see --help.")
+        if self.compare is None:
+            config.check_teacher(self.teacher is not None)
+            return {config.loss: config}
+        given = self.compare
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--compare is not valid JSON ({error}): {given}") from error
+        if isinstance(given, str):
+            given = given.split(",")
+        if not isinstance(given, dict):
+            given = {str(name).strip(): {} for name in given}
+        arms = {}
+        for name, numbers in given.items():
+            numbers = dict(numbers or {})
+            arm = dataclasses.replace(
+                config,
+                loss=numbers.pop("loss", name),
+                loss_kwargs=numbers,
+                output_dir=os.path.join(config.output_dir, name),
+            )
+            # In a comparison the teacher also measures the agreement of students that do not learn from it.
+            if LOSSES[arm.loss].needs_teacher:
+                arm.check_teacher(self.teacher is not None)
+            arms[name] = arm
+        return arms
+
+
+# Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
+_COMMON = (
+    "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_steps max_grad_norm label_smoothing_factor bf16 fp16 torch_compile seed eval_strategy save_strategy "
+    "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint "
+    "push_to_hub hub_model_id use_cpu"
+).split()
+
+
+class _Formatter(argparse.HelpFormatter):
+    """One spelling for each option, its default behind the text."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
+        value = self._format_args(action, "N" if action.type in (int, float) else "VALUE")
+        return names[0] if action.nargs in (0, "?") else f"{names[0]} {value}"
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS, "") and action.option_strings
+        return f"{action.help}{' [%(default)s]' if shown and '[' not in action.help else ''}"
+
+
+def make_parser(help_all: bool = False) -> HfArgumentParser:
+    """The parser of both argument classes; `help_all` lists every argument of transformers too."""
+    ScriptArguments._argument_group_name = "what to distil"
+    parser = HfArgumentParser(
+        [ScriptArguments, DistillationConfig],
+        prog="hf-kd distill",
+        description="Distil an image classifier with a teacher (nkd, kd) or without one (uskd), or train it plainly (ce).",
+        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --dataset uoft-cs/cifar100 --loss uskd. "
+        "Under `accelerate launch` or `torchrun`: examples/run_distill.py with the same arguments.",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins.")
+    parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
+    own = {f.name for f in DistillationConfig.__dataclass_fields__.values()} - {
+        f.name for f in DistillationConfig.__mro__[1].__dataclass_fields__.values()
+    }
+    shown = {*ScriptArguments.__dataclass_fields__, *own, *_COMMON, "config", "help", "help_all"}
+    for action in parser._actions:
+        action.help = " ".join((action.help or "").split("\n\n")[0].split())
+        if not help_all and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
+            action.help = argparse.SUPPRESS
+    parser.usage = "hf-kd distill [--config FILE] [--student ID] [--teacher ID] [--dataset ID] [--loss NAME] ..."
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
+    """Arguments from the command line over those of `--config FILE` over the defaults.
+
+    Raises:
+        ValueError: for a config file that can't be read or has keys that are no arguments; with the nearest ones.
+    """
+    parser = make_parser(help_all="--help_all" in argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**_read_config(path, {action.dest for action in parser._actions}))
+    script, config, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return script, config
+
+
+def _read_config(path: str, known: set[str]) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold `name: value` lines, it holds a {type(values).__name__}.")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=3)
+            raise ValueError(f"--config {path}: there is no argument {key!r}. Nearest: {', '.join(near) or 'none'}.")
+    return values

@@ -1,0 +1,124 @@
+"""Whole checkpoints, and nothing lost on the way: what is complete, what is loaded, and what Ctrl-C does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .weak_head import HEAD
+
+
+logger = logging.get_logger(__name__)
+
+HEAD_FILE = "_kd_head.safetensors"  # the underscore keeps it out of what the trainer pushes
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint in a folder, or None. One that a kill cut off in writing does not count."""
+
+    def complete(folder: Path) -> bool:
+        try:  # written last
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            return False
+        return True
+
+    folders = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[-1]), reverse=True):
+        if complete(folder):
+            return str(folder)
+        logger.warning(f"{folder} is incomplete (the run was cut off while it was written): trying an earlier one.")
+    return None
+
+
+def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the weak head beside a checkpoint's model, which does not contain it."""
+    head = getattr(student, HEAD, None)
+    if head is not None:
+        save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
+
+
+def load_weights(student: nn.Module, folder: str | os.PathLike, with_head: bool = True) -> None:
+    """Put a checkpoint's weights into a student, every one of them.
+
+    Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False, which
+    loses them without an error. Here they pass through the model's own from_pretrained.
+
+    Raises:
+        ValueError: if a weight of the student is not in the checkpoint; with the names.
+    """
+    if isinstance(student, PreTrainedModel):
+        loaded, info = type(student).from_pretrained(folder, output_loading_info=True)
+        state = loaded.state_dict()
+        missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
+    else:
+        state, missing = load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)), set()
+    result = student.load_state_dict(state, strict=False)
+    missing |= {k for k in result.missing_keys if not k.startswith(f"{HEAD}.")}
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
+            f"unexpected {result.unexpected_keys[:8]}."
+        )
+    head, file = getattr(student, HEAD, None), os.path.join(folder, HEAD_FILE)
+    if head is not None and with_head:
+        if not os.path.isfile(file):
+            raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: it was written by a run without the weak head.")
+        head.load_state_dict(load_file(file))
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C ends training at the next step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    In several processes each gets the signal at another step, so they agree on it when they next log.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._previous = None
+
+    def _request(self, signum, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def restore(self) -> None:
+        """Give the signal back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested and args.world_size == 1:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_log(self, args, state, control, **kwargs):
+        if args.world_size > 1 and control.should_log:
+            flag = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.requested = bool(flag)
+            if self.requested:
+                control.should_save = control.should_training_stop = True
+                control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.requested:  # saved already; do not keep the person waiting
+            control.should_save = control.should_evaluate = False

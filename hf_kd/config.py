@@ -1,0 +1,126 @@
+"""`DistillationConfig`: everything about a run that can be wrong is found here, before any download."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from .data.transforms import AUGMENTS
+from .losses import LOSSES, DistillationLoss, get_loss
+
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
+
+    Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would drop
+    the image column), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device sync a step),
+    `metric_for_best_model` is top-1 where a best model is asked for.
+
+    Raises:
+        ValueError: for an unknown loss or augmentation (with the nearest names) and for numbers out of range.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
+
+    loss: str = field(default="uskd", metadata={"help": f"What to train with: {', '.join(LOSSES)}."})
+    loss_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Numbers of the loss, as JSON: \'{"gamma": 1.0}\'. Default: the paper\'s for ImageNet.'},
+    )
+    augment: str = field(
+        default="resized_crop",
+        metadata={
+            "help": f"Training augmentation of pictures that come without one: {', '.join(AUGMENTS)}. pad_crop is the "
+            "CIFAR standard, resized_crop ImageNet's, deit adds RandAugment and random erasing."
+        },
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: off. DeiT uses 0.8."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off. DeiT uses 1.0."})
+    view_size: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels of the shared training picture. Default: the larger of student and teacher."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures. Default: found by type."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
+    max_skipped_fraction: float = field(
+        default=0.01, metadata={"help": "Stop when more than this share of the pictures can't be decoded."}
+    )
+    feature_module: str | None = field(
+        default=None, metadata={"help": "USKD: module of the student whose output feeds the weak head."}
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Compute type of the teacher: fp32, bf16 or fp16. Default: that of the student's training."},
+    )
+    teacher_check_batches: int = field(
+        default=4, metadata={"help": "Batches on which the teacher's top-1 is checked before training; 0: no check."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Not supported: it would remove the image column."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Show an earlier loss in the place of a NaN. Hides failures; off."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_kwargs, str) and not self.loss_kwargs.startswith("{"):
+            raise ValueError(f"loss_kwargs must be a JSON object such as '{{\"gamma\": 1.0}}', got {self.loss_kwargs!r}.")
+        if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser turns whole floats to ints
+            self.loss_kwargs = json.loads(self.loss_kwargs)
+        self.build_loss()
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"augment={self.augment!r} is unknown; there are: {', '.join(AUGMENTS)}.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the image column: leave it False.")
+        if self.teacher_dtype is not None and self.teacher_dtype not in DTYPES:
+            raise ValueError(f"teacher_dtype={self.teacher_dtype!r} is unknown; there are: {', '.join(DTYPES)}.")
+        for name in ("mixup_alpha", "cutmix_alpha", "teacher_check_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
+        if self.view_size is not None and self.view_size < 1:
+            raise ValueError(f"view_size={self.view_size} must be a positive number of pixels.")
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "top1"
+        if self.label_names is None:
+            self.label_names = ["labels"]  # models with a distillation token hide theirs
+        super().__post_init__()
+
+    def build_loss(self) -> DistillationLoss:
+        """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""
+        numbers = dict(self.loss_kwargs or {})
+        if self.label_smoothing_factor:
+            numbers.setdefault("label_smoothing", self.label_smoothing_factor)
+        return get_loss(self.loss, **numbers)
+
+    def check_teacher(self, has_teacher: bool) -> None:
+        """Refuse a teacher loss without a teacher, and a self-distillation loss with one.
+
+        Raises:
+            ValueError: naming the loss and the way out.
+        """
+        needs = LOSSES[self.loss].needs_teacher
+        if needs and not has_teacher:
+            without = [name for name, loss in LOSSES.items() if not loss.needs_teacher]
+            raise ValueError(
+                f"loss={self.loss!r} learns from a teacher and none is given: pass teacher= (--teacher ID), or train "
+                f"without one: {', '.join(without)}."
+            )
+        if LOSSES[self.loss].needs_feature and has_teacher:
+            with_teacher = [name for name, loss in LOSSES.items() if loss.needs_teacher]
+            raise ValueError(
+                f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of "
+                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher=."
+            )
+
+    def __getstate__(self) -> dict:
+        # The trainer pickles its arguments into every checkpoint: no token may travel with them.
+        return {k: None if k.endswith("token") else v for k, v in self.__dict__.items()}

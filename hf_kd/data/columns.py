@@ -1,0 +1,103 @@
+"""Which columns of a data set hold the pictures and the labels, and labels of any kind as classes."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def find_columns(features: Any, image_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
+    """The names of the image and the label column.
+
+    Args:
+        features: `datasets.Features`, or a data set that has them.
+        image_column: taken if given; else the column of pictures ("image" or "img" if there are several).
+        label_column: taken if given; else "labels", "label" or "fine_label", else the only ClassLabel column.
+
+    Raises:
+        ValueError: a given column that is not there, or none or several to choose from; lists the columns.
+    """
+    features = getattr(features, "features", features) or {}
+    pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named = [name for name in ("labels", "label", "fine_label") if name in features]
+    return (
+        _choose(
+            "image_column", image_column, [n for n in ("image", "img") if n in pictures][:1] or pictures, features
+        ),
+        _choose("label_column", label_column, named[:1] or classes, features),
+    )
+
+
+def _holds_pictures(feature: Any) -> bool:
+    # A struct with bytes is what parquet files written without datasets' metadata give.
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _choose(option: str, given: str | None, candidates: list[str], features: dict[str, Any]) -> str:
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items()) or "none"
+    if given is not None:
+        if given not in features:
+            raise ValueError(f"there is no column {given!r} (--{option}); the columns are: {columns}")
+        return given
+    if len(candidates) != 1:
+        found = f"several ({', '.join(candidates)})" if candidates else "none"
+        raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
+    return candidates[0]
+
+
+def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
+    """The names of the classes, in the order of their labels; ValueError if the column is no ClassLabel."""
+    feature = dataset.features[label_column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(f"column {label_column!r} is {feature}, which names no classes; load_data gives it names")
+    return list(feature.names)
+
+
+def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
+    """The same splits with `label_column` a ClassLabel of the same names in all of them.
+
+    A ClassLabel stays as it is; texts become classes in sorted order; integers become the classes "0" to the largest.
+
+    Raises:
+        ValueError: a column of another kind, splits that disagree about it, or labels outside [0, C) or missing.
+    """
+    features = {split: data.features[label_column] for split, data in splits.items()}
+    feature = next(iter(features.values()))
+    if any(other != feature for other in features.values()):
+        raise ValueError(f"the splits disagree about column {label_column!r}: {features}")
+    # Through arrow: no picture is read, and nothing is copied to the cache as `cast` would do with the whole data set.
+    tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}
+    labels = {split: table[label_column] for split, table in tables.items()}
+    dtype = getattr(feature, "dtype", "")
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    if dtype in ("string", "large_string"):
+        names = sorted(set().union(*(values.unique().to_pylist() for values in labels.values())) - {None})
+        labels = {split: pc.index_in(values, pa.array(names, values.type)) for split, values in labels.items()}
+    elif dtype == "bool":
+        labels = {split: values.cast(pa.int64()) for split, values in labels.items()}
+    elif not dtype.startswith(("int", "uint")):
+        columns = ", ".join(next(iter(splits.values())).column_names)
+        raise ValueError(f"column {label_column!r} is {feature}: no labels; the columns are: {columns}")
+
+    arrays = {split: values.fill_null(-1).to_numpy() for split, values in labels.items()}
+    if names is None:
+        names = [str(label) for label in range(max(int(array.max()) for array in arrays.values()) + 1)]
+    for split, array in arrays.items():
+        bad = array[(array < 0) | (array >= len(names))]
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
+                f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
+                "often published without labels: choose another with --eval_split (with the training split's name, a "
+                "part of it is held out), or another --label_column"
+            )
+    if isinstance(feature, datasets.ClassLabel):
+        return splits
+    classes = datasets.ClassLabel(names=names)
+    return {
+        split: data.remove_columns(label_column).add_column(label_column, arrays[split], feature=classes)
+        for split, data in splits.items()
+    }

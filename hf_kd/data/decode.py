@@ -1,0 +1,120 @@
+"""One function that turns anything that holds a picture into a uint8 RGB tensor."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+# Metadata from which Pillow takes an orientation and torchvision does not: XMP, and in PNG EXIF behind the pixels.
+_PNG_ORIENTATION = (b"eXIf", b"com.adobe.xmp", b"Raw profile type exif")
+_JPEG_ORIENTATION = b"tiff:Orientation"
+
+
+class UndecodableImage(ValueError):
+    """The picture is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
+
+
+def decode_rgb(source: Any) -> Tensor:
+    """Decodes a picture to RGB, upright (its EXIF orientation is applied).
+
+    The result is what Pillow gives (open, `exif_transpose`, convert to RGB), except that 16-bit greys are scaled to
+    8 bits where Pillow clips them. Transparency is dropped, not blended.
+
+    Args:
+        source: encoded bytes (any format Pillow reads), a dict with "bytes" or "path" as `Image(decode=False)` of
+            datasets gives, a path, a PIL picture, a numpy array (H, W[, C]) of uint8, or of uint16 if grey, or a
+            uint8 tensor (C, H, W) with C of 1, 3 or 4.
+
+    Returns:
+        uint8 tensor (3, H, W), which need not be contiguous.
+
+    Raises:
+        UndecodableImage: with the reason; also for a file that is missing or truncated.
+    """
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, str | Path):
+        source = _read(str(source))
+    try:
+        if isinstance(source, bytes | bytearray | memoryview):
+            return _from_bytes(bytes(source))
+        if isinstance(source, np.ndarray):
+            source = PIL.Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source)
+        if isinstance(source, PIL.Image.Image):
+            return _from_pil(source)
+    except UndecodableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their format made them trip over
+        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+    raise UndecodableImage(f"no picture in a value of type {type(source).__name__}")
+
+
+def _read(path: str) -> bytes:
+    if (
+        "://" in path
+    ):  # as streamed data sets give: hf://…, zip://…::https://…; a failing network is not a broken picture
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:  # lets its errors pass: a failing network is no broken picture
+            return file.read()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UndecodableImage(f"cannot read the file: {error}") from error
+
+
+def _from_tensor(picture: Tensor) -> Tensor:
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
+        shape = tuple(picture.shape)
+        raise UndecodableImage(
+            f"a tensor must be uint8 of shape (1|3|4, H, W), this one is {picture.dtype} of {shape}"
+        )
+    return picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
+
+
+def _from_bytes(data: bytes) -> Tensor:
+    if _torchvision_agrees(data):
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        except (RuntimeError, Warning):  # Pillow may know better, or has the better reason
+            pass
+    try:
+        picture = PIL.Image.open(BytesIO(data))
+    except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO
+        raise UndecodableImage(f"no picture file that Pillow knows; it begins with {data[:8]!r}") from error
+    return _from_pil(picture)
+
+
+def _torchvision_agrees(data: bytes) -> bool:
+    """Whether torchvision, the faster of the two, decodes this file to the same pixels as Pillow."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _JPEG_ORIENTATION not in data
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):  # byte 24 is the bit depth; torchvision gives uint16 for 16
+        return data[24:25] != b"\x10" and not any(tag in data for tag in _PNG_ORIENTATION)
+    # The extended form of WebP (VP8X) may hold an orientation or an animation.
+    return data[:4] == b"RIFF" and data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
+
+
+def _from_pil(picture: PIL.Image.Image) -> Tensor:
+    picture = PIL.ImageOps.exif_transpose(picture)  # loads the pixels, so it also finds a truncated file
+    if picture.mode == "F":
+        raise UndecodableImage("floating-point pixels have no defined range: convert the picture to 8 bits")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        # Pillow clips these at 255. The high byte undoes both usual widenings, x·256 and x·257.
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise UndecodableImage(f"pixels of {values.min()} to {values.max()} do not fit 16 bits")
+        picture = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # the same colours, without Pillow's warning
+    return pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))

@@ -1,0 +1,182 @@
+"""Finds, reads and checks a data set: two splits of pictures with labels in [0, C) and the names of the C classes."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import Dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .columns import class_names, encode_labels, find_columns
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+EVAL_SPLITS = ("validation", "valid", "val", "test")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What `load_data` gives: `train` and `eval`, whose `label_column` is a ClassLabel of `names` in both."""
+
+    train: Dataset
+    eval: Dataset
+    image_column: str
+    label_column: str
+    names: list[str]
+    name: str
+    revision: str | None = None
+
+
+def load_data(
+    name: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    eval_fraction: float = 0.1,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """Loads an image classification data set and checks every label of it.
+
+    Args:
+        name: "quickstart" (bundled with the repository), a local folder of parquet files, or of images in a folder for
+            each class (with or without train/ and test/, val/, valid/ or validation/ above them), a local parquet
+            file, a folder that `save_to_disk` wrote, or the id of a data set on the Hub. What starts with ".", "/" or
+            "~", ends with ".parquet", or exists is local and never looked for on the Hub.
+        config_name: of the data set, if it has several.
+        revision: commit, tag or branch on the Hub.
+        train_split: None: "train", or the only split there is.
+        eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
+            itself, a part of the training split is held out: the same pictures for the same seed, each class in
+            proportion.
+        image_column, label_column: see `find_columns`. Labels that are texts become classes in sorted order; integers
+            without names become the classes "0" to the largest of both splits.
+        eval_fraction: of the training split to hold out, between 0 and 1.
+        max_train_samples, max_eval_samples: at most so many pictures, drawn at random.
+        seed: of the hold-out and of these draws.
+
+    Raises:
+        ValueError: nothing to load there, a split or column that is not there, an empty split, or labels that are
+            missing or out of range.
+    """
+    splits, local = _read(name, config_name, revision)
+    train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
+    for option, split in (("train_split", train_split), ("eval_split", eval_split)):
+        if split not in splits:
+            raise ValueError(f"{name!r} has no split {split!r}: pass --{option}, one of {', '.join(splits)}")
+        if len(splits[split]) == 0:
+            raise ValueError(f"split {split!r} of {name!r} is empty; there are: {_sizes(splits)}")
+    image_column, label_column = find_columns(splits[train_split], image_column, label_column)
+    find_columns(splits[eval_split], image_column, label_column)
+    chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
+    train, evaluation = chosen[train_split], chosen[eval_split]
+    if eval_split == train_split:
+        train, evaluation = _hold_out(train, label_column, eval_fraction, seed)
+        logger.warning(
+            f"{name}: evaluating on {len(evaluation)} pictures held out of split {train_split!r}, training on its "
+            f"other {len(train)} (eval_fraction={eval_fraction}, seed={seed}); for another split pass --eval_split, "
+            f"one of {_sizes(splits)}"
+        )
+    train = _subset(train, max_train_samples, "max_train_samples", seed)
+    evaluation = _subset(evaluation, max_eval_samples, "max_eval_samples", seed)
+    names = class_names(train, label_column)
+    return ImageData(train, evaluation, image_column, label_column, names, name, None if local else revision)
+
+
+def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], bool]:
+    """All splits by name, and whether they came from this machine."""
+    path = QUICKSTART if name == "quickstart" else Path(name).expanduser()
+    local = name == "quickstart" or name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
+    needed = path / "train.parquet" if name == "quickstart" else path
+    if local and not needed.exists():
+        way_out = "it comes with the repository, not with the package: clone it, then `pip install -e .`"
+        if name != "quickstart":
+            way_out = "this reads as a local path; a data set on the Hub is written owner/name"
+        raise ValueError(f"data set {name!r}: there is no {needed.absolute()}; {way_out}")
+    try:
+        if not local:
+            found = datasets.load_dataset(name, config_name, revision=revision)
+        elif path.is_file():
+            found = datasets.load_dataset("parquet", data_files={"train": str(path)})
+        else:
+            found = _read_folder(path, config_name)
+    except ConnectionError:  # an OSError, but the name may be right
+        raise
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        where = path.absolute() if local else "the Hub (and there is no such path here)"
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ValueError(f"data set {name!r} cannot be read from {where}: {error}{cause}") from error
+    return dict(found) if isinstance(found, dict) else {"train": found}, local
+
+
+def _read_folder(folder: Path, config_name: str | None) -> Any:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return datasets.load_from_disk(str(folder))
+    files = [path for path in folder.rglob("*") if path.name != "metadata.parquet"]  # which belongs to image folders
+    tables = [path for path in files if path.suffix == ".parquet"]
+    empty = [path.name for path in tables if pq.read_metadata(path).num_rows == 0]
+    if empty:
+        raise ValueError(f"no rows in {', '.join(empty)}: an empty split; remove the file")
+    if tables or not {path.suffix.lower() for path in files} & set(ImageFolder.EXTENSIONS):
+        return datasets.load_dataset(str(folder), config_name)
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_image_splits(folder))
+
+
+def _image_splits(folder: Path) -> dict[str, str]:
+    """The files of each split of a folder of images.
+
+    Left to itself, load_dataset takes any folder with train, test or eval as a word in its name for a split (a class
+    "freight train", say) and leaves all others out, and it gives no labels at all where one split has none.
+    """
+
+    def has_labels(split: Path) -> bool:
+        return any(path.is_dir() or path.name.startswith("metadata.") for path in split.iterdir())
+
+    subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
+    splits = [split for split in ("train", *EVAL_SPLITS) if split in subfolders]
+    labelled = [split for split in splits if has_labels(folder / split)]
+    if "train" in labelled:
+        for split in set(splits) - set(labelled):
+            logger.warning(f"{folder / split} is left out: it has no folders of classes")
+        return {split: f"{split}/**" for split in labelled}
+    if splits and subfolders == set(splits):
+        raise ValueError(f"{', '.join(splits)} should hold a folder for each class, or a metadata.csv, and do not")
+    return {"train": "**"}
+
+
+def _sizes(splits: dict[str, Dataset]) -> str:
+    return ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
+
+
+def _hold_out(data: Dataset, label_column: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Splits off every (1 / fraction)-th picture of the shuffled classes laid end to end.
+
+    Not `train_test_split`: its stratified form refuses a class of one picture, and a hold-out smaller than C.
+    """
+    count = round(fraction * len(data))
+    if not 0 < count < len(data):
+        raise ValueError(f"eval_fraction={fraction} of {len(data)} pictures leaves none to train or to evaluate on")
+    order = np.random.default_rng(seed).permutation(len(data))
+    labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
+    order = order[np.argsort(labels[order], kind="stable")]
+    held = np.zeros(len(data), dtype=bool)
+    held[order[((np.arange(count) + 0.5) * len(data) / count).astype(int)]] = True
+    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
+
+
+def _subset(data: Dataset, count: int | None, option: str, seed: int) -> Dataset:
+    if count is None or count >= len(data):
+        return data
+    if count < 1:
+        raise ValueError(f"{option} must be at least 1, not {count}; leave it out to take all {len(data)}")
+    return data.shuffle(seed=seed).select(range(count))

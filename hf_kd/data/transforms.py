@@ -1,0 +1,131 @@
+"""Augmentation of one picture (uint8 to uint8), mixing of a batch, and randomness that can be repeated."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
+
+
+def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The augmentation of one training picture, uint8 (3, H, W) to uint8 (3, h, w).
+
+    Args:
+        augment: one of `AUGMENTS`:
+            "none": the picture as it is;
+            "flip": a horizontal flip, half of the time;
+            "pad_crop": a crop of the picture's own size out of the picture padded with black by an eighth (4 at 32
+            pixels), and the flip (the CIFAR standard);
+            "resized_crop": a random part of the picture (8 to 100 % of its area), resized to `size`, bicubic, and the
+            flip (the ImageNet standard);
+            "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1), then random erasing with noise (p .25).
+        size: side h = w of the result in pixels, for "resized_crop" and "deit", which need it; the others keep the
+            picture's size whatever it is.
+
+    Raises:
+        ValueError: an unknown augment, or no size where one is needed.
+    """
+    if augment not in AUGMENTS:
+        raise ValueError(f"unknown augment {augment!r}: choose one of {', '.join(AUGMENTS)}")
+    if augment == "none":
+        return v2.Identity()
+    flip = v2.RandomHorizontalFlip()
+    if augment == "flip":
+        return flip
+    if augment == "pad_crop":
+        return v2.Compose([PadCrop(), flip])
+    if not size:
+        raise ValueError(f"augment {augment!r} needs a size (pixels); for pictures of one small size take 'pad_crop'")
+    crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    if augment == "resized_crop":
+        return v2.Compose([crop, flip])
+    # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
+    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
+    rand_augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
+    return v2.Compose([crop, flip, v2.ToPILImage(), rand_augment, v2.PILToTensor(), NoiseErasing(p=0.25)])
+
+
+class PadCrop(nn.Module):
+    """Random crop of the picture's own size after padding each side with black by an eighth of it."""
+
+    def forward(self, picture: Tensor) -> Tensor:  # not v2.RandomCrop: it wants one size, and takes five times longer
+        height, width = picture.shape[-2:]
+        pad_y, pad_x = height // 8, width // 8
+        top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
+        padded = nn.functional.pad(picture, (pad_x, pad_x, pad_y, pad_y))
+        return padded[:, top : top + height, left : left + width]
+
+
+class NoiseErasing(v2.RandomErasing):
+    """Random erasing of a uint8 picture with noise that is standard normal after ImageNet normalisation, as DeiT's."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p=p, value="random")
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            std, mean = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))
+            params["v"] = ((params["v"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return params
+
+
+class Mixer:
+    """Mixup and CutMix of a batch; with both on, each batch gets one of them with equal probability.
+
+    Called with pixels, uint8 (B, 3, H, W) or float, and labels, int64 (B,) in [0, C) or float (B, C), it gives float32
+    pixels (uint8 is scaled to [0, 1], float is mixed as it is) and float32 labels (B, C) whose rows sum to 1. It draws
+    from torch's global generator alone. Each picture is mixed with its neighbour in the batch.
+
+    Args:
+        num_classes: C.
+        mixup_alpha: of Beta(α, α), from which mixup draws its weight (arXiv 1710.09412); 0 turns it off.
+        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899); 0 turns it off.
+
+    Raises:
+        ValueError: a negative alpha, or both 0.
+    """
+
+    def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
+        if min(mixup_alpha, cutmix_alpha) < 0 or mixup_alpha == cutmix_alpha == 0:
+            raise ValueError(
+                f"mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}: none may be negative and one must be "
+                "positive; to train without mixing, use no mixer"
+            )
+        kinds = [(v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)]
+        self._mix = v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0])
+
+    def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if pixels.dtype == torch.uint8:
+            pixels = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+        return self._mix(pixels, labels)
+
+
+@contextmanager
+def forked_rng() -> Iterator[None]:
+    """Puts the CPU generators of torch, random and numpy back, on leaving, as they were on entering."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def seed_rngs(seed: int) -> None:
+    """Seeds the CPU generators of torch, random and numpy with `seed`, in [0, 2**32).
+
+    Unlike `torch.manual_seed` it leaves the accelerators' generators alone: `forked_rng` could not put them back.
+    """
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)

@@ -1,0 +1,163 @@
+"""USKD, self-distillation without a teacher by customised soft labels: arXiv 2303.13005, section 4."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import (
+    CITATION_NKD_USKD,
+    DistillationLoss,
+    Targets,
+    at_least_float32,
+    check_inputs,
+    check_number,
+    cross_entropy,
+    drop_targets,
+    find_targets,
+    warn_if_no_non_target,
+)
+
+
+def uskd_loss(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    mu: float = 0.005,
+    target_in_rank: bool = True,
+    reduce_mean: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """USKD, without the cross entropy (arXiv 2303.13005): mean over the batch of
+
+        target      -alpha sum_k P_k log S_k       P_k = V_k + S_k^2 - mean_batch(S_k^2), k the targets
+        non_target  -beta sum_i N(Z)_i log N(S)_i  Z_i = 1 / position of class i by falling N(W)_i + N(S)_i
+        weak        -mu sum_i V'_i log W_i         V' = 0.9 V + 0.1 / C
+
+    S and W are the student's and the weak head's probabilities; N renormalises over the non-target classes. P and Z
+    carry no gradient, so the weak head learns from its own term only. The ranking adds probabilities, not their logs.
+    With C = 2 (or C = 3 and two targets) non_target is exactly 0, which is warned of once.
+
+    mean_batch is a batch statistic: the loss of an image changes with batch size, gradient accumulation and number of
+    ranks. With integer labels P has batch mean 1, so that ce + target is close to twice the cross entropy: compare
+    with a run at doubled cross entropy too.
+
+    Args:
+        student_logits: (B, C), any floating dtype; computed in float32.
+        weak_logits: (B, C), of a linear head on the student's pooled intermediate feature; trained by this loss.
+        labels: int64 (B,) in [0, C), or floating point (B, C). One-hot rows equal integers. Of soft labels the largest
+            value is a target, and so is the second-largest if it exceeds the third; the mean of the second target's
+            S_k^2 is over the rows that have one.
+        alpha, beta, mu: >= 0, weights of the three terms.
+        target_in_rank: True, as the official code does: all C classes are ranked, so a target in first place leaves 2
+            as the best non-target's position. False: only non-targets take positions.
+        reduce_mean: averages a 1-D tensor over ranks (an all-reduce mean). It gets the batch mean of S_k^2; for soft
+            labels of the first target, the second, and the fraction of rows with a second one. All ranks must call
+            with the same kind of labels.
+
+    Returns:
+        {"target", "non_target", "weak"}: scalars in nats.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, numbers, or (on CPU) values.
+    """
+    _check_numbers(alpha, beta, mu)
+    check_inputs(student_logits, labels, weak_logits=weak_logits)
+    student = at_least_float32(student_logits)
+    weak = weak_logits.to(student.dtype)
+    targets = find_targets(labels, student.dtype)
+    warn_if_no_non_target(targets, student.shape[1])
+
+    log_s = F.log_softmax(student, dim=1).gather(1, targets.index)
+    soft_target = _soft_target(log_s.detach().exp(), targets, reduce_mean)
+    if student.shape[1] == 2:
+        non_target = (student * 0).sum()
+    else:
+        zipf = _zipf(student.detach(), weak.detach(), targets.index, target_in_rank)
+        per_row = F.cross_entropy(drop_targets(student, targets.index), zipf, reduction="none")
+        non_target = (per_row / zipf.sum(1)).mean()
+    return {
+        "target": -alpha * (soft_target * log_s).sum(1).mean(),
+        "non_target": beta * non_target,
+        "weak": mu * cross_entropy(weak, labels, label_smoothing=0.1),
+    }
+
+
+def _soft_target(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """P (B, K) from the student's target probabilities s (B, K); 0 where there is no second target."""
+    square = s.square() * targets.active
+    # Sums and fractions are averaged over ranks, then divided: exact however the two-hot rows are spread.
+    means = torch.cat([square.mean(0), targets.active[:, 1:].to(s.dtype).mean(0)])
+    if reduce_mean is not None:
+        means = reduce_mean(means)
+    if s.shape[1] == 2:
+        means = torch.stack([means[0], means[1] / means[2].clamp_min(1e-12)])
+    return torch.where(targets.active, targets.value + square - means, 0.0)
+
+
+def _zipf(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: bool) -> Tensor:
+    """Z (B, C): 1 / position of each class by falling N(S) + N(W), 0 at the targets `index` (B, K)."""
+
+    def normalized(logits: Tensor) -> Tensor:
+        # At a target this is S_t / (1 - S_t), the place that the official ranking gives it; it may be inf.
+        return (logits - torch.logsumexp(drop_targets(logits, index), dim=1, keepdim=True)).exp_()
+
+    rank = normalized(student).add_(normalized(weak))
+    if not target_in_rank:
+        rank = rank.scatter(1, index, -1.0)
+    if rank.device.type == "cpu" and not torch.compiler.is_compiling():
+        order = torch.from_numpy(np.argsort(-rank.numpy(), axis=1))  # vectorised; torch's sort is 11 cross entropies
+    else:
+        order = rank.argsort(dim=1, descending=True)
+    weight = 1 / torch.arange(1, rank.shape[1] + 1, device=rank.device, dtype=rank.dtype)
+    return rank.scatter_(1, order, weight.expand_as(rank)).scatter_(1, index, 0.0)
+
+
+def _check_numbers(alpha: float, beta: float, mu: float) -> None:
+    check_number("alpha", alpha, 0)
+    check_number("beta", beta, 0)
+    check_number("mu", mu, 0)
+
+
+class USKDLoss(DistillationLoss):
+    """Cross entropy + `uskd_loss`. alpha, beta, mu >= 0; `reduce_mean` may be set on the module later."""
+
+    name = "uskd"
+    needs_feature = True
+    CITATION = CITATION_NKD_USKD
+    # As published for the results of arXiv 2303.13005, one set for all ImageNet models.
+    PRESETS = {
+        "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
+        "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
+    }
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 0.1,
+        mu: float = 0.005,
+        target_in_rank: bool = True,
+        reduce_mean: Callable[[Tensor], Tensor] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(label_smoothing)
+        _check_numbers(alpha, beta, mu)
+        self.alpha, self.beta, self.mu, self.target_in_rank = alpha, beta, mu, target_in_rank
+        self.reduce_mean = reduce_mean
+
+    def method_terms(
+        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weak_logits: Tensor | None
+    ) -> dict[str, Tensor]:
+        return uskd_loss(
+            student_logits,
+            weak_logits,
+            labels,
+            self.alpha,
+            self.beta,
+            self.mu,
+            self.target_in_rank,
+            self.reduce_mean,
+        )

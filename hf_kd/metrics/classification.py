@@ -1,0 +1,222 @@
+"""Top-k accuracy, calibration error, and agreement with a teacher, whole or streamed.
+
+An evaluation over several ranks gathers `sample_statistics` (a few numbers per image, not C logits per image) and
+feeds them to a `ClassificationMeter`, whose memory does not grow with the data set.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""An image with this label counts nowhere (padding of the last batch, unlabelled images)."""
+
+COLUMNS = ("weight", "ce", "top1", "top5", "confidence")
+TEACHER_COLUMNS = ("agreement", "kl", "teacher_top1")
+
+
+def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Share of the images whose class is among the k largest logits, in [0, 1].
+
+    Args:
+        logits: (B, C), any float dtype.
+        labels: (B,), integers in [0, C), or -100 for an image that is left out.
+        k: at least 1; above C it means C. Of equal logits the lower class index ranks first, as in argmax.
+
+    Raises:
+        ValueError: the shapes do not fit, k < 1, or no image has a label.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    _check(logits, labels)
+    labelled = labels != IGNORED_LABEL
+    return _mean(_rank_below(_wide(logits[labelled]), labels[labelled], k))
+
+
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Share of the images, in [0, 1], for which student and teacher predict the same class (Stanton et al. 2021).
+
+    Args:
+        student_logits, teacher_logits: (B, C), the same class order in both.
+
+    Raises:
+        ValueError: the shapes differ, or B is 0.
+    """
+    _check_pair(student_logits, teacher_logits)
+    return _mean(student_logits.argmax(-1) == teacher_logits.argmax(-1))
+
+
+def teacher_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
+    """Mean over the images of KL(teacher || student) at temperature 1, in nats, at least 0 (Kullback, Leibler 1951).
+
+    Args:
+        student_logits, teacher_logits: (B, C), the same class order in both.
+
+    Raises:
+        ValueError: the shapes differ, or B is 0.
+    """
+    _check_pair(student_logits, teacher_logits)
+    return _mean(_kl(_wide(student_logits), _wide(teacher_logits)))
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+    """Expected calibration error in [0, 1] (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+
+    ECE = sum_b n_b / n · |accuracy_b − confidence_b| over the bins (b/M, (b+1)/M], b = 0 … M−1, of the largest softmax
+    probability. The figure depends on M: compare only with the same `n_bins`.
+
+    Args:
+        logits: (B, C), any float dtype.
+        labels: (B,), integers in [0, C), or -100 for an image that is left out.
+        n_bins: M, at least 1.
+
+    Raises:
+        ValueError: the shapes do not fit, n_bins < 1, or no image has a label.
+    """
+    meter = ClassificationMeter(n_bins)
+    meter.update(sample_statistics(logits, labels))
+    return meter.compute()["ece"]
+
+
+@torch.no_grad()
+def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    """What one image contributes to every metric, as one row: small enough to be gathered over ranks.
+
+    Args:
+        student_logits: (B, C), any float dtype.
+        labels: (B,), integers in [0, C), or -100 for an image that counts nowhere: its row is all zero.
+        teacher_logits: (B, C) in the student's class order, or None.
+
+    Returns:
+        float32 (B, 5): weight (0 or 1), cross-entropy (nats), top-1 hit, top-5 hit (top-C below five classes), largest
+        probability. With a teacher (B, 8): also agreement, KL(teacher || student) (nats), the teacher's top-1 hit.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check(student_logits, labels)
+    logits = _wide(student_logits)
+    labelled = labels != IGNORED_LABEL
+    target = torch.where(labelled, labels, 0)
+    columns = [
+        labelled,
+        -logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1),
+        _rank_below(logits, target, 1),
+        _rank_below(logits, target, 5),
+        logits.softmax(-1).amax(-1),
+    ]
+    if teacher_logits is not None:
+        _check_pair(student_logits, teacher_logits)
+        teacher = _wide(teacher_logits)
+        columns += [
+            logits.argmax(-1) == teacher.argmax(-1),
+            _kl(logits, teacher),
+            _rank_below(teacher, target, 1),
+        ]
+    rows = torch.stack([column.float() for column in columns], dim=1)
+    # where, not a product: the logits of a padding row may be NaN.
+    return torch.where(labelled[:, None], rows, 0.0)
+
+
+class ClassificationMeter:
+    """Streams rows of `sample_statistics` into the metrics of a whole data set.
+
+    `update` stays on the rows' device, never waits for it, and keeps two short vectors however many images come. Sums
+    are float64 (float32 on mps, which has no float64), so the order of the batches does not matter.
+
+    Args:
+        n_bins: bins of the expected calibration error (Guo et al. 2017), at least 1.
+    """
+
+    def __init__(self, n_bins: int = 15):
+        if n_bins < 1:
+            raise ValueError(f"n_bins is {n_bins}; it must be at least 1")
+        self.n_bins = n_bins
+        self._sums: Tensor | None = None
+        # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
+        self._gaps: Tensor | None = None
+
+    def update(self, stats: Tensor) -> None:
+        """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
+
+        Raises:
+            ValueError: another number of columns, or not the number of the first update.
+        """
+        widths = (len(COLUMNS), len(COLUMNS + TEACHER_COLUMNS)) if self._sums is None else (len(self._sums),)
+        if stats.ndim != 2 or stats.shape[1] not in widths:
+            raise ValueError(
+                f"rows have shape {tuple(stats.shape)}, expected (B, {' or '.join(map(str, widths))}): pass what "
+                "sample_statistics returns, always with or always without a teacher"
+            )
+        dtype = torch.float32 if stats.device.type == "mps" else torch.float64
+        if self._sums is None or self._gaps is None:
+            self._sums = torch.zeros(stats.shape[1], dtype=dtype, device=stats.device)
+            self._gaps = torch.zeros(self.n_bins, dtype=dtype, device=stats.device)
+        stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
+        self._sums += stats.sum(0)
+        hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
+        # Clamped after the cast: 0 belongs to the first bin, and the NaN of a diverged model must not index outside.
+        bins = ((confidence * self.n_bins).ceil().long() - 1).clamp(0, self.n_bins - 1)
+        self._gaps.index_add_(0, bins, hit - confidence)
+
+    def compute(self) -> dict[str, float]:
+        """The metrics of all rows so far.
+
+        Returns:
+            loss (mean cross-entropy, nats), top1, top5, ece (all in [0, 1]), n (images counted); if the rows came with
+            a teacher, also agreement (in [0, 1]), kl (nats) and teacher_top1 (in [0, 1]).
+
+        Raises:
+            ValueError: no row of positive weight was seen.
+        """
+        sums = [] if self._sums is None else self._sums.tolist()
+        if not sums or sums[0] == 0:
+            raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
+        n = sums[0]
+        mean = {name: value / n for name, value in zip(COLUMNS + TEACHER_COLUMNS, sums, strict=False)}
+        metrics = {"loss": mean["ce"], "top1": mean["top1"], "top5": mean["top5"]}
+        metrics |= {"ece": self._gaps.abs().sum().item() / n, "n": n}
+        return metrics | {name: mean[name] for name in TEACHER_COLUMNS if name in mean}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _rank_below(logits: Tensor, target: Tensor, k: int) -> Tensor:
+    """(B,) bool: is the target among the min(k, C) first classes? Of equal logits the lower index comes first."""
+    own = logits.gather(1, target[:, None])
+    index = torch.arange(logits.shape[1], device=logits.device)
+    # Asked in the negative because NaN compares false: a diverged model must miss, not hit. The target is not ahead
+    # of itself, and logits that are all equal are right for one class, not for all.
+    ahead = ~((logits < own) | ((logits == own) & (index >= target[:, None])))
+    return ahead.sum(1) < min(k, logits.shape[1])
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """(B,) KL(teacher || student) in nats."""
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    # A class that the teacher rules out (logit −inf) adds 0, whatever the student says.
+    terms = torch.where(log_t == -torch.inf, 0.0, log_t.exp() * (log_t - log_s))
+    return terms.sum(-1).clamp_min(0)  # rounding can leave −1e-8
+
+
+def _mean(values: Tensor) -> float:
+    if values.numel() == 0:
+        raise ValueError("no labelled image: the batch is empty, or every label is -100")
+    return values.double().mean().item() if values.device.type != "mps" else values.float().mean().item()
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}; expected (B, C) and "
+            "integers (B,): for soft labels (B, C) pass labels.argmax(-1)"
+        )
+
+
+def _check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}; "
+            "expected the same (B, C): align the teacher's classes to the student's first"
+        )

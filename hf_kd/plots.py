@@ -1,0 +1,137 @@
+"""The picture of one or more runs: what every loss term did, and what came of it."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TOTAL_COLOUR = "#555555"
+PANELS_PER_ROW = 3
+
+
+def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Writes a PNG: above, one panel per run with its training loss terms; below, every run's top-1 on the eval set.
+
+    Terms keep their colour from panel to panel, runs theirs from title to curve, and the loss panels share their axes.
+    A legend gives each last value, since a small term lies near zero. A dashed line is the teacher's top-1 where a
+    run's teacher_metrics have it.
+
+    Args:
+        runs: runs as in `hf_kd.report`, at least one; read are name, history (the trainer's log_history, may be
+            empty), and, where they are, student, teacher, data and teacher_metrics.
+        path: the file; missing folders are made.
+
+    Raises:
+        ValueError: no runs.
+    """
+    if not runs:
+        raise ValueError("no runs to plot; pass at least one")
+    # Slow to import, and training does not need it. Figure without pyplot leaves no global state behind.
+    from matplotlib import color_sequences
+    from matplotlib.figure import Figure
+
+    term_colours, run_colours = color_sequences["petroff10"], color_sequences["Dark2"]
+    columns = min(len(runs), PANELS_PER_ROW)
+    rows = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(max(8.0, 4.4 * columns), 3.2 * rows + 3.8), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[3.2] * rows + [3.6])
+
+    entries = [entry for run in runs for entry in _history(run)]
+    terms = dict.fromkeys(key for entry in entries for key in entry if key.startswith("loss_"))
+    colour_of = {term: term_colours[i % len(term_colours)] for i, term in enumerate(terms)}
+    first = None
+    for i, run in enumerate(runs):
+        axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first, sharey=first)
+        first = first or axes
+        _plot_terms(axes, run, colour_of)
+        axes.set_title(f"trained with {run['name']}", fontsize=11, color=run_colours[i % len(run_colours)])
+        axes.set_ylabel("training loss" if i % columns == 0 else "")
+    # Only now: a limit set by hand would stop the shared axis from growing with the next panel.
+    first.set_ylim(bottom=min(0.0, first.get_ylim()[0]))
+    below = figure.add_subplot(grid[rows, :])
+    _plot_top1(below, runs, run_colours)
+    if below.lines:
+        # Below the panel: curves and the teacher's line leave no corner that is always free.
+        figure.legend(
+            handles=below.lines,
+            title="last top-1",
+            fontsize=9,
+            title_fontsize=9,
+            ncols=columns + 1,
+            loc="outside lower center",
+        )
+    figure.suptitle(_subject(runs), fontsize=12)
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _plot_terms(axes: "Axes", run: Mapping[str, Any], colour_of: Mapping[str, Any]) -> None:
+    terms = [term for term in colour_of if any(term in entry for entry in _history(run))]
+    # With one term the total is that term.
+    for key in terms if len(terms) == 1 else ["loss", *terms]:
+        x, y = _series(run, key)
+        if y:
+            label = f"{'total' if key == 'loss' else key.removeprefix('loss_')} {y[-1]:.3g}"
+            style = {"color": TOTAL_COLOUR, "linewidth": 2.2} if key == "loss" else {"color": colour_of[key]}
+            axes.plot(x, y, label=label, marker="o" if len(y) < 3 else None, **style)
+    _finish(axes, run, "no training loss logged")
+    if axes.lines:
+        axes.legend(title="last value", fontsize=8, title_fontsize=8, loc="best", framealpha=0.85)
+
+
+def _plot_top1(axes: "Axes", runs: Sequence[Mapping[str, Any]], colours: Sequence[Any]) -> None:
+    for i, run in enumerate(runs):
+        x, y = _series(run, "eval_top1")
+        if y:
+            y = [100 * value for value in y]
+            colour, marker = colours[i % len(colours)], "osD^v"[i % 5]
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=f"{run['name']} {y[-1]:.2f} %")
+    _finish(axes, runs[0], "no evaluation logged")
+    teachers = {}
+    for run in runs:
+        top1 = (run.get("teacher_metrics") or {}).get("top1")
+        if top1 is not None and math.isfinite(top1):
+            teachers[(run.get("teacher") or {}).get("id"), top1] = None
+    for name, top1 in teachers:
+        label = f"teacher {100 * top1:.2f} %" + (f" ({name})" if name else "")
+        axes.axhline(100 * top1, color="black", linestyle="--", linewidth=1.2, label=label)
+    axes.set_title("top-1 on the evaluation set", fontsize=11)
+    axes.set_ylabel("top-1 %")
+
+
+def _finish(axes: "Axes", run: Mapping[str, Any], nothing: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(_clock(run))
+    if axes.lines:
+        axes.grid(alpha=0.3)
+    else:
+        # Not set_ticks([]), which would also empty the panels that share this axis.
+        axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+        axes.text(0.5, 0.5, nothing, ha="center", va="center", color="grey", transform=axes.transAxes)
+
+
+def _history(run: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return run.get("history") or []
+
+
+def _clock(run: Mapping[str, Any]) -> str:
+    return "epoch" if all("epoch" in entry for entry in _history(run)) else "step"
+
+
+def _series(run: Mapping[str, Any], key: str) -> tuple[list[float], list[float]]:
+    """Where and what was logged under a key; NaN, or the null that run.json makes of it, stays a gap in the line."""
+    clock = _clock(run)
+    entries = [entry for entry in _history(run) if clock in entry and key in entry]
+    values = [math.nan if entry[key] is None else float(entry[key]) for entry in entries]
+    return [float(entry[clock]) for entry in entries], values
+
+
+def _subject(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Student and data, each named once."""
+    names = [sorted({str((run.get(key) or {}).get("id") or "") for run in runs} - {""}) for key in ("student", "data")]
+    return " on ".join(", ".join(ids) for ids in names if ids)

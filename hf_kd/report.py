@@ -1,0 +1,191 @@
+"""What is kept of a run and how runs are compared: run.json, and the table that says whether distillation helped.
+
+A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
+command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created.
+"""
+
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from importlib import metadata
+from json import dump
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
+MISSING = "–"
+HEADER = (
+    "student trained with",
+    "top-1 %",
+    "top-5 %",
+    "agreement %",
+    "ECE %",
+    "seconds",
+    "MB",
+    "difference to CE",
+)
+
+_SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+# A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
+_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(--?[\w-]*token[ =]+)(?!-)\S+")
+
+
+def collect_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages a result depends on, from their metadata; None: not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-serialisable copy without secrets, nested dicts included.
+
+    Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
+    numbers named ``*_tokens``, which are counts; inside strings, Hub tokens and the value of an option that ends in
+    "token" become ``<redacted>``. A whole run may be passed: that also covers its command.
+    """
+    return _plain(settings, redacted=True)
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Writes strict JSON (indent 2; NaN and infinities become null), whole or not at all; makes missing folders.
+
+    Numpy and torch values become numbers and lists, paths and anything unknown their text.
+
+    Raises:
+        OSError: the folder cannot be written to; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is only atomic within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # An undecodable byte of a file name is a lone surrogate, and Python's escape of it is also JSON's.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            dump(_plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The teacher's row for `comparison_table`: its metrics, id and size; None if the run has no teacher measured."""
+    if not run.get("teacher_metrics"):
+        return None
+    return {**(run.get("teacher") or {}), **run["teacher_metrics"]}
+
+
+def comparison_table(
+    runs: Sequence[Mapping[str, Any]], teacher_row: Mapping[str, Any] | None = None, markdown: bool = False
+) -> str:
+    """The runs side by side, as text for a terminal or as a GitHub table, and below it how far it can be trusted.
+
+    The runs should share student, data and settings, and differ in their loss. Rates are percentages, "seconds" are
+    those of training, "MB" is the saved model, and the last column is in top-1 points against the run named "ce".
+    What is missing or not finite shows as "–". The sampling error is the half-width of the 95 % interval of a single
+    top-1 (Wilson 1927), which, unlike the usual one, is not 0 where all images are right.
+
+    Args:
+        runs: see the module's text; only "name" is required.
+        teacher_row: top1, top5, ece (in [0, 1]), size_mb and id of the teacher (see `teacher_row_of`), as first row.
+        markdown: a GitHub table instead of aligned text.
+    """
+    baseline = next((_number(run, "metrics", "top1") for run in runs if run.get("name") == "ce"), None)
+    rows = []
+    if teacher_row is not None:
+        label = f"teacher {teacher_row['id']}" if teacher_row.get("id") else "teacher"
+        rates = [_percent(_number(teacher_row, key)) for key in ("top1", "top5")]
+        size = _fixed(_number(teacher_row, "size_mb"))
+        rows.append([label, *rates, MISSING, _percent(_number(teacher_row, "ece")), MISSING, size, MISSING])
+    for run in runs:
+        top1 = _number(run, "metrics", "top1")
+        # round() first and + 0.0 after it, or −0.001 would show as "-0.00".
+        points = MISSING if None in (top1, baseline) else f"{round(100 * (top1 - baseline), 2) + 0.0:+.2f}"
+        rates = [_percent(_number(run, "metrics", key)) for key in ("top1", "top5", "agreement", "ece")]
+        seconds, size = _number(run, "timings", "train_seconds"), _number(run, "student", "size_mb")
+        rows.append([str(run["name"]), *rates, _fixed(seconds), _fixed(size), points])
+    return f"{_layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs)}"
+
+
+def _caveat(runs: Sequence[Mapping[str, Any]]) -> str:
+    seeds = sorted({str(run["seed"]) for run in runs if run.get("seed") is not None})
+    named = f" ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})" if seeds else ""
+    text = f"Each row is one training run{named}, so a difference between rows has no error bar."
+    pairs = [(_number(run, "metrics", "top1"), _number(run, "data", "eval_size")) for run in runs]
+    known = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
+    if not known:
+        return text
+    width = max(_half_width(top1, size) for top1, size in known)
+    return (
+        f"{text} Sampling error of one top-1 from {min(size for _, size in known)} images: ±{width:.2f} points (95 %)."
+    )
+
+
+def _half_width(rate: float, n: int, z: float = 1.96) -> float:
+    """Half-width in points of Wilson's score interval of a rate measured on n images."""
+    return 100 * z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
+
+
+def _layout(rows: list[list[str]], markdown: bool) -> str:
+    if markdown:
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [
+        [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
+    if markdown:
+        rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
+    lines = ["  ".join(row).rstrip() for row in [padded[0], ["-" * width for width in widths], *padded[1:]]]
+    return "\n".join(lines)
+
+
+def _number(mapping: Mapping[str, Any], *keys: str) -> float | None:
+    """The finite number at a path of keys, else None."""
+    value: Any = mapping
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.2f}"
+
+
+def _fixed(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _plain(obj: Any, redacted: bool = False) -> Any:
+    """Only dict, list, str, int, bool, None and finite floats."""
+    if isinstance(obj, Enum):
+        return _plain(obj.value, redacted)
+    if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float
+        return _plain(obj.tolist(), redacted)
+    if obj is None or isinstance(obj, bool | int):
+        return obj
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        kept = ((str(key), value) for key, value in obj.items())
+        return {key: _plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
+    if isinstance(obj, list | tuple | set | frozenset):
+        items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
+        return [_plain(item, redacted) for item in items]
+    return _SECRET_TEXT.sub(r"\1<redacted>", str(obj)) if redacted else str(obj)
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return bool(_SECRET_KEY.search(key)) and not (key.endswith("_tokens") and isinstance(value, int | float))

@@ -1,0 +1,368 @@
+"""`DistillationTrainer`: a `transformers.Trainer` whose loss is a distillation loss."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .checkpoints import SaveOnInterrupt, last_checkpoint, load_weights, save_head
+from .config import DTYPES, DistillationConfig
+from .data import Mixer, PictureCollator, PictureDataset, build_transform, find_columns
+from .metrics import ClassificationMeter, sample_statistics
+from .teacher import Teacher, load_teacher
+from .views import View
+from .weak_head import attach_weak_head, logits_of
+
+
+logger = logging.get_logger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student with `args.loss`, evaluates it, and measures it against a teacher.
+
+    Args:
+        model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`.
+        args: a `DistillationConfig`.
+        teacher: a `Teacher` (see `load_teacher`), or an id to load one from. Its classes are put in the student's
+            order by name. It stays outside the student: never trained, never saved, always in eval mode.
+        eval_teacher: a teacher for the agreement metrics only; default: `teacher`.
+        train_dataset, eval_dataset: a `datasets.Dataset` with an image column is decoded and, for training, augmented
+            (`args.augment`) here. Any other map-style data set is used as it is: its items are dicts with `pixels`,
+            `image` or `img` (a picture), or with `pixel_values` normalised for the student, and with `label` or
+            `labels`. With `pixel_values`, the student's view is inverted to show the teacher the picture.
+        processing_class: the student's image processor; its `View` is measured from it.
+        data_collator: default: a `PictureCollator`; one of your own must give the keys that it gives.
+        callbacks, **kwargs: as in `Trainer`.
+
+    A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
+    accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
+
+    Attributes:
+        skipped (`dict[str, None]`): the pictures that could not be decoded in training, in order of appearance.
+    """
+
+    # compute_loss scales every micro-batch by its share of the optimizer step's samples.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DistillationConfig,
+        teacher: Teacher | str | None = None,
+        eval_teacher: Teacher | str | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator=None,
+        callbacks=None,
+        **kwargs,
+    ):
+        if not isinstance(args, DistillationConfig):
+            raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each, with "
+                "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
+            )
+        args.check_teacher(teacher is not None)
+        self.view = View(processing_class) if processing_class is not None else None
+        self.train_loss = args.build_loss()
+        train_dataset = self._as_pictures(train_dataset, args, training=True)
+        eval_dataset = self._as_pictures(eval_dataset, args)
+        self.teacher = self._aligned(teacher, model, args) if self.train_loss.needs_teacher else None
+        self.eval_teacher = self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
+        if self.train_loss.needs_feature:
+            attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
+        self.skipped: dict[str, None] = {}
+        self.teacher_check: dict[str, float] | None = None
+        self._terms: dict[str, torch.Tensor] = {}
+        self._terms_since: int | None = None
+        self._meter: ClassificationMeter | None = None
+        self._own_collator = data_collator is None
+        self._interrupt = SaveOnInterrupt()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or ()), self._interrupt],
+            **kwargs,
+        )
+        if self.train_loss.needs_feature and args.world_size > 1:
+            self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
+        self.train_loss.to(args.device)
+        if self.eval_teacher is not None:
+            self.eval_teacher.to(args.device)
+
+    # ---- what is checked before anything runs ----
+
+    @staticmethod
+    def _num_classes(model: nn.Module) -> int:
+        if getattr(model, "config", None) is not None:
+            return model.config.num_labels
+        raise ValueError(f"the student ({type(model).__name__}) has no config with num_labels and id2label; give it one.")
+
+    def _need_view(self) -> View:
+        if self.view is None:
+            raise ValueError("the student's image processor is needed here: pass processing_class=.")
+        return self.view
+
+    @staticmethod
+    def _aligned(teacher: Teacher | str | None, model: nn.Module, args: DistillationConfig) -> Teacher | None:
+        if teacher is None:
+            return None
+        id2label = getattr(getattr(model, "config", None), "id2label", None)
+        if isinstance(teacher, str):
+            teacher = load_teacher(teacher, id2label=id2label)
+        if not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
+                "wrap it with load_teacher(module, processor=...)."
+            )
+        if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
+            raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
+        if id2label is not None:
+            teacher.align(id2label)
+        if teacher.dtype is None:
+            mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            teacher.dtype = DTYPES[args.teacher_dtype or mixed]
+        return teacher
+
+    @classmethod
+    def _as_pictures(cls, dataset, args: DistillationConfig, training: bool = False):
+        """Decode (and augment) the rows of a `datasets.Dataset` with an image column; leave the rest as it is."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, dict):
+            return type(dataset)((name, cls._as_pictures(part, args)) for name, part in dataset.items())
+        if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
+            raise ValueError("streamed (iterable) data sets are not supported yet: load it without streaming=True.")
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise ValueError(f"the {'training' if training else 'evaluation'} data set is empty.")
+        raw = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        if not raw or "pixel_values" in dataset.column_names or "pixels" in dataset.column_names:
+            return dataset
+        image, label = find_columns(dataset, args.image_column, args.label_column)
+        transform = None
+        return PictureDataset(dataset, image, label, transform, seed=args.data_seed or args.seed)
+
+    # ---- data ----
+
+    def _shared_size(self) -> int:
+        if self.args.view_size:
+            return self.args.view_size
+        views = [self._need_view(), *([self.teacher.view] if self.teacher else [])]
+        return max(max(view.size) for view in views)
+
+    def _collator(self, training: bool) -> PictureCollator:
+        args = self.args
+        if training:
+            mixer = None
+            if args.mixup_alpha or args.cutmix_alpha:
+                mixer = Mixer(self._num_classes(self.model), args.mixup_alpha, args.cutmix_alpha)
+            size = self._shared_size() if self.view else None
+            return PictureCollator(size=size, mixer=mixer, label_column=args.label_column)
+        frame = self.view.frame if self.view else None
+        other = self.eval_teacher is not None and self.eval_teacher.view != self.view
+        teacher_frame = self.eval_teacher.view.frame if other else None
+        return PictureCollator(frame, teacher_frame, label_column=args.label_column, keep_skipped=True)
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None):
+        dataset = self._as_pictures(dataset, self.args, training=is_training)
+        if is_training and isinstance(dataset, PictureDataset) and dataset.transform is None:
+            size = self._shared_size() if self.args.augment in ("resized_crop", "deit") else None
+            dataset.transform = build_transform(self.args.augment, size)
+        if self._own_collator:
+            self.data_collator = self._collator(is_training)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _run_epoch(self, *args, epoch, **kwargs):
+        # accelerate forwards set_epoch to the data set only where the sampler takes none.
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.skipped.update(dict.fromkeys(batch.pop("skipped", ())))
+        allowed = self.args.max_skipped_fraction * len(self.train_dataset)
+        if len(self.skipped) > allowed:
+            raise ValueError(
+                f"{len(self.skipped)} of {len(self.train_dataset)} pictures could not be decoded, more than "
+                f"max_skipped_fraction={self.args.max_skipped_fraction} allows. The first: {list(self.skipped)[:5]}."
+            )
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
+        """Samples in one optimizer step, over all its micro-batches and all ranks."""
+        if not batch_samples:
+            return None
+        count = sum(len(batch["labels"]) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        return self.accelerator.reduce(torch.tensor(count, device=device, dtype=torch.float32), "sum")
+
+    # ---- one step ----
+
+    def _student_input(self, inputs: dict) -> torch.Tensor:
+        values = inputs["pixel_values"] if "pixel_values" in inputs else self._need_view()(inputs["pixels"], framed=True)
+        return values.to(next(self.model.parameters()).dtype)
+
+    def _teacher_logits(self, teacher: Teacher | None, inputs: dict) -> torch.Tensor | None:
+        if teacher is None:
+            return None
+        pixels = inputs.get("teacher_pixels", inputs.get("pixels"))
+        if pixels is None:
+            pixels = self._need_view().invert(inputs["pixel_values"])
+        return teacher(pixels, framed=True)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
+        # The wrapped model, with a hook's output where there is a weak head; never labels: transformers' models would
+        # compute a loss of their own, and for float labels rewrite their config.
+        output = model(self._student_input(inputs))
+        logits, labels = logits_of(output), inputs["labels"]
+        weak = {"weak_logits": output["weak_logits"]} if self.train_loss.needs_feature else {}
+        teacher_logits = self._teacher_logits(self.teacher, inputs)
+        terms = self.train_loss(logits, labels, teacher_logits=teacher_logits, **weak)
+        share = 1.0
+        if num_items_in_batch is not None:  # DDP averages over ranks, so each counts for `world_size`
+            share = len(labels) * self.args.world_size / num_items_in_batch
+        terms = {name: term * share for name, term in terms.items()}
+        if model.training:
+            self._note_terms(terms)
+        loss = sum(terms.values())
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _note_terms(self, terms: dict[str, torch.Tensor]) -> None:
+        if self._terms_since is None:
+            self._terms, self._terms_since = {}, self.state.global_step
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + term.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`.
+
+        Raises:
+            FloatingPointError: when the loss has become NaN, which nothing heals.
+        """
+        if "loss" in logs and self._terms_since is not None:
+            steps = self.state.global_step - self._terms_since
+            totals = torch.stack([t.float() for t in self._terms.values()])
+            means = self.accelerator.reduce(totals, "mean") / max(steps, 1)
+            logs |= {f"loss_{name}": value for name, value in zip(self._terms, means.tolist(), strict=True)}
+            self._terms_since = None
+        super().log(logs, start_time)
+        if math.isnan(logs.get("loss", 0.0)):
+            terms = {k: v for k, v in logs.items() if k.startswith("loss")}
+            raise FloatingPointError(
+                f"the loss is NaN at step {self.state.global_step}: {terms}. Lower learning_rate, set max_grad_norm, or "
+                f"use bf16 in the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+            )
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # transformers estimates them from token counts, which pictures have none of
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a teacher
+        `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
+        self._meter = ClassificationMeter()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics = self._meter.compute()
+        self._meter = None
+        counted = metrics.pop("n")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if counted < output.num_samples:
+            output.metrics[f"{metric_key_prefix}_skipped"] = output.num_samples - counted
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = logits_of(model(self._student_input(inputs))).float()
+        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
+        if self._meter is not None:
+            self._meter.update(self.gather_function(statistics))
+        loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def measure_teacher(self, batches: int | None = None) -> dict[str, float]:
+        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (the training data if there are none).
+
+        Args:
+            batches: stop after so many; default: all.
+        """
+        source = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        source = next(iter(source.values())) if isinstance(source, dict) else source
+        meter = ClassificationMeter()
+        for _, inputs in zip(range(batches or sys.maxsize), self.get_eval_dataloader(source), strict=False):
+            inputs = self._prepare_inputs(inputs)
+            logits = self._teacher_logits(self.eval_teacher, inputs)
+            meter.update(self.accelerator.gather_for_metrics(sample_statistics(logits, inputs["labels"])))
+        return meter.compute()
+
+    def _check_teacher(self) -> None:
+        """A teacher near chance has the wrong classes, the wrong view or no training: say so before the run."""
+        with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the check
+            metrics = self.measure_teacher(self.args.teacher_check_batches)
+        top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
+        self.teacher_check = {"top1": top1, "n": n}
+        if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
+            logger.warning(
+                f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class names, "
+                "its preprocessing, and that it was trained for these classes."
+            )
+
+    # ---- training, saving, resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trains; see `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once the state is saved.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+        if self.teacher is not None and self.args.teacher_check_batches:
+            self._check_teacher()
+        self._terms_since = None
+        try:
+            result = super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._interrupt.restore()
+        if self._interrupt.requested:
+            folder = last_checkpoint(self.args.output_dir)
+            raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the student as a plain model, and the weak head beside it in checkpoints only."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)

@@ -1,0 +1,234 @@
+"""Metrics against numpy loops in float64, and the streamed against the whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_kd.metrics import (
+    ClassificationMeter,
+    agreement,
+    expected_calibration_error,
+    sample_statistics,
+    teacher_kl,
+    top_k_accuracy,
+)
+
+N, C = 211, 13
+
+
+@pytest.fixture
+def batch():
+    """Student logits that are right about half the time, labels of which some are -100, teacher logits."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(C, (N,), generator=generator)
+    student = 2 * torch.randn(N, C, generator=generator)
+    student[torch.arange(N), labels] += 2.0
+    teacher = student + torch.randn(N, C, generator=generator)
+    labels[::7] = -100
+    return student, labels, teacher
+
+
+def softmax(row):
+    shifted = np.exp(row - row.max())
+    return shifted / shifted.sum()
+
+
+def oracle(student, labels, teacher, n_bins=15):
+    """Every metric, image by image and bin by bin, from its definition."""
+    rows = []
+    for s, y, t in zip(student.double().numpy(), labels.tolist(), teacher.double().numpy(), strict=True):
+        if y == -100:
+            continue
+        p, q = softmax(s), softmax(t)
+        order = sorted(range(len(s)), key=lambda i, s=s: (-s[i], i))
+        rows.append(
+            {
+                "loss": -np.log(p[y]),
+                "top1": order[0] == y,
+                "top5": y in order[:5],
+                "confidence": p.max(),
+                "agreement": order[0] == int(np.argmax(t)),
+                "kl": sum(b * np.log(b / a) for a, b in zip(p, q, strict=True)),
+                "teacher_top1": int(np.argmax(t)) == y,
+            }
+        )
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "confidence"}
+    ece = 0.0
+    for b in range(n_bins):
+        inside = [row for row in rows if b / n_bins < row["confidence"] <= (b + 1) / n_bins]
+        if inside:
+            accuracy = np.mean([row["top1"] for row in inside])
+            ece += len(inside) / len(rows) * abs(accuracy - np.mean([row["confidence"] for row in inside]))
+    return {**means, "ece": ece, "n": float(len(rows))}
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_meter_matches_the_definitions(batch, n_bins):
+    meter = ClassificationMeter(n_bins)
+    meter.update(sample_statistics(*batch))
+    result = meter.compute()
+    assert result == pytest.approx(oracle(*batch, n_bins), abs=1e-6)
+    assert all(type(value) is float for value in result.values())
+
+
+def test_functions_match_the_definitions(batch):
+    student, labels, teacher = batch
+    expected = oracle(*batch)
+    assert top_k_accuracy(student, labels) == pytest.approx(expected["top1"])
+    assert top_k_accuracy(student, labels, k=5) == pytest.approx(expected["top5"])
+    assert expected_calibration_error(student, labels) == pytest.approx(expected["ece"], abs=1e-6)
+    everything = oracle(student, torch.zeros(N, dtype=torch.long), teacher)
+    assert agreement(student, teacher) == pytest.approx(everything["agreement"])
+    assert teacher_kl(student.double(), teacher.double()) == pytest.approx(everything["kl"], rel=1e-12)
+
+
+def test_a_teacher_is_optional(batch):
+    student, labels, _ = batch
+    stats = sample_statistics(student, labels)
+    assert stats.shape == (N, 5) and stats.dtype == torch.float32
+    meter = ClassificationMeter()
+    meter.update(stats)
+    assert set(meter.compute()) == {"loss", "top1", "top5", "ece", "n"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_lose_nothing_more(batch, dtype):
+    student, labels, teacher = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in batch)
+    meter = ClassificationMeter()
+    meter.update(sample_statistics(student, labels, teacher))
+    assert meter.compute() == pytest.approx(oracle(student, labels, teacher), abs=1e-6)
+
+
+def test_streaming_equals_whole_in_any_order(batch):
+    stats = sample_statistics(*batch)
+    assert stats.shape == (N, 8)
+    whole, streamed = ClassificationMeter(), ClassificationMeter()
+    whole.update(stats)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    for part in stats[order].split(17):
+        streamed.update(part)
+    assert streamed.compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+def test_statistics_of_parts_are_those_of_the_whole(batch):
+    student, labels, teacher = batch
+    parts = [sample_statistics(student[i::3], labels[i::3], teacher[i::3]) for i in range(3)]
+    whole = sample_statistics(*batch)
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(part, whole[i::3])
+
+
+@pytest.mark.parametrize("padding", [0.0, -100.0, float("nan")])
+def test_rows_without_weight_count_nowhere(batch, padding):
+    student, labels, teacher = batch
+    kept = labels != -100
+    clean, padded = ClassificationMeter(), ClassificationMeter()
+    clean.update(sample_statistics(student[kept], labels[kept], teacher[kept]))
+    student[~kept] = padding
+    stats = sample_statistics(student, labels, teacher)
+    assert torch.equal(stats[~kept], torch.zeros(int((~kept).sum()), 8))
+    # -100 is what gathering over ranks pads uneven batches with.
+    padded.update(torch.cat([stats, torch.full((3, 8), -100.0)]))
+    assert padded.compute() == pytest.approx(clean.compute(), rel=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_fewer_than_five_classes(classes):
+    logits = torch.randn(20, classes, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(20) % classes
+    stats = sample_statistics(logits, labels)
+    assert stats[:, 3].tolist() == [1.0] * 20
+    assert top_k_accuracy(logits, labels, k=9) == 1.0
+    assert top_k_accuracy(logits, labels) == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_bins_are_closed_on_the_right():
+    # Confidence is exactly 0.5: with two bins it belongs to the first, together with nothing of the 0.88 images.
+    even, sure = torch.zeros(1, 2), torch.tensor([[2.0, 0.0]])
+    logits, labels = torch.cat([even, sure]), torch.tensor([0, 1])
+    confidence = float(sure.softmax(1).max())
+    assert expected_calibration_error(logits, labels, n_bins=2) == pytest.approx((0.5 + confidence) / 2)
+    # One bin: the two gaps, +0.5 and −0.88, cancel in part.
+    assert expected_calibration_error(logits, labels, n_bins=1) == pytest.approx((confidence - 0.5) / 2)
+
+
+def test_equal_logits_are_right_for_one_class_only():
+    logits, labels = torch.zeros(10, 10), torch.arange(10)
+    assert top_k_accuracy(logits, labels) == pytest.approx(0.1)
+    assert top_k_accuracy(logits, labels, k=5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_a_diverged_model_misses_and_shows_it(classes):
+    meter = ClassificationMeter()
+    meter.update(sample_statistics(torch.full((4, classes), float("nan")), torch.zeros(4, dtype=torch.long)))
+    result = meter.compute()
+    assert result["top1"] == 0 and result["top5"] == 0
+    assert np.isnan(result["loss"]) and np.isnan(result["ece"])
+
+
+def test_huge_logits_and_ruled_out_classes_stay_finite():
+    student = torch.tensor([[1e3, -1e3, 0.0]])
+    assert teacher_kl(student, -student) == pytest.approx(2e3)
+    assert teacher_kl(student.half(), -student.half()) == pytest.approx(2e3)
+    ruled_out = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert teacher_kl(ruled_out, ruled_out) == 0.0
+    # KL of (½, ½, 0) to the uniform of three.
+    assert teacher_kl(torch.zeros(1, 3), ruled_out) == pytest.approx(np.log(3 / 2), rel=1e-6)
+    assert teacher_kl(student, student) == 0.0
+    assert torch.isfinite(sample_statistics(student, torch.tensor([1]), -student)).all()
+
+
+def test_many_small_batches_lose_nothing():
+    # In float32 the sum would stop growing at 2^24.
+    meter = ClassificationMeter()
+    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7]]).repeat(10, 1))
+    meter._sums *= 2.0**24
+    before = meter._sums[0].item()
+    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7]]))
+    assert meter._sums[0].item() - before == 1.0
+
+
+def test_update_never_waits_for_the_device():
+    # A meta tensor has no values: anything that needs one on the host raises.
+    student, teacher = torch.empty(2, 6, 9, device="meta")
+    meter = ClassificationMeter()
+    for _ in range(2):
+        meter.update(sample_statistics(student, torch.empty(6, dtype=torch.long, device="meta"), teacher))
+    assert meter._sums.shape == (8,) and meter._gaps.shape == (15,)
+
+
+def test_statistics_carry_no_gradient():
+    assert not sample_statistics(torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 2])).requires_grad
+
+
+def test_nothing_to_measure_is_an_error():
+    meter = ClassificationMeter()
+    with pytest.raises(ValueError, match="no labelled image"):
+        meter.compute()
+    ignored = torch.full((3,), -100)
+    meter.update(sample_statistics(torch.randn(3, 4), ignored))
+    with pytest.raises(ValueError, match="no labelled image"):
+        meter.compute()
+    with pytest.raises(ValueError, match="no labelled image"):
+        top_k_accuracy(torch.randn(3, 4), ignored)
+    with pytest.raises(ValueError, match="empty"):
+        agreement(torch.empty(0, 4), torch.empty(0, 4))
+
+
+def test_wrong_input_says_what_to_do():
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="argmax"):
+        sample_statistics(logits, torch.eye(4)[labels])
+    with pytest.raises(ValueError, match="argmax"):
+        sample_statistics(logits, labels.float())
+    with pytest.raises(ValueError, match="align"):
+        sample_statistics(logits, labels, torch.randn(3, 5))
+    with pytest.raises(ValueError, match="k is 0"):
+        top_k_accuracy(logits, labels, k=0)
+    with pytest.raises(ValueError, match="n_bins is 0"):
+        ClassificationMeter(0)
+    meter = ClassificationMeter()
+    meter.update(sample_statistics(logits, labels))
+    with pytest.raises(ValueError, match="always with or always without a teacher"):
+        meter.update(sample_statistics(logits, labels, logits))
