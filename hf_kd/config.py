@@ -49,6 +49,11 @@ class DistillationConfig(TrainingArguments):
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures. Default: found by type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
+    lr_step_epochs: list[float] | None = field(
+        default=None,
+        metadata={"help": "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."},
+    )
+    lr_step_factor: float = field(default=0.1, metadata={"help": "See lr_step_epochs. The CIFAR standard is 0.2."})
     max_skipped_fraction: float = field(
         default=0.01, metadata={"help": "Stop when more than this share of the pictures can't be decoded."}
     )
@@ -86,6 +91,8 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
+        if self.lr_step_epochs and self.max_steps > 0:
+            raise ValueError("lr_step_epochs counts epochs and max_steps counts steps: use num_train_epochs with it.")
         if self.view_size is not None and self.view_size < 1:
             raise ValueError(f"view_size={self.view_size} must be a positive number of pixels.")
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
@@ -93,6 +100,10 @@ class DistillationConfig(TrainingArguments):
         if self.label_names is None:
             self.label_names = ["labels"]  # models with a distillation token hide theirs
         super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the data depends on nothing else
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
     def build_loss(self) -> DistillationLoss:
         """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""

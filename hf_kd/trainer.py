@@ -212,6 +212,16 @@ class DistillationTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device, dtype=torch.float32), "sum")
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Adds the step schedule of `lr_step_epochs`, which the CNN settings of the paper use."""
+        args = self.args
+        if args.lr_step_epochs and self.lr_scheduler is None:
+            steps = [round(epoch * num_training_steps / args.num_train_epochs) for epoch in args.lr_step_epochs]
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, args.lr_step_factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ---- one step ----
 
     def _student_input(self, inputs: dict) -> torch.Tensor:

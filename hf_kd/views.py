@@ -47,6 +47,7 @@ class View:
                 "a view needs (1, 3, H, W)."
             )
         self.size: tuple[int, int] = tuple(black.shape[-2:])
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
         low, fifth, high = (x[0, :, row, column].double() for x in (black, grey, white))
@@ -123,12 +124,18 @@ class View:
         elif pixels.shape[-2:] != self.size:
             pixels = F.resize(pixels, list(self.size), interpolation=self.interpolation, antialias=True)
         values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-        return values * self.scale.to(values.device) + self.offset.to(values.device)
+        scale, offset = self._statistics(values.device)
+        return values * scale + offset
 
     def invert(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised `pixel_values`: float32 `(B, 3, H, W)` in [0, 1], on the same device."""
-        values = (pixel_values.float() - self.offset.to(pixel_values.device)) / self.scale.to(pixel_values.device)
-        return values.clamp(0, 1)
+        scale, offset = self._statistics(pixel_values.device)
+        return ((pixel_values.float() - offset) / scale).clamp(0, 1)
+
+    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._on_device:  # copied once, not at every step
+            self._on_device[device] = (self.scale.to(device), self.offset.to(device))
+        return self._on_device[device]
 
 
 def _settings(processor) -> dict:

@@ -5,6 +5,7 @@ import logging
 import pickle
 import random
 import struct
+import sys
 import warnings
 import zlib
 
@@ -36,6 +37,14 @@ from hf_kd.data.columns import encode_labels
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
 ORIENTATION = 0x112
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """The same draws in every run; nothing that load_data converts stays behind, and nothing is asked of the Hub."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def photo(height=37, width=53, channels=3, seed=0):
@@ -145,6 +154,7 @@ def test_16_bit_colours_are_scaled():
     assert torch.equal(decode_rgb(data), torch.from_numpy(small).permute(2, 0, 1))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_decode_takes_every_kind_of_source(tmp_path):
     rgb = photo()
     data = encode(rgb)
@@ -158,8 +168,17 @@ def test_decode_takes_every_kind_of_source(tmp_path):
     for source in sources:
         assert torch.equal(decode_rgb(source), pixels), type(source)
     assert torch.equal(decode_rgb(turned), pixels.flip(1, 2))
+    palette = PIL.Image.open(io.BytesIO(encode(PIL.Image.fromarray(rgb).quantize(9), transparency=bytes(range(9)))))
+    assert torch.equal(decode_rgb(palette), by_pillow(encode(palette)))
     for source in (rgb[..., 0], rgb[..., :1], pixels[:1]):
         assert torch.equal(decode_rgb(source), pixels[:1].expand(3, -1, -1))
+
+
+def test_decode_once_torchvision_has_no_decoders(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encode(photo(), kind)
+        assert torch.equal(decode_rgb(data), by_pillow(data))
 
 
 def test_undecodable():
@@ -474,13 +493,6 @@ def test_find_columns():
     assert class_names(picture_table(3), "label") == ["a", "b", "c"]
     with pytest.raises(ValueError, match="label"):
         class_names(datasets.Dataset.from_dict({"label": [1]}), "label")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Nothing that load_data converts stays behind, and nothing is asked of the Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def write_parquet(folder, labels_of, column="label", image="img", picture=True):

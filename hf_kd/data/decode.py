@@ -9,7 +9,6 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 # Metadata from which Pillow takes an orientation and torchvision does not: XMP, and in PNG EXIF behind the pixels.
@@ -84,9 +83,11 @@ def _from_tensor(picture: Tensor) -> Tensor:
 def _from_bytes(data: bytes) -> Tensor:
     if _torchvision_agrees(data):
         try:
+            from torchvision.io import ImageReadMode, decode_image  # announced to go; then Pillow decodes everything
+
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-        except (RuntimeError, Warning):  # Pillow may know better, or has the better reason
+        except (ImportError, RuntimeError, Warning):  # Pillow may know better, or has the better reason
             pass
     try:
         picture = PIL.Image.open(BytesIO(data))

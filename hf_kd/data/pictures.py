@@ -158,7 +158,7 @@ class PictureCollator:
         return [pair or filler for pair in pairs]
 
     def _label(self, item: dict[str, Any]) -> Tensor:
-        for key in ("labels", "label"):
+        for key in (self.label_column, "labels", "label"):
             if key in item:
                 return torch.as_tensor(item[key])
         raise ValueError(f"an item has no label: its keys are {', '.join(item)}; pass label_column")

@@ -245,6 +245,11 @@ class DistillationLoss(nn.Module):
         ce = self.ce_weight * cross_entropy(student_logits, labels, self.label_smoothing)
         return {"ce": ce} | self.method_terms(student_logits, labels, teacher_logits, weak_logits)
 
+    def numbers(self) -> dict[str, Any]:
+        """The constructor arguments: what `get_loss(name, **numbers)` makes the same loss of."""
+        values = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
+        return {key: value for key, value in values.items() if not callable(value) and value is not None}
+
     def extra_repr(self) -> str:
         """The constructor arguments, as in `NKDLoss(temperature=1.0, gamma=1.5, ...)`."""
-        return ", ".join(f"{key}={getattr(self, key)!r}" for key in inspect.signature(type(self)).parameters)
+        return ", ".join(f"{key}={value!r}" for key, value in self.numbers().items())

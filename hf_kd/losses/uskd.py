@@ -101,15 +101,16 @@ def _soft_target(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Te
 def _zipf(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: bool) -> Tensor:
     """Z (B, C): 1 / position of each class by falling N(S) + N(W), 0 at the targets `index` (B, K)."""
 
-    def normalized(logits: Tensor) -> Tensor:
-        # At a target this is S_t / (1 - S_t), the place that the official ranking gives it; it may be inf.
-        return (logits - torch.logsumexp(drop_targets(logits, index), dim=1, keepdim=True)).exp_()
+    def log_n(logits: Tensor) -> Tensor:
+        # At a target this is log S_t / (1 - S_t), the place that the official ranking gives it.
+        return logits - torch.logsumexp(drop_targets(logits, index), dim=1, keepdim=True)
 
-    rank = normalized(student).add_(normalized(weak))
+    # log(N(S) + N(W)) orders as the sum does, and neither overflows at a target nor ties in the tail.
+    rank = torch.logaddexp(log_n(student), log_n(weak))
     if not target_in_rank:
-        rank = rank.scatter(1, index, -1.0)
+        rank = rank.scatter(1, index, -torch.inf)
     if rank.device.type == "cpu" and not torch.compiler.is_compiling():
-        order = torch.from_numpy(np.argsort(-rank.numpy(), axis=1))  # vectorised; torch's sort is 11 cross entropies
+        order = torch.from_numpy(np.argsort(-rank.numpy(), axis=1))  # vectorised, unlike torch's
     else:
         order = rank.argsort(dim=1, descending=True)
     weight = 1 / torch.arange(1, rank.shape[1] + 1, device=rank.device, dtype=rank.dtype)

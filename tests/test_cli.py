@@ -1,0 +1,179 @@
+"""The command line as a user meets it: what it makes, what it says, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import tiny
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from hf_kd.arguments import make_parser, parse
+from hf_kd.cli import main
+
+
+NAMES = [f"class {i}" for i in range(6)]
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pictures(n, seed):
+    """Each class is a colour, with noise: something that can be learned in a few steps."""
+    rng = np.random.default_rng(seed)
+    colours = np.random.default_rng(0).integers(40, 216, (6, 1, 1, 3))
+    labels = np.arange(n) % 6
+    noisy = (colours[labels] + rng.normal(0, 20, (n, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    return {"image": [Image.fromarray(p) for p in noisy], "label": labels.tolist()}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """A folder with a data set (parquet), an architecture (`student`), a trained-looking `teacher`, and a config."""
+    folder = tmp_path_factory.mktemp("things")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    (folder / "data").mkdir()
+    for split, n, seed in (("train", 48, 1), ("test", 24, 2)):
+        datasets.Dataset.from_dict(pictures(n, seed), features=features).to_parquet(folder / "data" / f"{split}.parquet")
+    for name, kind, seed in (("student", "vit", 0), ("teacher", "resnet", 7)):
+        model, processor = tiny(kind, seed=seed, names=NAMES)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    config = {
+        "student": str(folder / "student"), "dataset": str(folder / "data"), "from_scratch": True, "loss": "ce",
+        "augment": "none", "num_train_epochs": 2, "per_device_train_batch_size": 16, "learning_rate": "1e-3",
+        "use_cpu": True, "disable_tqdm": True, "eval_strategy": "epoch", "logging_steps": 1, "save_strategy": "epoch",
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def distill(things, *more):
+    return main(["distill", "--config", str(things / "config.yaml"), *map(str, more)])
+
+
+def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert distill(things, "--loss", "uskd", "--output_dir", out) == 0
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert [model.config.id2label[i] for i in range(6)] == NAMES
+    assert AutoImageProcessor.from_pretrained(out).size["height"] == 32
+    answers = pipeline("image-classification", model=str(out))(pictures(1, 3)["image"][0])
+    assert answers[0]["label"] in NAMES
+
+    run = json.loads((out / "run.json").read_text())
+    assert run["loss"]["name"] == "uskd" and run["loss"]["alpha"] == 1.0
+    assert run["settings"]["learning_rate"] == 1e-3 and run["seed"] == 42
+    assert {"top1", "top5", "ece", "loss"} <= run["metrics"].keys()
+    assert {"loss", "loss_ce", "loss_target", "loss_non_target", "loss_weak"} <= run["terms"].keys()
+    assert run["terms"]["loss"] == pytest.approx(sum(v for k, v in run["terms"].items() if k != "loss"), rel=1e-5)
+    assert run["student"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run["versions"]["torch"] and run["timings"]["train_seconds"] > 0
+    assert run["data"] | {"skipped": 0} == run["data"] | {"skipped": 0, "train_size": 48, "eval_size": 24, "classes": 6}
+    assert Image.open(out / "curves.png").size[0] > 500
+    assert "top-1 %" in capsys.readouterr().out
+
+
+def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    spec = '{"ce": {}, "nkd": {"gamma": 0.5}, "zero": {"loss": "nkd", "gamma": 0.5}}'
+    status = distill(things, "--compare", spec, "--teacher", things / "teacher", "--output_dir", out)
+    printed = capsys.readouterr().out
+    assert status == 0
+    runs = json.loads((out / "run.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["ce", "nkd", "zero"]
+    first = [[e for e in run["history"] if "loss" in e][0]["loss_ce"] for run in runs]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)  # the same first weights and the same first batch
+    assert runs[1]["metrics"] == runs[2]["metrics"]  # the same run twice
+    assert all("agreement" in run["metrics"] and run["teacher_metrics"]["top1"] is not None for run in runs)
+    assert "difference to CE" in printed and "teacher" in printed
+    assert (out / "curves.png").is_file() and (out / "nkd" / "model.safetensors").is_file()
+    assert not list(out.rglob("*kd_head*"))
+
+
+def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(things):
+    script, config = parse(["--config", str(things / "config.yaml"), "--num_train_epochs", "5"])
+    assert (config.num_train_epochs, config.learning_rate, config.seed) == (5, 1e-3, 42)
+    assert script.from_scratch is True
+
+
+def test_every_shipped_config_can_be_read(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    files = sorted(Path("examples/configs").glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        given = yaml.safe_load(file.read_text())
+        script, config = parse(["--config", str(file), "--use_cpu", "--student", "x", "--dataset", "y"])
+        for name, value in given.items():
+            if name not in ("student", "dataset"):
+                got = getattr(script if hasattr(script, name) else config, name)
+                assert getattr(got, "value", got) in (value, float(value) if isinstance(value, int) else value), name
+        script.arms(config)
+
+
+def test_help_fits_a_person(capsys):
+    text = make_parser().format_help()
+    assert "--loss" in text and "--student" in text and "--learning_rate" in text
+    assert "--hub_token" not in text and len(text.splitlines()) < 160
+    assert "--hub_token" in make_parser(help_all=True).format_help()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--loss", "nkd"], "loss='nkd' learns from a teacher and none is given"),
+        (["--loss", "uskd", "--teacher", "THINGS/teacher"], "uses no teacher"),
+        (["--loss", "nkdd"], "nkd"),
+        (["--compare", "ce,nkdd"], "nkd"),
+        (["--dataset", "THINGS/nowhere"], "nowhere"),
+        (["--student", "THINGS/nowhere"], "nowhere"),
+        (["--label_column", "species"], "image"),
+        (["--output_dir", "THINGS"], "in use"),
+        (["--loss", "nkd", "--teacher", "THINGS/other"], "6"),
+        (["--config", "THINGS/wrong.yaml"], "learning_rate"),
+    ],
+)
+def test_bad_input_is_one_clear_error(more, message, things, tmp_path, capsys):
+    if not (things / "other").exists():
+        model, processor = tiny("resnet", num_labels=4)
+        model.save_pretrained(things / "other"), processor.save_pretrained(things / "other")
+        (things / "wrong.yaml").write_text("learning_rat: 1")
+    more = [text.replace("THINGS", str(things)) for text in more]
+    where = [] if "--output_dir" in more else ["--output_dir", str(tmp_path / "out")]
+    assert distill(things, *more, *where) == 1
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(things, tmp_path):
+    """In a subprocess, as a user; the signal is sent by the run itself at a known step."""
+    out = tmp_path / "out"
+    arguments = ["--config", str(things / "config.yaml"), "--output_dir", str(out), "--save_strategy", "no"]
+    code = f"""
+import os, signal, sys
+from transformers import TrainerCallback
+import hf_kd.trainer, hf_kd.cli
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2: os.kill(os.getpid(), signal.SIGINT)
+init = hf_kd.trainer.DistillationTrainer.__init__
+hf_kd.trainer.DistillationTrainer.__init__ = lambda self, *a, **k: init(self, *a, callbacks=[Stop()], **k)
+sys.argv = ["hf-kd", "distill"]
+sys.exit(hf_kd.cli.main(["distill", *{arguments!r}]))
+"""
+    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert stopped.returncode == 130, stopped.stderr[-2000:]
+    assert (out / "checkpoint-2" / "trainer_state.json").is_file()
+    assert f"hf-kd distill --config {things}/config.yaml" in stopped.stderr
+    assert "--resume_from_checkpoint last" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert main(["distill", *arguments, "--resume_from_checkpoint", "last"]) == 0
+    whole = tmp_path / "whole"
+    assert distill(things, "--output_dir", whole) == 0
+    a, b = (json.loads((folder / "run.json").read_text())["metrics"] for folder in (whole, out))
+    assert a == b

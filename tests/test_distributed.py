@@ -1,0 +1,82 @@
+"""Two processes (gloo, CPU) against one: same losses, same weights, same metrics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+# Also run by itself, by torchrun: `test_distributed.py FOLDER LOSS`.
+def worker(folder: str, loss: str) -> None:
+    from test_trainer import freeze_batch_norm, rows, trainer_for
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    broken = None
+    if loss == "skip":
+        loss, broken = "ce", 5
+    data = rows(40)
+    if broken is not None:
+        import datasets
+
+        data = data.cast_column("image", datasets.Image(decode=False))
+        data = data.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == broken else row, with_indices=True)
+        data = data.cast_column("image", datasets.Image())
+    trainer = trainer_for(
+        folder, "vit", loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
+        gradient_accumulation_steps=1 if loss == "uskd" else 2, max_steps=-1, num_train_epochs=1, augment="pad_crop",
+        max_skipped_fraction=0.5, eval_strategy="no",
+    )  # fmt: skip
+    freeze_batch_norm(trainer.model)
+    assert trainer.args.world_size == world
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), Path(folder) / "final.pt")
+        history = [e for e in trainer.state.log_history if "loss" in e]
+        Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def launch(folder: Path, loss: str, processes: int) -> dict:
+    folder.mkdir()
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, str(Path(__file__)), str(folder), loss]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("loss", ["nkd", "uskd"])
+def test_two_processes_equal_one(loss, tmp_path):
+    """40 pictures: the last optimizer step is uneven (8 of 32), and the evaluation set (21) is odd."""
+    one, two = (launch(tmp_path / str(n), loss, n) for n in (1, 2))
+    assert len(one["history"]) == len(two["history"])
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for name in (k for k in a if k.startswith("loss")):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    for name in ("loss", "top1", "top5", "ece", *(["kl", "agreement", "teacher_top1"] if loss == "nkd" else [])):
+        assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], rel=1e-3), name
+    a, b = (torch.load(tmp_path / n / "final.pt") for n in "12")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert not (tmp_path / "2" / "_kd_head.safetensors").exists()
+
+
+def test_a_picture_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
+    one, two = (launch(tmp_path / str(n), "skip", n) for n in (1, 2))
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])

@@ -1,0 +1,528 @@
+"""The trainer against hand-written training, in one process on the CPU."""
+
+import copy
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import tiny
+from torch import nn
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from hf_kd import DistillationConfig, DistillationTrainer, load_teacher
+from hf_kd.checkpoints import HEAD_FILE, last_checkpoint
+from hf_kd.losses import LOSSES
+from hf_kd.weak_head import logits_of
+
+
+FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
+NAMES = [f"class {i}" for i in range(6)]
+
+
+def rows(n=24, size=32, seed=0):
+    rng = np.random.default_rng(seed)
+    pictures = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    return datasets.Dataset.from_dict({"image": pictures, "label": [i % 6 for i in range(n)]}, features=features)
+
+
+def config(folder, **kwargs):
+    settings = {
+        "loss": "ce",
+        "augment": "none",
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "seed": 3,
+    }
+    return DistillationConfig(output_dir=str(folder), **(settings | kwargs))
+
+
+def make_teacher(kind="resnet", seed=7, size=48, names=NAMES):
+    module, processor = tiny(kind, seed=seed, size=size, names=names)
+    return load_teacher(module, id2label=names, processor=processor)
+
+
+def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluation=None, collate=None, **kwargs):
+    student, processor = tiny(kind, names=NAMES)
+    teacher = teacher or (make_teacher() if LOSSES[loss].needs_teacher else None)
+    return DistillationTrainer(
+        student,
+        config(folder, loss=loss, **kwargs),
+        teacher=teacher,
+        train_dataset=rows() if train is None else train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        data_collator=collate,
+    )
+
+
+def freeze_batch_norm(model):
+    """Batch statistics depend on the micro-batch by design; everything else must not."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+
+
+class Gradients(TrainerCallback):
+    """Keeps what the optimizer is about to use, step by step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def train_and_watch(trainer):
+    freeze_batch_norm(trainer.model)
+    watch = Gradients()
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch.steps, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- the step itself ----
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_accumulation_gives_the_same_gradients_and_loss(kind, tmp_path):
+    """(16, 1), (4, 4) and uneven micro-batches: 20 rows in batches of 16 and 4, or of 6, 6, 6 and 2."""
+    train = rows(20)
+    results = {}
+    for batch, accumulation, limit in ((16, 1, 16), (4, 4, 16), (20, 1, 20), (6, 4, 20)):
+        trainer = trainer_for(
+            tmp_path / f"{batch}-{accumulation}",
+            kind,
+            "nkd",
+            train=train.select(range(limit)),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        results[batch, accumulation] = train_and_watch(trainer)
+    for one, other in (((16, 1), (4, 4)), ((20, 1), (6, 4))):
+        (steps, logs), (other_steps, other_logs) = results[one], results[other]
+        assert len(steps) == len(other_steps) == 2
+        for a, b in zip(steps, other_steps, strict=True):
+            assert a.keys() == b.keys()
+            for name in a:
+                torch.testing.assert_close(a[name], b[name], rtol=2e-4, atol=2e-6, msg=f"{kind} {name}")
+        for a, b in zip(logs, other_logs, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_first_step_is_the_hand_written_one(tmp_path):
+    """One SGD step of NKD, written with nothing of the trainer's."""
+    train = rows(8)
+    trainer = trainer_for(tmp_path, "vit", "nkd", train=train, max_steps=1, loss_kwargs={"gamma": 1.5})
+    student, processor = tiny("vit", names=NAMES)
+    teacher, teacher_processor = tiny("resnet", seed=7, size=48, names=NAMES)
+    trainer.train()
+
+    pictures, labels = train["image"], torch.tensor(train["label"])
+    s = student.train()(processor(list(pictures), return_tensors="pt")["pixel_values"]).logits
+    with torch.no_grad():
+        t = teacher.eval()(teacher_processor(list(pictures), return_tensors="pt")["pixel_values"]).logits
+    ps, pt = s.softmax(1), t.softmax(1)
+    loss = 0.0
+    for i, y in enumerate(labels):
+        others = [c for c in range(6) if c != y]
+        ns, nt = s[i, others].softmax(0), t[i, others].softmax(0)
+        loss = loss - ps[i, y].log() - pt[i, y] * ps[i, y].log() - 1.5 * (nt * ns.log()).sum()
+    (loss / len(labels)).backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.grad is not None:
+                p -= 0.05 * p.grad
+    for (name, got), expected in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_logged_terms_add_up(loss, accumulation, tmp_path):
+    trainer = trainer_for(
+        tmp_path, loss=loss, gradient_accumulation_steps=accumulation, logging_steps=2, max_steps=4, train=rows(40)
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        terms = {k: v for k, v in entry.items() if k.startswith("loss_")}
+        assert len(terms) == {"ce": 1, "kd": 2, "nkd": 3, "uskd": 4}[loss]
+        assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_one_teacher_forward_a_step_and_the_teacher_never_changes(tmp_path):
+    teacher = make_teacher()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    calls, modes = [], set()
+    teacher.model.register_forward_hook(
+        lambda m, a, o: (calls.append(1), modes.update(x.training for x in teacher.modules()))
+    )
+    trainer = trainer_for(
+        tmp_path, loss="nkd", teacher=teacher, max_steps=5, save_strategy="steps", save_steps=5, teacher_check_batches=0
+    )
+    trainer.model.train()
+    trainer.train()
+    assert len(calls) == 5
+    assert modes == {False}
+    for k, v in teacher.state_dict().items():
+        assert torch.equal(v, before[k]), k
+    assert not any(p.grad is not None for p in teacher.parameters())
+    saved = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=False)
+    trained = sum(len(group["params"]) for group in saved["param_groups"])
+    assert trained == len(list(trainer.model.parameters()))
+    assert not [f for f in tmp_path.rglob("*") if "teacher" in f.name]
+
+
+def test_permuted_teacher_gives_the_same_loss(tmp_path):
+    module, processor = tiny("resnet", seed=7, size=48, names=NAMES)
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = copy.deepcopy(module)
+    with torch.no_grad():
+        for old, new in zip(module.classifier.parameters(), shuffled.classifier.parameters(), strict=True):
+            new.copy_(old[order])
+    shuffled.config.id2label = {i: NAMES[c] for i, c in enumerate(order)}
+    losses = []
+    for k, m in enumerate((module, shuffled)):
+        trainer = trainer_for(tmp_path / str(k), loss="nkd", teacher=load_teacher(m, processor=processor))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_path, caplog):
+    runs = []
+    for batches in (4, 0):
+        trainer = trainer_for(tmp_path / str(batches), loss="nkd", teacher_check_batches=batches, augment="pad_crop")
+        with caplog.at_level("WARNING", logger="hf_kd.trainer"):
+            caplog.clear()
+            trainer.train()
+        runs.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert (trainer.teacher_check is not None) == bool(batches)
+    assert torch.equal(*runs)
+    assert trainer_check_text(caplog, tmp_path)
+
+
+def trainer_check_text(caplog, tmp_path):
+    trainer = trainer_for(tmp_path / "again", loss="nkd")
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            trainer.train()
+    finally:
+        transformers.utils.logging.disable_propagation()
+    return "chance is 16.7%" in caplog.text
+
+
+# ---- data of every kind ----
+
+
+def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
+    train = rows(8)
+    student, processor = tiny("vit", names=NAMES)
+
+    def normalise(batch):
+        return {
+            "pixel_values": processor(list(batch["image"]), return_tensors="pt")["pixel_values"],
+            "labels": batch["label"],
+        }
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, key):
+            self.key = key
+
+        def __len__(self):
+            return len(train)
+
+        def __getitem__(self, i):
+            picture = train[i]["image"]
+            if self.key == "pixels":
+                picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            return {self.key: picture, "label": train[i]["label"]}
+
+    kinds = {
+        "rows": train,
+        "with_transform": train.with_transform(normalise),
+        "pixel_values": train.map(normalise, batched=True, remove_columns=["image", "label"]).with_format("torch"),
+        "torch pixels": Pictures("pixels"),
+        "torch image": Pictures("image"),
+        "renamed": train.rename_columns({"image": "img", "label": "fine_label"}),
+    }
+    losses = {}
+    for name, data in kinds.items():
+        trainer = trainer_for(tmp_path / name, loss="nkd", train=data, evaluation=data, label_column=None)
+        trainer.train()
+        metrics = trainer.evaluate()
+        losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e] + [metrics["eval_kl"]]
+    for name, values in losses.items():
+        # The teacher's picture passes through float instead of uint8 where the student's view had to be inverted.
+        assert values == pytest.approx(losses["rows"], rel=2e-3 if "pixel_values" in name or "transform" in name else 1e-6), name
+
+
+def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
+    train = rows(40).cast_column("image", datasets.Image(decode=False))
+    broken = train.map(lambda row, i: {"image": {"bytes": b"no picture", "path": None}} if i == 7 else row, with_indices=True)
+    broken = broken.cast_column("image", datasets.Image())
+    trainer = trainer_for(tmp_path, train=broken, evaluation=broken, max_steps=-1, num_train_epochs=2, max_skipped_fraction=0.05)
+    trainer.train()
+    assert len(trainer.skipped) == 1
+    metrics = trainer.evaluate()
+    assert metrics["eval_skipped"] == 1
+    with pytest.raises(ValueError, match="1 of 40 pictures"):
+        trainer_for(tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": rows(6).select([])}, "training data set is empty"),
+        ({"train": rows(6).remove_columns("label")}, "image"),
+        ({"label_column": "nope"}, "nope"),
+        ({"loss": "uskd", "teacher": True}, "uses no teacher"),
+        ({"loss": "nkd", "teacher": False}, "learns from a teacher"),
+    ],
+)
+def test_bad_input_is_refused_at_once(change, message, tmp_path):
+    student, processor = tiny("vit", names=NAMES)
+    change = dict(change)
+    teacher = make_teacher() if change.pop("teacher", False) else None
+    train = change.pop("train", rows(6))
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(
+            student, config(tmp_path, **change), teacher=teacher, train_dataset=train, processing_class=processor
+        )
+
+
+def test_unknown_settings_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="nkd"):
+        config(tmp_path, loss="nkdd")
+    with pytest.raises(ValueError, match="gamma"):
+        config(tmp_path, loss="nkd", loss_kwargs={"gama": 1.0})
+    with pytest.raises(ValueError, match="pad_crop"):
+        config(tmp_path, augment="padcrop")
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_equals_plain_formulas_and_keeps_no_logits(tmp_path, monkeypatch):
+    data = rows(21)
+    teacher = make_teacher()
+    trainer = trainer_for(tmp_path, loss="nkd", teacher=teacher, evaluation=data)
+    kept = []
+    original = trainer.gather_function
+    trainer.gather_function = lambda x, **kw: (kept.append(x.shape), original(x, **kw))[1]
+    metrics = trainer.evaluate()
+    student, processor = tiny("vit", names=NAMES)
+    pixels = processor(list(data["image"]), return_tensors="pt")["pixel_values"]
+    labels = torch.tensor(data["label"])
+    with torch.no_grad():
+        s = student.eval()(pixels).logits.double()
+        t = teacher.model(teacher.processor(list(data["image"]), return_tensors="pt")["pixel_values"]).logits.double()
+    expected = {
+        "eval_loss": F.cross_entropy(s, labels).item(),
+        "eval_top1": (s.argmax(1) == labels).double().mean().item(),
+        "eval_top5": (s.topk(5).indices == labels[:, None]).any(1).double().mean().item(),
+        "eval_agreement": (s.argmax(1) == t.argmax(1)).double().mean().item(),
+        "eval_teacher_top1": (t.argmax(1) == labels).double().mean().item(),
+        "eval_kl": F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="batchmean").item(),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    assert 0 <= metrics["eval_ece"] <= 1
+    assert all(len(shape) == 1 or shape[1] != 6 for shape in kept)
+
+
+def test_distillation_token_models_are_evaluated(tmp_path):
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    names = dict(enumerate(NAMES))
+    student = DeiTForImageClassificationWithTeacher(
+        DeiTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
+                   patch_size=8, id2label=names, label2id={v: k for k, v in names.items()})
+    )  # fmt: skip
+    processor = tiny("deit", names=NAMES)[1]
+    trainer = DistillationTrainer(student, config(tmp_path), eval_dataset=rows(12), processing_class=processor)
+    assert {"eval_top1", "eval_loss"} <= trainer.evaluate().keys()
+
+
+def test_soft_labels_of_mixing_train_and_leave_the_config_alone(tmp_path):
+    for loss in LOSSES:
+        trainer = trainer_for(tmp_path / loss, loss=loss, mixup_alpha=0.8, cutmix_alpha=1.0)
+        trainer.train()
+        assert trainer.model.config.problem_type is None
+
+
+# ---- saving and resuming ----
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_resume_gives_bit_identical_weights(kind, tmp_path):
+    """USKD with dropout, augmentation and AdamW: an uninterrupted run is the oracle."""
+
+    def make(folder, **kwargs):
+        trainer = trainer_for(
+            tmp_path / folder, kind, "uskd", max_steps=7, save_strategy="steps", save_steps=3, optim="adamw_torch",
+            learning_rate=1e-3, augment="pad_crop", mixup_alpha=0.2, **kwargs,
+        )  # fmt: skip
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        return trainer
+
+    whole = make("whole")
+    whole.train()
+    make("cut").train()
+    for step in (6, 7):  # as if the run had been cut off after step 3
+        for file in sorted((tmp_path / "cut" / f"checkpoint-{step}").rglob("*"), reverse=True):
+            file.unlink()
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    expected, got = whole.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == got.keys()
+    assert any(k.startswith("kd_head.") for k in got)
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+
+
+def test_resume_refuses_a_checkpoint_that_does_not_fit(tmp_path):
+    trainer = trainer_for(tmp_path, "vit", save_strategy="steps", save_steps=3)
+    trainer.train()
+    with pytest.raises(ValueError, match="missing"):
+        trainer_for(tmp_path, "resnet").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=HEAD_FILE):
+        trainer_for(tmp_path, "vit", "uskd").train(resume_from_checkpoint=True)
+
+
+def test_resume_passes_over_a_half_written_checkpoint(tmp_path):
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit"])
+def test_load_best_model_at_end_really_loads_it(kind, tmp_path):
+    trainer = trainer_for(
+        tmp_path, kind, evaluation=rows(24, seed=1), max_steps=4, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="loss",
+        learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(losses, key=losses.get)
+    assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{best}"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_what_is_saved_is_a_plain_model_without_secrets(tmp_path):
+    trainer = trainer_for(tmp_path, loss="uskd", save_strategy="steps", save_steps=3, hub_token="hf_secretsecret")
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "checkpoint-3" / HEAD_FILE).is_file()
+    assert not (tmp_path / HEAD_FILE).exists()
+    student, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert [student.config.id2label[i] for i in range(6)] == NAMES
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(x).logits, logits_of(trainer.model.eval()(x)))
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert b"hf_secretsecret" not in file.read_bytes(), file
+    assert pickle.loads(pickle.dumps(trainer.args)).hub_token is None
+
+
+def test_nan_loss_stops_the_run_and_says_where(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                torch.nn.init.constant_(model.classifier.bias, float("nan"))
+
+    trainer.add_callback(Poison())
+    with pytest.raises((FloatingPointError, ValueError), match="NaN|nan"):
+        trainer.train()
+    assert last_checkpoint(tmp_path) is not None
+
+
+def test_bf16_and_compile_train(tmp_path):
+    trainer = trainer_for(tmp_path, loss="nkd", bf16=True)
+    assert trainer.teacher.dtype is torch.bfloat16
+    trainer.train()
+    for loss in ("nkd", "uskd"):
+        plain, compiled = (trainer_for(tmp_path / f"{loss}-{c}", loss=loss, torch_compile=c) for c in (False, True))
+        plain.train(), compiled.train()
+        for a, b in zip(plain.state.log_history, compiled.state.log_history, strict=True):
+            if "loss" in a:
+                assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        compiled.save_model(str(tmp_path / "compiled"))
+        AutoModelForImageClassification.from_pretrained(tmp_path / "compiled")
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from test_trainer import *
+from transformers import TrainerCallback
+class Signal(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.{signal})
+trainer = trainer_for({folder!r}, "deit", "uskd", max_steps=5, save_strategy="steps", save_steps={every}, augment="pad_crop")
+if {send}:
+    trainer.add_callback(Signal())
+trainer.train(resume_from_checkpoint={resume})
+torch.save(trainer.model.state_dict(), {folder!r} + "/final.pt")
+"""
+
+
+def run_script(folder, name="SIGINT", send=True, resume=False, every=100):
+    text = SCRIPT.format(
+        path=[str(Path(__file__).parent)], folder=str(folder), signal=name, send=send, resume=resume, every=every
+    )
+    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ})
+
+
+@pytest.mark.parametrize(("name", "every"), [("SIGINT", 100), ("SIGKILL", 1)])
+def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
+    """Ctrl-C saves at the end of the step; after kill -9 the last checkpoint (of step 1) is gone on from."""
+    whole = run_script(tmp_path / "whole", send=False)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    cut = run_script(tmp_path / "cut", name, every=every)
+    assert cut.returncode != 0
+    if name == "SIGINT":
+        assert "the state is saved in" in cut.stderr
+    state = json.loads((Path(last_checkpoint(tmp_path / "cut")) / "trainer_state.json").read_text())
+    assert state["global_step"] == (2 if name == "SIGINT" else 1)
+    resumed = run_script(tmp_path / "cut", send=False, resume=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    a, b = (torch.load(tmp_path / run / "final.pt") for run in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
