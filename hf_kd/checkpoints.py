@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -59,7 +60,10 @@ def load_weights(student: nn.Module, folder: str | os.PathLike, with_head: bool 
         ValueError: if a weight of the student is not in the checkpoint; with the names.
     """
     if isinstance(student, PreTrainedModel):
-        loaded, info = type(student).from_pretrained(folder, output_loading_info=True)
+        config = copy.deepcopy(student.config)
+        loaded, info = type(student).from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         state = loaded.state_dict()
         missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
     else:

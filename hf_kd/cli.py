@@ -160,7 +160,8 @@ def _run_arm(
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k.startswith("eval_")}
     evaluated = time.perf_counter()
     trainer.save_model()
-    skipped = gather_object(list(trainer.skipped))
+    metrics.pop("skipped", None)
+    skipped, eval_skipped = (gather_object(list(texts)) for texts in (trainer.skipped, trainer.eval_skipped))
     seconds = {
         "train_seconds": result.metrics["train_runtime"],
         "eval_seconds": evaluated - trained,
@@ -189,7 +190,12 @@ def _run_arm(
                 "train_size": len(data.train),
                 "eval_size": len(data.eval),
                 "classes": len(data.names),
-                "skipped": {"count": len(skipped), "examples": skipped[:100], "eval_count": metrics.pop("skipped", 0)},
+                "skipped": {
+                    "count": len(skipped),
+                    "examples": skipped[:100],
+                    "eval_count": len(eval_skipped),
+                    "eval_examples": eval_skipped[:100],
+                },
             },
             "seed": config.seed,
             "command": command,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
 from .views import View
-
 
 logger = logging.get_logger(__name__)
 
@@ -15,9 +17,24 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def label_maps(names: list[str] | dict[int, str]) -> dict:
-    """`num_labels`-defining keyword arguments of a config, from class names in order (or an id2label)."""
+    """`id2label` and `label2id` of a config, from class names in order (or an id2label)."""
     id2label = {int(i): str(n) for i, n in (names.items() if isinstance(names, dict) else enumerate(names))}
+    if sorted(id2label) != list(range(len(id2label))):
+        raise ValueError(f"id2label must number its {len(id2label)} classes from 0 on, it has {sorted(id2label)[:8]}.")
+    id2label = dict(sorted(id2label.items()))
     return {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+
+
+def check_id(model: str | os.PathLike) -> str:
+    """The Hub id or local folder, as text.
+
+    Raises:
+        ValueError: if it can only be a folder and there is none (the Hub's own message would be a riddle).
+    """
+    text = os.path.expanduser(os.fspath(model))
+    if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise ValueError(f"no such folder: {text} (seen from {os.getcwd()}). A Hub id has the form OWNER/NAME.")
+    return text
 
 
 def load_student(
@@ -39,7 +56,8 @@ def load_student(
         id2label: the class names of the data, in label order. A classification head of another size is replaced.
         processor: the image processor; default: the one saved beside the model.
         from_scratch: build the architecture with random weights instead of loading them.
-        image_size: side of the model's square input in pixels; pictures are then resized to it without a crop.
+        image_size: side of the model's square input in pixels; pictures are then resized to it without a crop. A
+            pretrained ViT knows only its own.
         image_mean, image_std: channel statistics of pixels in [0, 1]; default: the processor's.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run modelling code from the Hub repository. Off unless you have read it.
@@ -48,36 +66,52 @@ def load_student(
         `(model, processor)`. The model is on the CPU, in train mode if `from_scratch`.
 
     Raises:
-        ValueError: if weights other than those of the head are missing, with their names.
+        ValueError: if there is no such folder or architecture, if weights other than those of the head are missing
+            (with their names), or if the model can't take `image_size` or does not have `id2label`'s count of classes.
     """
     if isinstance(model, nn.Module):
         if from_scratch:
-            raise ValueError("from_scratch=True builds a model from an id or a folder; a module was given, with weights.")
+            raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
         if processor is None:
-            raise ValueError("a student given as a module needs its image processor: load_student(module, processor=...).")
-        return model, _with_size(processor, image_size, image_mean, image_std)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    names = label_maps(id2label) if id2label is not None else {}
-    if from_scratch:
-        config = _scratch_config(model, image_size, names, hub)
-        module = build(config, trust_remote_code)
+            raise ValueError("a student given as a module needs its image processor: pass processor=.")
+        module, name = model, type(model).__name__
+        if id2label is not None and hasattr(module, "config"):
+            if module.config.num_labels != len(id2label):
+                raise ValueError(f"{name} has {module.config.num_labels} classes, id2label {len(id2label)}.")
+            _name_classes(module.config, id2label)
     else:
-        module, info = AutoModelForImageClassification.from_pretrained(
-            model, ignore_mismatched_sizes=True, output_loading_info=True, **names, **hub
-        )
-        _check_loaded(module, model, info)
-        fixed = getattr(module.config, "image_size", None)
-        if image_size and fixed and fixed not in (image_size, (image_size, image_size), [image_size, image_size]):
-            raise ValueError(
-                f"{model} was pretrained at {fixed} px and its position embeddings fit no other size: "
-                f"drop image_size={image_size}, or use --from_scratch."
+        name = check_id(model)
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = _scratch_config(name, image_size, hub) if from_scratch else AutoConfig.from_pretrained(name, **hub)
+        if id2label is not None:
+            _name_classes(config, id2label)
+        if from_scratch:
+            module = build(config, trust_remote_code)
+        else:
+            module, info = AutoModelForImageClassification.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,  # the default is that of the checkpoint, which may be too coarse to be trained
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **hub,
             )
-    if processor is None:
-        processor = _processor_for(module, model, hub)
+            _check_loaded(module, name, info)
+        processor = processor or _processor_for(module, name, hub)
     processor = _with_size(processor, image_size, image_mean, image_std)
-    if hasattr(processor, "data_config"):  # a timm model keeps its preprocessing in its config
-        module.config.pretrained_cfg = {**(getattr(module.config, "pretrained_cfg", None) or {}), **processor.data_config}
+    if image_size:
+        _check_size(module, name, image_size)
+    if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
+        own = getattr(module.config, "pretrained_cfg", None) or {}
+        module.config.pretrained_cfg = {**own, **processor.data_config}
     return module, processor
+
+
+def _name_classes(config, id2label) -> None:
+    for key, value in label_maps(id2label).items():
+        setattr(config, key, value)
+    if config.model_type == "timm_wrapper":  # timm's own key, which is the one that is saved
+        config.label_names = list(config.id2label.values())
 
 
 def build(config, trust_remote_code: bool = False):
@@ -85,60 +119,98 @@ def build(config, trust_remote_code: bool = False):
     if config.architectures is None and type(config) in AutoModelForImageClassification._model_mapping:
         known = AutoModelForImageClassification._model_mapping[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
-    return AutoModelForImageClassification.from_config(config, trust_remote_code=trust_remote_code)
+    module = AutoModelForImageClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    if config.model_type == "timm_wrapper":  # transformers has overwritten timm's initialisation with normal(0, 0.02)
+        import timm
+
+        module.timm_model = timm.create_model(
+            config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+        )
+    return module
 
 
-def _scratch_config(model: str, image_size: int | None, names: dict, hub: dict):
-    if not str(model).startswith("timm/"):
-        config = AutoConfig.from_pretrained(model, **names, **hub)
+def _scratch_config(model: str, image_size: int | None, hub: dict):
+    if not model.startswith("timm/") or os.path.isdir(model):
+        config = AutoConfig.from_pretrained(model, **hub)
         if image_size and hasattr(config, "image_size"):
             config.image_size = image_size
         return config
     import timm
     from transformers import TimmWrapperConfig
 
-    architecture = str(model).removeprefix("timm/").split(".")[0]
-    if architecture not in timm.list_models():
+    architecture = model.removeprefix("timm/").split(".")[0]
+    if not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:5]
-        raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}. Near: {', '.join(near) or '-'}.")
+        raise ValueError(
+            f"timm {timm.__version__} has no architecture {architecture!r}. Near: {', '.join(near) or '-'}."
+        )
     default = timm.get_pretrained_cfg(architecture).to_dict()
     # Of the weights' own settings only the preprocessing holds without them.
     data = timm.data.resolve_data_config(default)
     # Position embeddings depend on the size of the input.
     model_args = {"img_size": image_size} if image_size and default.get("fixed_input_size") else None
-    return TimmWrapperConfig(architecture=architecture, pretrained_cfg=data, model_args=model_args, **names)
+    return TimmWrapperConfig(architecture=architecture, pretrained_cfg=data, model_args=model_args)
 
 
-def _check_loaded(module, name, info: dict) -> None:
+def _check_loaded(module, name: str, info: dict) -> None:
     """Only the classification head may be new; anything else would be trained from noise without a word."""
-    new = set(info["missing_keys"]) | {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    classes = module.config.num_labels
-    head = {f"{n}.{p}" for n, m in module.named_modules() if getattr(m, "out_features", None) == classes
-            for p, _ in m.named_parameters(recurse=False)}
-    if new - head:
+    new = loading_faults(info)
+    if hasattr(module, "timm_model"):
+        parts = module.timm_model.get_classifier()
+        parts = parts if isinstance(parts, (tuple, list)) else [parts]
+    else:
+        body, classes = f"{module.base_model_prefix}.", module.config.num_labels
+        layers = [m for n, m in module.named_modules() if not n.startswith(body)]
+        parts = [m for m in layers if getattr(m, "out_features", None) == classes]
+    head = {id(p) for part in parts for p in part.parameters()}
+    wrong = new - {n for n, p in module.named_parameters() if id(p) in head}
+    if wrong:
         raise ValueError(
-            f"{name}: {len(new - head)} weights besides the classification head are not in the checkpoint or have "
-            f"another shape: {sorted(new - head)[:8]}. Use the architecture the weights were made for, or --from_scratch."
+            f"{name}: {len(wrong)} weights besides the classification head are not in the checkpoint or have another "
+            f"shape: {sorted(wrong)[:8]}. Use the architecture the weights were made for, or --from_scratch."
         )
     if new:
-        logger.info(f"{name}: the classification head is new ({classes} classes).")
+        logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")
+
+
+def loading_faults(info: dict) -> set[str]:
+    """Names of the weights that from_pretrained's loading info reports as missing or of another shape."""
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    return {*info["missing_keys"], *mismatched}
+
+
+@torch.no_grad()
+def _check_size(module: nn.Module, name: str, size: int) -> None:
+    parameter, training = next(module.parameters()), module.training
+    try:
+        module.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{name} can't take pictures of image_size={size}, at least with its weights: {error}"
+        ) from error
+    finally:
+        module.train(training)
 
 
 def _processor_for(module, name: str, hub: dict):
-    if module.config.model_type == "timm_wrapper" and getattr(module.config, "pretrained_cfg", None):
+    config = module.config
+    if config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-        config = module.config
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
     try:
         return AutoImageProcessor.from_pretrained(name, **hub)
-    except OSError:
+    except (OSError, KeyError, TypeError):
         from transformers import ViTImageProcessor
 
-        size = getattr(module.config, "image_size", None) or 224
+        size = getattr(config, "image_size", None) or 224
         size = size if isinstance(size, int) else size[0]
         logger.warning(f"{name} has no image processor: using {size} px with ImageNet statistics.")
-        return ViTImageProcessor(size={"height": size, "width": size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+        return ViTImageProcessor(
+            size={"height": size, "width": size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
+        )
 
 
 def _with_size(processor, image_size, image_mean, image_std):
@@ -151,12 +223,20 @@ def _with_size(processor, image_size, image_mean, image_std):
             new |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "crop_mode": "squash"}
         new |= {k: tuple(v) for k, v in (("mean", image_mean), ("std", image_std)) if v}
         return type(processor)(pretrained_cfg=new, architecture=processor.architecture)
+    if not image_size:
+        new = {k: list(v) for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v}
+        return type(processor).from_dict({**processor.to_dict(), **new, "do_normalize": True})
     from transformers import ViTImageProcessor
 
-    height, width = (image_size, image_size) if image_size else View(processor).size
+    view = View(processor)
+    if view.channels != [0, 1, 2]:
+        raise ValueError(
+            f"{type(processor).__name__} swaps colour channels: pass processor=, made for {image_size} px."
+        )
+    mean, std = ([round(v, 7) for v in x.flatten().tolist()] for x in (-view.offset / view.scale, 1 / view.scale))
     return ViTImageProcessor(
-        size={"height": height, "width": width},
+        size={"height": image_size, "width": image_size},
         resample=getattr(processor, "resample", None) or 3,
-        image_mean=image_mean or processor.image_mean,
-        image_std=image_std or processor.image_std,
+        image_mean=image_mean or mean,
+        image_std=image_std or std,
     )

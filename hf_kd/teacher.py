@@ -82,7 +82,8 @@ class Teacher(nn.Module):
 
     def __init__(self, model: nn.Module, processor, id2label=None, class_map=None, dtype=None, name: str = "teacher"):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False)
+        self.eval()
         self.processor = processor
         self.view = View(processor)
         self.name = name

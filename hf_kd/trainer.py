@@ -45,7 +45,8 @@ class DistillationTrainer(Trainer):
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
 
     Attributes:
-        skipped (`dict[str, None]`): the pictures that could not be decoded in training, in order of appearance.
+        skipped, eval_skipped (`dict[str, None]`): the pictures that this process could not decode in training and in
+            evaluation, in order of appearance.
     """
 
     # compute_loss scales every micro-batch by its share of the optimizer step's samples.
@@ -81,6 +82,7 @@ class DistillationTrainer(Trainer):
         if self.train_loss.needs_feature:
             attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
         self.skipped: dict[str, None] = {}
+        self.eval_skipped: dict[str, None] = {}
         self.teacher_check: dict[str, float] | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_since: int | None = None
@@ -194,14 +196,16 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            self.skipped.update(dict.fromkeys(batch.pop("skipped", ())))
-        allowed = self.args.max_skipped_fraction * len(self.train_dataset)
-        if len(self.skipped) > allowed:
-            raise ValueError(
-                f"{len(self.skipped)} of {len(self.train_dataset)} pictures could not be decoded, more than "
-                f"max_skipped_fraction={self.args.max_skipped_fraction} allows. The first: {list(self.skipped)[:5]}."
-            )
+            self._note_skipped(batch, self.skipped, len(self.train_dataset))
         return batches, count
+
+    def _note_skipped(self, batch: dict, skipped: dict[str, None], total: int) -> None:
+        skipped.update(dict.fromkeys(batch.pop("skipped", ())))
+        if len(skipped) > self.args.max_skipped_fraction * total:
+            raise ValueError(
+                f"{len(skipped)} of {total} pictures could not be decoded, more than "
+                f"max_skipped_fraction={self.args.max_skipped_fraction} allows. The first: {list(skipped)[:5]}."
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
         """Samples in one optimizer step, over all its micro-batches and all ranks."""
@@ -289,10 +293,11 @@ class DistillationTrainer(Trainer):
         """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a teacher
         `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
         self._meter = ClassificationMeter()
+        self._evaluated = self.num_examples(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self._meter.compute()
         self._meter = None
-        counted = metrics.pop("n")
+        counted = int(metrics.pop("n"))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if counted < output.num_samples:
             output.metrics[f"{metric_key_prefix}_skipped"] = output.num_samples - counted
@@ -300,6 +305,8 @@ class DistillationTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
+        if self._meter is not None:
+            self._note_skipped(inputs, self.eval_skipped, self._evaluated)
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -352,6 +359,9 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
         self._terms_since = None
+        if "torch._dynamo" in sys.modules:
+            # Dynamo does not guard on hooks: it would give a student with the weak head the code of one without.
+            torch.compiler.reset()
         try:
             result = super().train(resume_from_checkpoint, **kwargs)
         finally:

@@ -11,70 +11,80 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-
-# Pillow's resampling filters, by number, as image processors store them.
-_INTERPOLATION = {
-    0: InterpolationMode.NEAREST,
-    1: InterpolationMode.LANCZOS,
-    2: InterpolationMode.BILINEAR,
-    3: InterpolationMode.BICUBIC,
-}
+# Pillow's resampling filters, by number, as image processors store them: those that tensors can be resized with.
+_PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class View:
     """The preprocessing of one image processor, as a function of pixels.
 
     Mean and standard deviation are not read from attributes (each family names and composes them differently) but
-    measured: the processor is run on a black, a white and a grey picture, which gives its affine map per channel.
+    measured: the processor is run on a black, a white and a coloured picture, which gives its affine map per channel,
+    and the order of the channels (MobileViT's is BGR).
 
     Args:
         processor: an image processor of transformers (the timm wrapper's too) with a fixed output size.
 
     Attributes:
         size (`tuple[int, int]`): height and width of the model's input.
-        scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels / 255 * scale + offset`.
+        channels (`list[int]`): which channel of the pixels becomes which of the model's input; [0, 1, 2] for RGB.
+        scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels[channels] / 255 * scale + offset`.
+        interpolation (`InterpolationMode`): how pictures are resized.
 
     Raises:
-        ValueError: if the processor's output is not `(3, H, W)` or not an affine function of the pixels.
+        ValueError: if the processor's output is not `(3, H, W)` of one size, or not an affine function of the pixels.
     """
 
     def __init__(self, processor):
         self.processor = processor
-        black, grey, white = (self._process([torch.full((3, 256, 256), v, dtype=torch.uint8)]) for v in (0, 51, 255))
-        if black.ndim != 4 or black.shape[1] != 3:
+        name = type(processor).__name__
+        # Another shape each, to see whether the output's is always the same; 51, 102, 204 are 0.2, 0.4, 0.8 of white.
+        colours = {(256, 256): (0, 0, 0), (200, 320): (51, 102, 204), (320, 200): (255, 255, 255)}
+        black, colour, white = (
+            self._process([torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, *shape).contiguous()])
+            for shape, rgb in colours.items()
+        )
+        shapes = {shape: tuple(x.shape[1:]) for shape, x in zip(colours, (black, colour, white), strict=True)}
+        if black.ndim != 4 or black.shape[1] != 3 or len(set(shapes.values())) > 1:
             raise ValueError(
-                f"{type(processor).__name__} turns one RGB picture into a tensor of shape {tuple(black.shape)}; "
-                "a view needs (1, 3, H, W)."
+                f"{name} turns pictures of the sizes {list(shapes)} into tensors of the shapes "
+                f"{list(shapes.values())}; a view needs one and the same (3, H, W). Give it a fixed output size "
+                "(`crop_size`, or `size` with height and width)."
             )
         self.size: tuple[int, int] = tuple(black.shape[-2:])
-        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
-        low, fifth, high = (x[0, :, row, column].double() for x in (black, grey, white))
-        self.scale = (high - low).float().view(3, 1, 1)
-        self.offset = low.float().view(3, 1, 1)
-        if not torch.allclose(low + 0.2 * (high - low), fifth, atol=1e-4) or (self.scale == 0).any():
+        low, part, high = (x[0, :, row, column].double() for x in (black, colour, white))
+        self.scale, self.offset = (x.float().view(3, 1, 1) for x in (high - low, low))
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        share = (part - low) / (high - low)
+        error, nearest = (share[:, None] - torch.tensor([0.2, 0.4, 0.8])).abs().min(dim=1)
+        self.channels: list[int] = nearest.tolist()
+        if not (error < 1e-4).all() or sorted(self.channels) != [0, 1, 2]:
             raise ValueError(
-                f"{type(processor).__name__} is not an affine map of the pixels (0 -> {low.tolist()}, 51 -> "
-                f"{fifth.tolist()}, 255 -> {high.tolist()}): it can't be shared between teacher and student."
+                f"{name} is not an affine map of each colour channel (0 -> {low.tolist()}, 255 -> {high.tolist()}, "
+                f"51, 102, 204 -> {part.tolist()}): it can't be shared between teacher and student."
             )
+        # Pillow's number of the filter, torchvision's mode, or timm's name for it.
         resample = getattr(processor, "resample", None)
-        if resample is not None:
-            self.interpolation = _INTERPOLATION.get(int(resample), InterpolationMode.BICUBIC)
-        else:  # timm
-            name = getattr(processor, "data_config", {}).get("interpolation", "bicubic")
-            self.interpolation = {m.value: m for m in InterpolationMode}.get(name, InterpolationMode.BICUBIC)
+        if resample is None:
+            resample = getattr(processor, "data_config", {}).get("interpolation")
+        resample = getattr(resample, "value", resample)
+        mode = _PILLOW.get(resample, resample)
+        self.interpolation = InterpolationMode(mode if mode in _PILLOW.values() else "bicubic")
 
     def __repr__(self) -> str:
-        mean, std = (x.flatten().tolist() for x in (-self.offset / self.scale, 1 / self.scale))
-        numbers = ", ".join(f"{name}=[{', '.join(f'{v:.4g}' for v in x)}]" for name, x in (("mean", mean), ("std", std)))
-        return f"View(size={self.size}, {numbers}, interpolation={self.interpolation.value})"
+        mean, std = (
+            ", ".join(f"{v:.4g}" for v in x.flatten().tolist()) for x in (-self.offset / self.scale, 1 / self.scale)
+        )
+        return f"View(size={self.size}, mean=[{mean}], std=[{std}], interpolation={self.interpolation.value})"
 
     def __eq__(self, other) -> bool:
         """Whether both show every picture alike (as far as size, statistics and the processor's settings tell)."""
         return (
             isinstance(other, View)
             and self.size == other.size
+            and self.channels == other.channels
             and torch.allclose(self.scale, other.scale)
             and torch.allclose(self.offset, other.offset)
             and self.interpolation == other.interpolation
@@ -90,8 +100,7 @@ class View:
         except (RuntimeError, ValueError) as error:
             shapes = sorted({tuple(p.shape) for p in pictures})
             raise ValueError(
-                f"{type(self.processor).__name__} could not make one batch of pictures of the shapes {shapes}: "
-                f"{error}. Give it a fixed output size (`crop_size`, or `size` with height and width)."
+                f"{type(self.processor).__name__} could not make one batch of pictures of the shapes {shapes}: {error}"
             ) from error
 
     def frame(self, pictures) -> torch.Tensor:
@@ -103,8 +112,7 @@ class View:
         Returns:
             uint8 `(B, 3, *size)` on the CPU. Exact: the processor's output is mapped back to whole pixel values.
         """
-        values = self._process([p.cpu() for p in pictures])
-        return ((values - self.offset) / self.scale * 255).round_().clamp_(0, 255).to(torch.uint8)
+        return (self.invert(self._process([p.cpu() for p in pictures])) * 255).round_().to(torch.uint8)
 
     def __call__(self, pixels: torch.Tensor, framed: bool = False) -> torch.Tensor:
         """`pixel_values` of a batch, as the processor would give them.
@@ -119,18 +127,26 @@ class View:
             float32 `(B, 3, *size)` on the device of `pixels`.
         """
         if not framed:
-            whole = pixels if pixels.dtype == torch.uint8 else (pixels * 255).round().to(torch.uint8)
+            whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
             pixels = self.frame(whole).to(pixels.device)
         elif pixels.shape[-2:] != self.size:
-            pixels = F.resize(pixels, list(self.size), interpolation=self.interpolation, antialias=True)
-        values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+            mode = self.interpolation
+            if mode == InterpolationMode.LANCZOS and pixels.device.type != "cpu":
+                mode = InterpolationMode.BICUBIC  # the nearest that torch has there
+            pixels = F.resize(pixels, list(self.size), interpolation=mode, antialias=True)
+            if pixels.is_floating_point():
+                pixels = pixels.clamp(0, 1)  # bicubic overshoots; torchvision clips bytes by itself
+        values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
+        if self.channels != [0, 1, 2]:
+            values = values[:, self.channels]
         scale, offset = self._statistics(values.device)
         return values * scale + offset
 
     def invert(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised `pixel_values`: float32 `(B, 3, H, W)` in [0, 1], on the same device."""
         scale, offset = self._statistics(pixel_values.device)
-        return ((pixel_values.float() - offset) / scale).clamp(0, 1)
+        pixels = ((pixel_values.float() - offset) / scale).clamp(0, 1)
+        return pixels if self.channels == [0, 1, 2] else pixels[:, [self.channels.index(i) for i in range(3)]]
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._on_device:  # copied once, not at every step

@@ -18,7 +18,7 @@ def worker(folder: str, loss: str) -> None:
     broken = None
     if loss == "skip":
         loss, broken = "ce", 5
-    data = rows(40)
+    data = rows(48)
     if broken is not None:
         import datasets
 
@@ -57,7 +57,7 @@ def launch(folder: Path, loss: str, processes: int) -> dict:
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
 def test_two_processes_equal_one(loss, tmp_path):
-    """40 pictures: the last optimizer step is uneven (8 of 32), and the evaluation set (21) is odd."""
+    """48 pictures: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = (launch(tmp_path / str(n), loss, n) for n in (1, 2))
     assert len(one["history"]) == len(two["history"])
     for a, b in zip(one["history"], two["history"], strict=True):

@@ -178,9 +178,12 @@ def test_one_teacher_forward_a_step_and_the_teacher_never_changes(tmp_path):
     teacher = make_teacher()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     calls, modes = [], set()
-    teacher.model.register_forward_hook(
-        lambda m, a, o: (calls.append(1), modes.update(x.training for x in teacher.modules()))
-    )
+
+    def watch(module, args, output):
+        calls.append(1)
+        modes.update(x.training for x in teacher.modules())
+
+    teacher.model.register_forward_hook(watch)
     trainer = trainer_for(
         tmp_path, loss="nkd", teacher=teacher, max_steps=5, save_strategy="steps", save_steps=5, teacher_check_batches=0
     )
@@ -215,28 +218,13 @@ def test_permuted_teacher_gives_the_same_loss(tmp_path):
 
 def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_path, caplog):
     runs = []
-    for batches in (4, 0):
+    for batches in (0, 4):
         trainer = trainer_for(tmp_path / str(batches), loss="nkd", teacher_check_batches=batches, augment="pad_crop")
-        with caplog.at_level("WARNING", logger="hf_kd.trainer"):
-            caplog.clear()
-            trainer.train()
+        trainer.train()
         runs.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         assert (trainer.teacher_check is not None) == bool(batches)
+        assert ("chance is 16.7%" in caplog.text) == bool(batches)
     assert torch.equal(*runs)
-    assert trainer_check_text(caplog, tmp_path)
-
-
-def trainer_check_text(caplog, tmp_path):
-    trainer = trainer_for(tmp_path / "again", loss="nkd")
-    import transformers
-
-    transformers.utils.logging.enable_propagation()
-    try:
-        with caplog.at_level("WARNING"):
-            trainer.train()
-    finally:
-        transformers.utils.logging.disable_propagation()
-    return "chance is 16.7%" in caplog.text
 
 
 # ---- data of every kind ----
@@ -513,7 +501,7 @@ def run_script(folder, name="SIGINT", send=True, resume=False, every=100):
 
 @pytest.mark.parametrize(("name", "every"), [("SIGINT", 100), ("SIGKILL", 1)])
 def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
-    """Ctrl-C saves at the end of the step; after kill -9 the last checkpoint (of step 1) is gone on from."""
+    """The signal comes at the very end of step 2: Ctrl-C saves when the next step ends, kill -9 leaves what step 1 saved."""
     whole = run_script(tmp_path / "whole", send=False)
     assert whole.returncode == 0, whole.stderr[-2000:]
     cut = run_script(tmp_path / "cut", name, every=every)
@@ -521,7 +509,7 @@ def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
     if name == "SIGINT":
         assert "the state is saved in" in cut.stderr
     state = json.loads((Path(last_checkpoint(tmp_path / "cut")) / "trainer_state.json").read_text())
-    assert state["global_step"] == (2 if name == "SIGINT" else 1)
+    assert state["global_step"] == (3 if name == "SIGINT" else 1)
     resumed = run_script(tmp_path / "cut", send=False, resume=True)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     a, b = (torch.load(tmp_path / run / "final.pt") for run in ("whole", "cut"))

@@ -1,6 +1,7 @@
 """Tiny classifiers of every family, from configs alone: hidden size 32, 4 layers, 32 px."""
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageClassification, DeiTConfig, ResNetConfig, TimmWrapperConfig, ViTConfig
 from transformers import ViTImageProcessor as Processor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
@@ -28,6 +29,10 @@ def tiny(kind, num_labels=6, seed=0, names=None, size=32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageClassification.from_config(config)
+        if kind == "timm_resnet":  # transformers' weights of standard deviation 0.02 give constant logits
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
     return model.eval(), processor
 
 
