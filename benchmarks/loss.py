@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,8 +74,9 @@ def main() -> None:
     base = seconds["F.cross_entropy"]
     hardware = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
     print(
-        f"{hardware}, {torch.get_num_threads()} threads, python {platform.python_version()}, "
-        f"torch {torch.__version__}, float32, B {args.batch}, C {args.classes}, {args.rounds} rounds\n"
+        f"{hardware}, {torch.get_num_threads()} thread(s), python {platform.python_version()}, "
+        f"torch {torch.__version__}, numpy {np.__version__}, float32, "
+        f"B {args.batch}, C {args.classes}, {args.rounds} rounds\n"
     )
     rows = [("forward + backward", "median ms", "median ratio", "ratio of fastest")]
     for name, times in seconds.items():

@@ -100,8 +100,7 @@ _COMMON = (
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs "
     "warmup_steps max_grad_norm label_smoothing_factor bf16 fp16 torch_compile seed eval_strategy save_strategy "
-    "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint "
-    "push_to_hub hub_model_id use_cpu"
+    "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint use_cpu"
 ).split()
 
 
@@ -115,7 +114,8 @@ class _Formatter(argparse.HelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
-        value = self._format_args(action, "N" if action.type in (int, float) else "VALUE")
+        long = action.choices is not None and len(action.choices) > 6
+        value = "NAME" if long else self._format_args(action, "N" if action.type in (int, float) else "VALUE")
         return names[0] if action.nargs in (0, "?") else f"{names[0]} {value}"
 
     def _get_help_string(self, action):
@@ -143,8 +143,16 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     shown = {*ScriptArguments.__dataclass_fields__, *own, *_COMMON, "config", "help", "help_all"}
     for action in parser._actions:
         action.help = " ".join((action.help or "").split("\n\n")[0].split())
+        if action.dest == "resume_from_checkpoint":
+            action.help = "Go on from a checkpoint: its folder, or 'last' for the newest complete one of every run."
         if not help_all and (action.dest not in shown or action.option_strings[0].startswith("--no_")):
             action.help = argparse.SUPPRESS
+    what, rest = parser._action_groups.pop(), parser._optionals
+    how = parser.add_argument_group("how to distil")
+    how._group_actions = [action for action in rest._group_actions if action.dest in own]
+    rest._group_actions = [action for action in rest._group_actions if action.dest not in own]
+    rest.title = "how to train (arguments of transformers; --help_all lists the rest)"
+    parser._action_groups = [what, how, rest]
     parser.usage = "hf-kd distill [--config FILE] [--student ID] [--teacher ID] [--dataset ID] [--loss NAME] ..."
     return parser
 

@@ -31,6 +31,8 @@ HEADER = (
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
 _SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(--?[\w-]*token[ =]+)(?!-)\S+")
+# A path from the root or a home folder tells of the machine; its last part is what a reader needs.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
 
 
 def collect_versions() -> dict[str, str | None]:
@@ -49,7 +51,7 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
     numbers named ``*_tokens``, which are counts; inside strings, Hub tokens and the value of an option that ends in
-    "token" become ``<redacted>``. A whole run may be passed: that also covers its command.
+    "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run may be passed: that also covers its command.
     """
     return _plain(settings, redacted=True)
 
@@ -184,7 +186,10 @@ def _plain(obj: Any, redacted: bool = False) -> Any:
     if isinstance(obj, list | tuple | set | frozenset):
         items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
         return [_plain(item, redacted) for item in items]
-    return _SECRET_TEXT.sub(r"\1<redacted>", str(obj)) if redacted else str(obj)
+    if not redacted:
+        return str(obj)
+    text = str(obj).replace(f"{Path.cwd()}{os.sep}", "")
+    return _SECRET_TEXT.sub(r"\1<redacted>", _ABSOLUTE_PATH.sub(r"\1", text))
 
 
 def _is_secret(key: str, value: Any) -> bool:

@@ -1,8 +1,8 @@
 """The weak head of USKD: a linear classifier on a pooled intermediate feature of the student.
 
-It is a submodule of the student, fed by a forward hook at the feature site, and its logits leave through a forward hook
-on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need, and no
-modelling code is touched. It is kept out of the saved model.
+It is a submodule of the student, fed by a forward hook at the feature site, and its logits leave through a forward
+hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need, and
+no modelling code is touched. It is kept out of the saved model.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-
 HEAD = "kd_head"
 
-# Module names by model_type; `{half}` is the index of block L/2 (the 6th of 12), counted from 0.
+# Module names by model_type, counted from 0: `{half}` is block L/2 (the 6th of 12), `{stage}` the last stage but one,
+# `{block}` the last block of that. Swin's stages themselves give what comes after patch merging.
 _SITES = {
     "vit": ("vit.layers.{half}", "class_token"),
     "deit": ("deit.layers.{half}", "class_token"),
-    "resnet": ("resnet.encoder.stages.{last_but_one}", "map"),
-    "regnet": ("regnet.encoder.stages.{last_but_one}", "map"),
-    "convnext": ("convnext.encoder.stages.{last_but_one}", "map"),
+    "beit": ("beit.layers.{half}", "class_token"),
+    "dinov2": ("dinov2.encoder.layer.{half}", "class_token"),
+    "swin": ("swin.encoder.layers.{stage}.blocks.{block}", "mean_token"),
+    "swinv2": ("swinv2.encoder.layers.{stage}.blocks.{block}", "mean_token"),
+    "resnet": ("resnet.encoder.stages.{stage}", "nchw"),
+    "regnet": ("regnet.encoder.stages.{stage}", "nchw"),
+    "convnext": ("convnext.encoder.stages.{stage}", "nchw"),
+    "convnextv2": ("convnextv2.encoder.stages.{stage}", "nchw"),
 }
 
 
@@ -84,8 +89,7 @@ def find_feature_site(student: nn.Module, size: tuple[int, int], feature_module:
             f"with one of: {', '.join(_candidates(student, size))}."
         )
     shape = _trace(student, size, [name])[name]
-    if kind is None or kind == "map":
-        kind = _pooling(student, shape)
+    kind = kind or _pooling(student, shape)
     channels = shape[1] if kind in ("nchw", "none") else shape[-1]
     return FeatureSite(name, channels, kind)
 
@@ -100,17 +104,16 @@ def _known_site(student: nn.Module) -> tuple[str | None, str | None]:
     model_type = getattr(config, "model_type", None)
     if model_type in _SITES:
         name, kind = _SITES[model_type]
-        depth = getattr(config, "num_hidden_layers", None) or 0
-        stages = len(getattr(config, "depths", None) or ())
-        return name.format(half=depth // 2 - 1, last_but_one=stages - 2), kind
+        half = (getattr(config, "num_hidden_layers", None) or 0) // 2 - 1
+        depths = [0, 0, *(getattr(config, "depths", None) or ())]
+        return name.format(half=half, stage=len(depths) - 4, block=depths[-2] - 1), kind
     prefix, model = ("timm_model.", student.timm_model) if hasattr(student, "timm_model") else ("", student)
     if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
-        kind = "class_token" if getattr(model, "cls_token", None) is not None else "mean_token"
-        return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", kind
+        return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
     stages = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
     stages = getattr(stages, "info", stages)
     if stages and len(stages) > 1:
-        return prefix + stages[-2]["module"], "map"
+        return prefix + stages[-2]["module"], None
     return None, None
 
 
@@ -144,13 +147,16 @@ def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[
 def _pooling(student: nn.Module, shape: tuple[int, ...]) -> str:
     if len(shape) == 2:
         return "none"
+    model = getattr(student, "timm_model", student)
     if len(shape) == 3:
-        model = getattr(student, "timm_model", student)
         has_token = any(name.split(".")[-1] in ("cls_token", "class_token") for name, _ in model.named_parameters())
-        return "class_token" if has_token else "mean_token"
+        # As many tokens as patches: the class token joins them later (timm's CaiT and XCiT).
+        patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+        return "class_token" if has_token and shape[1] != patches else "mean_token"
     if len(shape) == 4:
-        # Maps are square here; the odd one out is the channel dimension (timm's Swin is channels-last).
-        return "nhwc" if shape[1] == shape[2] != shape[3] else "nchw"
+        # Channels last in timm's Swin; elsewhere the odd one out is taken for the channels of a square map.
+        last = getattr(model, "output_fmt", None) == "NHWC" or shape[1] == shape[2] != shape[3]
+        return "nhwc" if last else "nchw"
     raise ValueError(f"a feature of shape {shape} can't be pooled: choose a module with 2 to 4 dimensions.")
 
 
@@ -189,7 +195,8 @@ class WeakHead(nn.Module):
         if weak_logits is None or not weak_logits.requires_grad:
             raise RuntimeError(
                 f"the weak head got no differentiable feature from {self.site.name!r}. With activation checkpointing "
-                "use activation_checkpointing_kwargs={'use_reentrant': False}."
+                "use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the module by (CNNs of "
+                f"timm), choose its last block with feature_module= (--feature_module): {self.site.name}.N."
             )
         return StudentOutput(logits=logits_of(output), weak_logits=weak_logits)
 
@@ -211,7 +218,7 @@ def attach_weak_head(
         return getattr(student, HEAD)
     site = find_feature_site(student, size, feature_module)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU's too
         head = WeakHead(site, num_classes)
     parameter = next(student.parameters())
     student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))

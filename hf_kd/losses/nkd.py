@@ -1,4 +1,4 @@
-"""NKD, normalized knowledge distillation with a teacher: arXiv 2303.13005, section 3."""
+"""NKD, normalized knowledge distillation with a teacher: arXiv 2303.13005."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""USKD, self-distillation without a teacher by customised soft labels: arXiv 2303.13005, section 4."""
+"""USKD, self-distillation without a teacher by customised soft labels: arXiv 2303.13005."""
 
 from collections.abc import Callable
 
