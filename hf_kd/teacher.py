@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import _processor_for, label_maps
+from .student import _processor_for, check_id, label_maps, loading_faults
 from .views import View
 from .weak_head import logits_of
 
@@ -32,13 +33,13 @@ def match_classes(teacher_names: dict[int, str], student_names: dict[int, str], 
         ValueError: unequal counts, unmatched or ambiguous names; with numbers, names and the way out.
     """
     n_teacher, n_student = len(teacher_names), len(student_names)
-    way_out = 'pass class_map= ("by_index", a list with the teacher\'s index for each class, or {student: teacher} names)'
+    way_out = 'pass class_map= ("by_index", the list of the teacher\'s indices, or a dict {student: teacher} of names)'
     if isinstance(class_map, (list, tuple)):
         order = [int(i) for i in class_map]
         if len(order) != n_student or len(set(order)) != n_student or not all(0 <= i < n_teacher for i in order):
             raise ValueError(
-                f"class_map must list {n_student} different teacher indices in [0, {n_teacher}), one for each class of "
-                f"the student; it has {len(order)} ({len(set(order))} different)."
+                f"class_map must list {n_student} different teacher indices in [0, {n_teacher}), one for each class "
+                f"of the student; it has {len(order)} ({len(set(order))} different)."
             )
         return order
     if n_teacher != n_student:
@@ -48,20 +49,24 @@ def match_classes(teacher_names: dict[int, str], student_names: dict[int, str], 
     if class_map is not None and not isinstance(class_map, dict):
         raise ValueError(f"class_map={class_map!r} is not understood: {way_out}.")
     renamed = {_key(k): _key(v) for k, v in (class_map or {}).items()}
+    unknown = sorted(renamed.keys() - {_key(name) for name in student_names.values()})
+    if unknown:
+        raise ValueError(f"class_map renames {len(unknown)} classes that the student does not have: {unknown[:8]}.")
     index: dict[str, int] = {}
     for i, name in teacher_names.items():
         index.setdefault(_key(name), int(i))
     wanted = [renamed.get(_key(student_names[i]), _key(student_names[i])) for i in range(n_student)]
     missing = [student_names[i] for i, key in enumerate(wanted) if key not in index]
     if missing:
-        theirs = [teacher_names[i] for i in range(n_teacher) if _key(teacher_names[i]) not in set(wanted)]
+        theirs = [teacher_names[index[key]] for key in sorted(index.keys() - set(wanted))]
         raise ValueError(
             f"{len(missing)} of the student's {n_student} classes have no class of that name in the teacher: "
-            f"{missing[:8]}; the teacher's unmatched ones: {theirs[:8]}. Check that both know the same classes, or {way_out}."
+            f"{missing[:8]}; the teacher's unmatched ones: {theirs[:8]}. Check that both know the same classes, or "
+            f"{way_out}."
         )
     order = [index[key] for key in wanted]
-    if len(set(order)) != n_student:
-        double = sorted({student_names[i] for i in range(n_student) if order.count(order[i]) > 1})
+    double = [student_names[order.index(i)] for i, n in Counter(order).items() if n > 1]
+    if double:
         raise ValueError(f"class names are not unique, so they can't be matched: {double[:8]}; {way_out}.")
     return order
 
@@ -102,7 +107,7 @@ class Teacher(nn.Module):
     def align(self, id2label: list[str] | dict[int, str], class_map=None) -> None:
         """Put the outputs in the order of these class names; see `match_classes` for what is refused."""
         names = label_maps(id2label)["id2label"]
-        if names != self.id2label:
+        if class_map is not None or names != self.id2label:
             order = match_classes(self._own_names, names, class_map)
             self.order = torch.tensor(order, device=self.order.device)
             self.id2label = names
@@ -113,7 +118,8 @@ class Teacher(nn.Module):
 
     def _logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         parameter = next(self.model.parameters())
-        cast = torch.autocast(parameter.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+        enabled = self.dtype in (torch.bfloat16, torch.float16)  # otherwise an autocast around this one is off here
+        cast = torch.autocast(parameter.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
         with torch.no_grad(), cast:
             return logits_of(self.model(pixel_values.to(device=parameter.device, dtype=parameter.dtype))).float()
 
@@ -128,7 +134,10 @@ class Teacher(nn.Module):
         Returns:
             float32 `(B, C)` in the student's class order, without gradient.
         """
-        return self._logits(self.view(pixels, framed)).index_select(1, self.order)
+        logits = self._logits(self.view(pixels, framed))
+        if logits.shape[1] != len(self._own_names):
+            raise ValueError(f"{self.name} names {len(self._own_names)} classes and gives {logits.shape[1]} logits.")
+        return logits.index_select(1, self.order)
 
 
 @contextlib.contextmanager
@@ -154,7 +163,7 @@ def load_teacher(
     """A teacher from a Hub id, a `timm/...` id, a local folder, or a module.
 
     Args:
-        model: as for `load_student`; a `Teacher` is returned as it is.
+        model: as for `load_student`; a `Teacher` is only aligned.
         id2label: the class names of the data, in label order; the teacher's outputs are put in that order by name.
         processor: default: the one saved beside the model. Needed for a module.
         class_map, dtype: see `Teacher`.
@@ -165,22 +174,24 @@ def load_teacher(
             can't be matched; with names and counts.
     """
     if isinstance(model, Teacher):
+        if id2label is not None:
+            model.align(id2label, class_map)
         return model
-    name = model if isinstance(model, str) else type(model).__name__
+    name = type(model).__name__
     if not isinstance(model, nn.Module):
+        name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _outside_deepspeed():
             module, info = AutoModelForImageClassification.from_pretrained(
-                model, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **hub
             )
-        bad = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+        bad = sorted(loading_faults(info))
         if bad:
             raise ValueError(
-                f"teacher {model}: {len(bad)} weights are missing from its checkpoint or have another shape, and would "
+                f"teacher {name}: {len(bad)} weights are missing from its checkpoint or have another shape, and would "
                 f"be random: {bad[:8]}. Use a checkpoint with its trained classification head."
             )
-        processor = processor or _processor_for(module, model, hub)
-        model, name = module, str(name)
+        model, processor = module, processor or _processor_for(module, name, hub)
     elif processor is None:
         raise ValueError("a teacher given as a module needs its image processor: load_teacher(module, processor=...).")
     return Teacher(model, processor, id2label, class_map, dtype, name)

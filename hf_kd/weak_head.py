@@ -195,7 +195,7 @@ class WeakHead(nn.Module):
         if weak_logits is None or not weak_logits.requires_grad:
             raise RuntimeError(
                 f"the weak head got no differentiable feature from {self.site.name!r}. With activation checkpointing "
-                "use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the module by (CNNs of "
+                "use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the module by (in "
                 f"timm), choose its last block with feature_module= (--feature_module): {self.site.name}.N."
             )
         return StudentOutput(logits=logits_of(output), weak_logits=weak_logits)

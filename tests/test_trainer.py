@@ -1,5 +1,6 @@
 """The trainer against hand-written training, in one process on the CPU."""
 
+import contextlib
 import copy
 import json
 import os
@@ -225,6 +226,26 @@ def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_pat
         assert (trainer.teacher_check is not None) == bool(batches)
         assert ("chance is 16.7%" in caplog.text) == bool(batches)
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_step_reads_nothing_back_from_the_device(loss, tmp_path, monkeypatch):
+    """Tensors of the meta device have no values: whatever would wait for the device to read one fails on them."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # there is none for meta
+    trainer = trainer_for(tmp_path, "resnet", loss)
+    trainer.train_loss._values_checked = True  # what reads values does so in the first step only
+    trainer.model.to("meta")
+    batch = {
+        "pixels": torch.empty(8, 3, 32, 32, dtype=torch.uint8, device="meta"),
+        "labels": torch.empty(8, dtype=torch.int64, device="meta"),
+    }
+    if trainer.teacher is not None:
+        trainer.teacher.to("meta")
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=8).backward()
+    assert all(term.device.type == "meta" for term in trainer._terms.values())
+    with pytest.raises(RuntimeError):  # the test can fail
+        trainer._terms["ce"].item()
 
 
 # ---- data of every kind ----

@@ -1,0 +1,178 @@
+"""`View` against the image processors themselves."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    SegformerImageProcessor,
+    TextNetImageProcessor,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+from hf_kd import View
+
+SQUARE = {"height": 32, "width": 32}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PROCESSORS = {
+    "vit": lambda: ViTImageProcessor(size=SQUARE, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    "vit_pil": lambda: ViTImageProcessorPil(size={"height": 40, "width": 24}, resample=3),
+    "deit": lambda: DeiTImageProcessor(size={"height": 37, "width": 37}, crop_size=SQUARE),
+    "convnext": lambda: ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875),
+    "bit": lambda: BitImageProcessor(size={"shortest_edge": 36}, crop_size=SQUARE),
+    "efficientnet": lambda: EfficientNetImageProcessor(
+        size=SQUARE, include_top=True, rescale_offset=True, rescale_factor=1 / 127.5, image_std=[0.3, 0.4, 0.5]
+    ),
+    "segformer": lambda: SegformerImageProcessor(size=SQUARE),
+    "mobilevit": lambda: MobileViTImageProcessor(size={"shortest_edge": 36}, crop_size=SQUARE),
+    "timm": lambda: TimmWrapperImageProcessor(
+        pretrained_cfg={"input_size": (3, 32, 32), "interpolation": "bicubic", "crop_pct": 0.9, **IMAGENET}
+    ),
+    "timm_squash": lambda: TimmWrapperImageProcessor(
+        pretrained_cfg={"input_size": (3, 32, 48), "interpolation": "bilinear", "crop_mode": "squash", **IMAGENET}
+    ),
+}
+SHAPES = [(61, 83), (33, 32), (100, 37), (32, 32), (25, 29)]
+
+
+def picture(height, width, seed=0):
+    """Colour gradients with noise: every resampling filter and every shift of a crop gives something else."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    smooth = np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (height + width)], axis=2)
+    return Image.fromarray((0.6 * smooth + 0.4 * rng.integers(0, 256, (height, width, 3))).astype(np.uint8))
+
+
+def tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def own(processor, images):
+    return torch.as_tensor(processor(images=images, return_tensors="pt")["pixel_values"])
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request):
+    return PROCESSORS[request.param]()
+
+
+def test_a_view_gives_the_processors_own_pixel_values(processor):
+    view = View(processor)
+    for i, shape in enumerate(SHAPES):
+        image = picture(*shape, seed=i)
+        expected = own(processor, [image])
+        assert expected.shape[-2:] == view.size
+        for pixels in (tensor(image), tensor(image).float() / 255):  # bytes, and floats in [0, 1]
+            values = view(pixels[None])
+            assert values.dtype is torch.float32
+            torch.testing.assert_close(values, expected, rtol=0, atol=2e-5)
+
+
+def test_frames_of_pictures_of_many_sizes_are_what_the_processor_shows_the_model(processor):
+    view = View(processor)
+    images = [picture(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    expected = torch.cat([own(processor, [image]) for image in images])
+    frames = view.frame([tensor(image) for image in images])
+    assert frames.dtype is torch.uint8 and frames.shape == expected.shape
+    torch.testing.assert_close(view(frames, framed=True), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(view(frames.float() / 255, framed=True), expected, rtol=0, atol=2e-5)
+
+
+def test_invert_undoes_the_view(processor):
+    view = View(processor)
+    pixels = tensor(picture(*view.size))[None]
+    torch.testing.assert_close(view.invert(view(pixels, framed=True)), pixels.float() / 255, rtol=0, atol=1e-6)
+    assert view.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1 and view.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
+
+
+def test_the_statistics_are_the_configured_ones():
+    mean, std = [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]
+    view = View(ViTImageProcessor(size=SQUARE, image_mean=mean, image_std=std))
+    pixels = tensor(picture(32, 32))
+    expected = (pixels.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(view(pixels[None], framed=True)[0].double(), expected, rtol=0, atol=1e-6)
+    assert view.size == (32, 32) and view.channels == [0, 1, 2]
+    assert "mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7]" in repr(view)
+
+
+def test_channels_that_a_processor_swaps_are_swapped_in_training_pictures_too():
+    """MobileViT sees BGR: a view from grey pictures alone would train it on RGB and evaluate it on BGR."""
+    view = View(MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE))
+    red = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    red[:, 0] = 255
+    values = view(red, framed=True)
+    assert view.channels == [2, 1, 0]
+    assert (values[0, 2] == 1).all() and (values[0, :2] == 0).all()
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_framed_picture_is_resized_whole(mode, floats):
+    """Nothing is cropped, though the processor crops: torch's own interpolation of the whole picture is the oracle."""
+    processor = BitImageProcessor(
+        size={"shortest_edge": 64}, crop_size=SQUARE, resample={"bilinear": 2, "bicubic": 3}[mode]
+    )
+    view = View(processor)
+    pixels = tensor(picture(70, 90))[None]
+    whole = F.interpolate(pixels.float(), (32, 32), mode=mode, antialias=True, align_corners=False).clamp(0, 255) / 255
+    shown = view.invert(view(pixels.float() / 255 if floats else pixels, framed=True))
+    torch.testing.assert_close(shown, whole, rtol=0, atol=1e-5 if floats else 1.01 / 255)
+    assert (view.invert(view(pixels)) - whole).abs().max() > 0.1  # the evaluation frame is another one
+
+
+def test_floats_stay_in_range_where_bicubic_overshoots():
+    view = View(ViTImageProcessor(size=SQUARE, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    edge = torch.zeros(1, 3, 20, 20)
+    edge[..., 10:] = 1
+    assert view(edge, framed=True).abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(view(edge, framed=True), view((edge * 255).byte(), framed=True), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: ViTImageProcessor(size={"height": 24, "width": 24}),
+        lambda: ViTImageProcessor(size=SQUARE, image_mean=[0.4] * 3),
+        lambda: ViTImageProcessor(size=SQUARE, resample=3),
+        lambda: DeiTImageProcessor(size=SQUARE, crop_size=SQUARE, resample=2),
+        lambda: MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+    ],
+)
+def test_views_are_equal_if_they_show_the_same(other):
+    assert View(ViTImageProcessor(size=SQUARE)) == View(ViTImageProcessor(size=SQUARE))
+    assert View(ViTImageProcessor(size=SQUARE)) != View(other())
+
+
+class Distorting:
+    """A processor of 8 px that is no affine map of each channel."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, images, return_tensors):
+        return {"pixel_values": torch.stack([self.change(i.float() / 255)[:, :8, :8] for i in images])}
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False), r"fixed output size"),
+        (TextNetImageProcessor(), r"\(3, 640, 1024\)"),
+        (ViTImageProcessor(do_resize=False), r"\(3, 200, 320\)"),
+        (Distorting(lambda x: x**2.2), "not an affine map"),
+        (Distorting(lambda x: x.mean(0, keepdim=True).expand(3, -1, -1)), "not an affine map"),
+        (Distorting(lambda x: x * 0 + 1), "not an affine map"),
+        (Distorting(lambda x: x[:1]), r"\(1, 8, 8\)"),
+    ],
+)
+def test_a_processor_that_is_no_view_is_refused(processor, message):
+    with pytest.raises(ValueError, match=message):
+        View(processor)
