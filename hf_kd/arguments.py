@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import json
 import os
 from dataclasses import dataclass, field
 
 import yaml
 from transformers import HfArgumentParser
 
-from .config import DistillationConfig
+from .config import DistillationConfig, read_json
 from .losses import LOSSES
 
 
@@ -66,21 +65,23 @@ class ScriptArguments:
         missing = [f"--{name}" for name in ("student", "dataset") if getattr(self, name) is None]
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given (or be in the --config file); see --help.")
+        if isinstance(self.class_map, str) and self.class_map.startswith("{"):
+            self.class_map = read_json("class_map", self.class_map)
         if self.compare is None:
             config.check_teacher(self.teacher is not None)
             return {config.loss: config}
+        for name in ("loss_kwargs", "push_to_hub"):
+            if getattr(config, name):
+                raise ValueError(f"{name} belongs to a single run; in a comparison, --compare holds each loss's numbers.")
         given = self.compare
-        if isinstance(given, str) and given.lstrip().startswith("{"):
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--compare is not valid JSON ({error}): {given}") from error
         if isinstance(given, str):
-            given = given.split(",")
+            given = read_json("compare", given) if given.lstrip().startswith("{") else given.split(",")
         if not isinstance(given, dict):
             given = {str(name).strip(): {} for name in given}
         arms = {}
         for name, numbers in given.items():
+            if not isinstance(numbers or {}, dict):
+                raise ValueError(f"compare: {name} needs an object with the numbers of its loss, got {numbers!r}.")
             numbers = dict(numbers or {})
             arm = dataclasses.replace(
                 config,
@@ -168,12 +169,12 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     if path:
-        parser.set_defaults(**_read_config(path, {action.dest for action in parser._actions}))
+        parser.set_defaults(**_read_config(path, {action.dest: action for action in reversed(parser._actions)}))
     script, config, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return script, config
 
 
-def _read_config(path: str, known: set[str]) -> dict:
+def _read_config(path: str, known: dict[str, argparse.Action]) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}
@@ -181,8 +182,12 @@ def _read_config(path: str, known: set[str]) -> dict:
         raise ValueError(f"--config {path} can't be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `name: value` lines, it holds a {type(values).__name__}.")
-    for key in values:
+    for key, value in list(values.items()):
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=3)
             raise ValueError(f"--config {path}: there is no argument {key!r}. Nearest: {', '.join(near) or 'none'}.")
+        if known[key].nargs == "+" and value is not None and not isinstance(value, list):
+            values[key] = [value]
+        if value is False and "no" in (known[key].choices or ()):  # YAML reads `no` as False
+            values[key] = "no"
     return values

@@ -50,7 +50,7 @@ def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
         save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
 
 
-def load_weights(student: nn.Module, folder: str | os.PathLike, with_head: bool = True) -> None:
+def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     """Put a checkpoint's weights into a student, every one of them.
 
     Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False, which
@@ -76,32 +76,39 @@ def load_weights(student: nn.Module, folder: str | os.PathLike, with_head: bool 
             f"unexpected {result.unexpected_keys[:8]}."
         )
     head, file = getattr(student, HEAD, None), os.path.join(folder, HEAD_FILE)
-    if head is not None and with_head:
+    if head is not None:
         if not os.path.isfile(file):
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: it was written by a run without the weak head.")
         head.load_state_dict(load_file(file))
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training at the next step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C ends training when a step ends, with a checkpoint; a second Ctrl-C ends it at once.
 
-    In several processes each gets the signal at another step, so they agree on it when they next log.
+    Several processes get the signal at different steps, or only one of them gets it: they agree every `EVERY` steps.
+
+    Attributes:
+        agreed: training was ended by Ctrl-C, and its state is saved.
     """
 
+    EVERY = 10
+
     def __init__(self):
-        self.requested = False
-        self._previous = None
+        self.agreed = self._requested = False
+        self._previous = self._pid = None
 
     def _request(self, signum, frame):
-        if self.requested:
+        if os.getpid() != self._pid:  # a worker of the data loader inherits the handler
+            return
+        if self._requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
         logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.requested = False
+        self.agreed = self._requested = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
 
     def restore(self) -> None:
         """Give the signal back."""
@@ -110,19 +117,25 @@ class SaveOnInterrupt(TrainerCallback):
             self._previous = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested and args.world_size == 1:
+        self.agreed = self._requested
+        if args.world_size > 1:
+            self.agreed = False
+            if state.global_step % self.EVERY == 0:
+                flag = torch.tensor(int(self._requested), device=args.device)
+                torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+                self.agreed = bool(flag)
+        if self.agreed:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_log(self, args, state, control, **kwargs):
-        if args.world_size > 1 and control.should_log:
-            flag = torch.tensor(int(self.requested), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.requested = bool(flag)
-            if self.requested:
-                control.should_save = control.should_training_stop = True
-                control.should_evaluate = False
-
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.requested:  # saved already; do not keep the person waiting
+        if self.agreed:  # saved already; do not keep the person waiting
             control.should_save = control.should_evaluate = False
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step whatever `logging_steps` is, so that every run has its terms."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True

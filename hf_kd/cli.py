@@ -43,15 +43,17 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         make_parser().print_help()
         return 2
-    command = _command(argv)
+    traceback = "--traceback" in argv
     try:
         script, config = parse(argv)
-        distill(script, config, command)
+        traceback = script.traceback
+        distill(script, config, shlex.join([*_launcher(), *argv]))
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}\nResume with: {_resume_command(command)}", file=sys.stderr)
+        again = shlex.join([*_launcher(), *_resuming(argv)])
+        print(f"\n{str(stop) or 'stopped'}\nResume with: {again}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        if "--traceback" in argv:
+        if traceback:
             raise
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -75,8 +77,9 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     if config.output_dir == "trainer_output":  # transformers' default
         config.output_dir = default_output_dir(script, config)
     arms = script.arms(config)
-    resume = _resume(config)
-    if not resume:
+    resume = _resume(config, script)
+    finished = {name: _finished(name, arm) if resume is True else None for name, arm in arms.items()}
+    if not resume and config.process_index == 0:  # another rank may come when this one writes already
         _check_free(config.output_dir)
     data = load_data(
         script.dataset,
@@ -96,15 +99,15 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         teacher = load_teacher(
             script.teacher,
             id2label=data.names,
-            class_map=json.loads(script.class_map) if (script.class_map or "").startswith("{") else script.class_map,
+            class_map=script.class_map,
             revision=script.teacher_revision,
             trust_remote_code=script.trust_remote_code,
         )
     runs: list[dict] = []
     for name, arm in arms.items():
-        done = Path(arm.output_dir) / RUN_FILE
-        if resume and done.is_file():
-            runs.append(json.loads(done.read_text()))
+        if finished[name]:
+            logger.warning(f"{name}: already finished, see {Path(arm.output_dir) / RUN_FILE}")
+            runs.append(finished[name])
         else:
             teacher_metrics = runs[0]["teacher_metrics"] if runs else None  # the same for all, so measured once
             runs.append(_run_arm(name, arm, script, data, teacher, teacher_metrics, resume, command))
@@ -154,16 +157,18 @@ def _run_arm(
         print(f"\n{name}: {trainer.train_loss}")
     if teacher is not None and teacher_metrics is None:
         teacher_metrics = trainer.measure_teacher()
+    trainer.teacher_metrics = teacher_metrics
     checkpoint = last_checkpoint(config.output_dir) if resume is True else resume or None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if resume and checkpoint is None:
+        logger.warning(f"no checkpoint in {config.output_dir}: starting from the beginning")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()  # before anything else can go wrong
     trained = time.perf_counter()
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k.startswith("eval_")}
     evaluated = time.perf_counter()
-    trainer.save_model()
-    metrics.pop("skipped", None)
-    skipped, eval_skipped = (gather_object(list(texts)) for texts in (trainer.skipped, trainer.eval_skipped))
+    skipped, eval_skipped = (sorted(set(gather_object(list(t)))) for t in (trainer.skipped, trainer.eval_skipped))
     seconds = {
-        "train_seconds": result.metrics["train_runtime"],
+        "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
         "eval_seconds": evaluated - trained,
         "total_seconds": time.perf_counter() - started,
     }
@@ -203,7 +208,6 @@ def _run_arm(
             "settings": {**vars(script), **config.to_dict()},
             "metrics": {k: v for k, v in metrics.items() if k in METRICS},
             "teacher_metrics": teacher_metrics,
-            "teacher_check": trainer.teacher_check,
             "terms": _last_terms(trainer.state.log_history),
             "history": trainer.state.log_history,
             "timings": seconds,
@@ -241,10 +245,29 @@ def default_output_dir(script: ScriptArguments, config: DistillationConfig) -> s
     return os.path.join("outputs", "-".join([*last[:1], what, *last[1:]]))
 
 
-def _resume(config: DistillationConfig) -> str | bool:
+def _resume(config: DistillationConfig, script: ScriptArguments) -> str | bool:
     """`--resume_from_checkpoint`: a folder, or "true" / "last" for the newest complete checkpoint of each run."""
     given = config.resume_from_checkpoint
-    return True if str(given).lower() in ("true", "last") else given or False
+    if str(given).lower() in ("true", "last"):
+        return True
+    if given and script.compare is not None:
+        raise ValueError(f"a comparison resumes each of its runs: --resume_from_checkpoint last, not {given}.")
+    return given or False
+
+
+def _finished(name: str, config: DistillationConfig) -> dict | None:
+    """The record of a run that has nothing left to do, or None."""
+    file = Path(config.output_dir) / RUN_FILE
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text())
+    loss = {"name": config.loss, **config.build_loss().numbers()}
+    if record.get("loss") != loss:
+        what = "a comparison" if "runs" in record else record.get("loss")
+        raise ValueError(f"{config.output_dir} holds {what}, not a run with {loss}: choose another --output_dir.")
+    settings = config.to_dict()
+    same = all(record["settings"].get(key) == settings[key] for key in ("num_train_epochs", "max_steps"))
+    return record if same else None
 
 
 def _check_free(output_dir: str) -> None:
@@ -256,18 +279,20 @@ def _check_free(output_dir: str) -> None:
         )
 
 
-def _command(argv: list[str]) -> str:
-    script = Path(sys.argv[0])
-    if script.suffix != ".py":
-        return shlex.join(["hf-kd", "distill", *argv])
-    try:  # no path of this machine in a record that may be published
-        script = script.resolve().relative_to(Path.cwd())
-    except ValueError:
-        script = Path(script.name)
-    return shlex.join(["accelerate", "launch", str(script), *argv])
+def _launcher() -> list[str]:
+    """How this process was started, as far as it can tell."""
+    if not sys.argv[0].endswith(".py"):
+        return ["hf-kd", "distill"]
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
+        start = ["accelerate", "launch", *(["--num_processes", world] if world != "1" else [])]
+    else:
+        start = ["torchrun", "--nproc_per_node", world] if world != "1" else ["python"]
+    return [*start, sys.argv[0]]
 
 
-def _resume_command(command: str) -> str:
-    if "--resume_from_checkpoint" in command:
-        return command
-    return f"{command} --resume_from_checkpoint last"
+def _resuming(argv: list[str]) -> list[str]:
+    """The arguments that go on with a run."""
+    option = "--resume_from_checkpoint"
+    kept = [a for i, a in enumerate(argv) if a != option and not a.startswith(f"{option}=") and argv[i - 1 : i] != [option]]
+    return [*kept, option, "last"]

@@ -15,6 +15,21 @@ from .losses import LOSSES, DistillationLoss, get_loss
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def read_json(name: str, text: str) -> dict:
+    """The object in an argument's JSON text.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object such as '{{\"gamma\": 1.0}}', got {text}")
+    return value
+
+
 @dataclass
 class DistillationConfig(TrainingArguments):
     """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
@@ -75,10 +90,8 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.loss_kwargs, str) and not self.loss_kwargs.startswith("{"):
-            raise ValueError(f"loss_kwargs must be a JSON object such as '{{\"gamma\": 1.0}}', got {self.loss_kwargs!r}.")
-        if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser turns whole floats to ints
-            self.loss_kwargs = json.loads(self.loss_kwargs)
+        if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser names no argument
+            self.loss_kwargs = read_json("loss_kwargs", self.loss_kwargs)
         self.build_loss()
         if self.augment not in AUGMENTS:
             raise ValueError(f"augment={self.augment!r} is unknown; there are: {', '.join(AUGMENTS)}.")
@@ -91,8 +104,8 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
-        if self.lr_step_epochs and self.max_steps > 0:
-            raise ValueError("lr_step_epochs counts epochs and max_steps counts steps: use num_train_epochs with it.")
+        if self.lr_step_epochs and (self.max_steps > 0 or self.warmup_steps):
+            raise ValueError("lr_step_epochs goes with num_train_epochs, not with max_steps or warmup_steps.")
         if self.view_size is not None and self.view_size < 1:
             raise ValueError(f"view_size={self.view_size} must be a positive number of pixels.")
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
@@ -129,7 +142,7 @@ class DistillationConfig(TrainingArguments):
             with_teacher = [name for name, loss in LOSSES.items() if loss.needs_teacher]
             raise ValueError(
                 f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of "
-                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher=."
+                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher= (or --compare {self.loss})."
             )
 
     def __getstate__(self) -> dict:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import logging
 
 from .views import View
+from .weak_head import show_blank
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +83,7 @@ def load_student(
     else:
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _scratch_config(name, image_size, hub) if from_scratch else AutoConfig.from_pretrained(name, **hub)
+        config = _scratch_config(name, image_size, hub) if from_scratch else load_config(name, hub)
         if id2label is not None:
             _name_classes(config, id2label)
         if from_scratch:
@@ -100,11 +101,22 @@ def load_student(
         processor = processor or _processor_for(module, name, hub)
     processor = _with_size(processor, image_size, image_mean, image_std)
     if image_size:
-        _check_size(module, name, image_size)
+        try:
+            show_blank(module, (image_size, image_size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} can't take pictures of image_size={image_size}: {error}") from error
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
         own = getattr(module.config, "pretrained_cfg", None) or {}
         module.config.pretrained_cfg = {**own, **processor.data_config}
     return module, processor
+
+
+def load_config(name: str, hub: dict):
+    """The config of a model on the Hub or in a folder, from transformers or timm."""
+    config = AutoConfig.from_pretrained(name, **hub)
+    if getattr(config, "model_args", None):  # timm exports the count of classes, which transformers passes by itself
+        config.model_args.pop("num_classes", None)
+    return config
 
 
 def _name_classes(config, id2label) -> None:
@@ -132,26 +144,26 @@ def build(config, trust_remote_code: bool = False):
 
 
 def _scratch_config(model: str, image_size: int | None, hub: dict):
-    if not model.startswith("timm/") or os.path.isdir(model):
-        config = AutoConfig.from_pretrained(model, **hub)
-        if image_size and hasattr(config, "image_size"):
-            config.image_size = image_size
-        return config
     import timm
     from transformers import TimmWrapperConfig
 
-    architecture = model.removeprefix("timm/").split(".")[0]
-    if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture[:6]}*")[:5]
-        raise ValueError(
-            f"timm {timm.__version__} has no architecture {architecture!r}. Near: {', '.join(near) or '-'}."
-        )
-    default = timm.get_pretrained_cfg(architecture).to_dict()
-    # Of the weights' own settings only the preprocessing holds without them.
-    data = timm.data.resolve_data_config(default)
+    if model.startswith("timm/") and not os.path.isdir(model):
+        architecture = model.removeprefix("timm/").split(".")[0]
+        if not timm.is_model(architecture):
+            near = timm.list_models(f"*{architecture[:6]}*")[:5]
+            raise ValueError(f"timm {timm.__version__} has no {architecture!r}. Near: {', '.join(near) or '-'}.")
+        # Of the weights' own settings only the preprocessing holds without them.
+        data = timm.data.resolve_data_config(timm.get_pretrained_cfg(architecture).to_dict())
+        config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)
+    else:
+        config = load_config(model, hub)
     # Position embeddings depend on the size of the input.
-    model_args = {"img_size": image_size} if image_size and default.get("fixed_input_size") else None
-    return TimmWrapperConfig(architecture=architecture, pretrained_cfg=data, model_args=model_args)
+    if image_size and config.model_type == "timm_wrapper":
+        if timm.get_pretrained_cfg(config.architecture).fixed_input_size:
+            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+    elif image_size and hasattr(config, "image_size"):
+        config.image_size = image_size
+    return config
 
 
 def _check_loaded(module, name: str, info: dict) -> None:
@@ -178,20 +190,8 @@ def _check_loaded(module, name: str, info: dict) -> None:
 def loading_faults(info: dict) -> set[str]:
     """Names of the weights that from_pretrained's loading info reports as missing or of another shape."""
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    return {*info["missing_keys"], *mismatched}
-
-
-@torch.no_grad()
-def _check_size(module: nn.Module, name: str, size: int) -> None:
-    parameter, training = next(module.parameters()), module.training
-    try:
-        module.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{name} can't take pictures of image_size={size}, at least with its weights: {error}"
-        ) from error
-    finally:
-        module.train(training)
+    # Counts of batches, which old checkpoints have none of, play no part.
+    return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
 
 
 def _processor_for(module, name: str, hub: dict):
@@ -205,12 +205,11 @@ def _processor_for(module, name: str, hub: dict):
     except (OSError, KeyError, TypeError):
         from transformers import ViTImageProcessor
 
-        size = getattr(config, "image_size", None) or 224
-        size = size if isinstance(size, int) else size[0]
-        logger.warning(f"{name} has no image processor: using {size} px with ImageNet statistics.")
-        return ViTImageProcessor(
-            size={"height": size, "width": size}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD
-        )
+        side = getattr(config, "image_size", None) or 224
+        side = side if isinstance(side, int) else side[0]
+        logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
+        size = {"height": side, "width": side}
+        return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
 def _with_size(processor, image_size, image_mean, image_std):
@@ -230,9 +229,7 @@ def _with_size(processor, image_size, image_mean, image_std):
 
     view = View(processor)
     if view.channels != [0, 1, 2]:
-        raise ValueError(
-            f"{type(processor).__name__} swaps colour channels: pass processor=, made for {image_size} px."
-        )
+        raise ValueError(f"{type(processor).__name__} swaps channels: pass processor=, made for {image_size} px.")
     mean, std = ([round(v, 7) for v in x.flatten().tolist()] for x in (-view.offset / view.scale, 1 / view.scale))
     return ViTImageProcessor(
         size={"height": image_size, "width": image_size},

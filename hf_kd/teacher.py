@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import _processor_for, check_id, label_maps, loading_faults
+from .student import _processor_for, check_id, label_maps, load_config, loading_faults
 from .views import View
 from .weak_head import logits_of
 
@@ -52,10 +52,12 @@ def match_classes(teacher_names: dict[int, str], student_names: dict[int, str], 
     unknown = sorted(renamed.keys() - {_key(name) for name in student_names.values()})
     if unknown:
         raise ValueError(f"class_map renames {len(unknown)} classes that the student does not have: {unknown[:8]}.")
+    wanted = [renamed.get(_key(student_names[i]), _key(student_names[i])) for i in range(n_student)]
+    if wanted == [_key(teacher_names[i]) for i in range(n_student)]:  # names that occur twice are no question then
+        return list(range(n_student))
     index: dict[str, int] = {}
     for i, name in teacher_names.items():
         index.setdefault(_key(name), int(i))
-    wanted = [renamed.get(_key(student_names[i]), _key(student_names[i])) for i in range(n_student)]
     missing = [student_names[i] for i, key in enumerate(wanted) if key not in index]
     if missing:
         theirs = [teacher_names[index[key]] for key in sorted(index.keys() - set(wanted))]
@@ -183,7 +185,7 @@ def load_teacher(
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _outside_deepspeed():
             module, info = AutoModelForImageClassification.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+                name, config=load_config(name, hub), output_loading_info=True, ignore_mismatched_sizes=True, **hub
             )
         bad = sorted(loading_faults(info))
         if bad:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import torch
 from torch import nn
-from transformers import Trainer
+from torchvision.transforms import v2
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from .checkpoints import SaveOnInterrupt, last_checkpoint, load_weights, save_head
+from .checkpoints import LogLastStep, SaveOnInterrupt, last_checkpoint, load_weights, save_head
 from .config import DTYPES, DistillationConfig
-from .data import Mixer, PictureCollator, PictureDataset, build_transform, find_columns
+from .data import Mixer, PictureCollator, PictureDataset, build_transform, class_names, find_columns
 from .metrics import ClassificationMeter, sample_statistics
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, load_teacher, match_classes
 from .views import View
-from .weak_head import attach_weak_head, logits_of
+from .weak_head import HEAD, attach_weak_head, logits_of
 
 
 logger = logging.get_logger(__name__)
@@ -72,20 +75,23 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each, with "
                 "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
             )
+        if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
+            raise ValueError("mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=.")
         args.check_teacher(teacher is not None)
         self.view = View(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        train_dataset = self._as_pictures(train_dataset, args, training=True)
-        eval_dataset = self._as_pictures(eval_dataset, args)
+        train_dataset = self._as_pictures(train_dataset, model, args)
+        eval_dataset = self._as_pictures(eval_dataset, model, args)
         self.teacher = self._aligned(teacher, model, args) if self.train_loss.needs_teacher else None
         self.eval_teacher = self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
         if self.train_loss.needs_feature:
             attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
-        self.teacher_check: dict[str, float] | None = None
+        self.teacher_metrics: dict[str, float] | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_since: int | None = None
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self._meter: ClassificationMeter | None = None
         self._own_collator = data_collator is None
         self._interrupt = SaveOnInterrupt()
@@ -96,7 +102,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), self._interrupt],
+            callbacks=[*(callbacks or ()), self._interrupt, LogLastStep()],
             **kwargs,
         )
         if self.train_loss.needs_feature and args.world_size > 1:
@@ -140,22 +146,45 @@ class DistillationTrainer(Trainer):
         return teacher
 
     @classmethod
-    def _as_pictures(cls, dataset, args: DistillationConfig, training: bool = False):
-        """Decode (and augment) the rows of a `datasets.Dataset` with an image column; leave the rest as it is."""
+    def _as_pictures(cls, dataset, model: nn.Module, args: DistillationConfig):
+        """Decode the rows of a `datasets.Dataset` with an image column; leave any other data set as it is."""
         if dataset is None or isinstance(dataset, str):
             return dataset
         if isinstance(dataset, dict):
-            return type(dataset)((name, cls._as_pictures(part, args)) for name, part in dataset.items())
+            return {name: cls._as_pictures(part, model, args) for name, part in dataset.items()}
         if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
             raise ValueError("streamed (iterable) data sets are not supported yet: load it without streaming=True.")
         if hasattr(dataset, "__len__") and len(dataset) == 0:
-            raise ValueError(f"the {'training' if training else 'evaluation'} data set is empty.")
+            raise ValueError("the data set is empty.")
         raw = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
         if not raw or "pixel_values" in dataset.column_names or "pixels" in dataset.column_names:
             return dataset
         image, label = find_columns(dataset, args.image_column, args.label_column)
-        transform = None
-        return PictureDataset(dataset, image, label, transform, seed=args.data_seed or args.seed)
+        feature = dataset.features[label]
+        if getattr(feature, "dtype", "") == "string":
+            raise ValueError(f"column {label!r} holds texts: dataset.class_encode_column({label!r}) makes classes of them.")
+        id2label = getattr(getattr(model, "config", None), "id2label", None)
+        if id2label and isinstance(feature, datasets.ClassLabel):
+            cls._check_classes(class_names(dataset, label), {int(i): name for i, name in id2label.items()})
+        return PictureDataset(dataset, image, label, seed=args.data_seed)
+
+    @staticmethod
+    def _check_classes(data: list[str], student: dict[int, str]) -> None:
+        """The i-th class of the data must be the student's i-th: otherwise it learns, and is saved with, wrong names."""
+        unnamed = all(name == f"LABEL_{i}" for i, name in student.items()) and len(student) == len(data)
+        if unnamed:
+            return
+        way_out = "load the student with load_student(..., id2label=names), names in the order of the data"
+        try:
+            order = match_classes(student, dict(enumerate(data)))
+        except ValueError as error:
+            differ = [(data[i], student.get(i)) for i in range(len(data)) if data[i] != student.get(i)][:5]
+            raise ValueError(
+                f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in {differ}: "
+                f"{way_out}."
+            ) from error
+        if order != list(range(len(data))):
+            raise ValueError(f"data and student have the same classes in another order: {way_out}.")
 
     # ---- data ----
 
@@ -178,11 +207,20 @@ class DistillationTrainer(Trainer):
         teacher_frame = self.eval_teacher.view.frame if other else None
         return PictureCollator(frame, teacher_frame, label_column=args.label_column, keep_skipped=True)
 
+    def _augmentation(self):
+        size = self._shared_size() if self.args.augment in ("resized_crop", "deit") else None
+        transform = build_transform(self.args.augment, size)
+        if self.args.view_size and size is None:
+            resize = v2.Resize((self.args.view_size,) * 2, v2.InterpolationMode.BICUBIC, antialias=True)
+            transform = v2.Compose([transform, resize])
+        return transform
+
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None):
-        dataset = self._as_pictures(dataset, self.args, training=is_training)
-        if is_training and isinstance(dataset, PictureDataset) and dataset.transform is None:
-            size = self._shared_size() if self.args.augment in ("resized_crop", "deit") else None
-            dataset.transform = build_transform(self.args.augment, size)
+        dataset = self._as_pictures(dataset, self.model, self.args)
+        if is_training and isinstance(dataset, PictureDataset):
+            dataset = copy.copy(dataset)  # evaluation on the same data set must not see the augmentation
+            dataset.transform = dataset.transform or self._augmentation()
+            dataset.stand_in = True
         if self._own_collator:
             self.data_collator = self._collator(is_training)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
@@ -276,6 +314,8 @@ class DistillationTrainer(Trainer):
             means = self.accelerator.reduce(totals, "mean") / max(steps, 1)
             logs |= {f"loss_{name}": value for name, value in zip(self._terms, means.tolist(), strict=True)}
             self._terms_since = None
+        if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
+            logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
         if math.isnan(logs.get("loss", 0.0)):
             terms = {k: v for k, v in logs.items() if k.startswith("loss")}
@@ -308,7 +348,7 @@ class DistillationTrainer(Trainer):
         if self._meter is not None:
             self._note_skipped(inputs, self.eval_skipped, self._evaluated)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
+        labels = _hard(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(model(self._student_input(inputs))).float()
         statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
@@ -317,27 +357,34 @@ class DistillationTrainer(Trainer):
         loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def measure_teacher(self, batches: int | None = None) -> dict[str, float]:
+    def measure_teacher(self, samples: int | None = None) -> dict[str, float]:
         """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (the training data if there are none).
 
         Args:
-            batches: stop after so many; default: all.
+            samples: measure on so many pictures, evenly spaced; default: on all, and keep it as `teacher_metrics`.
         """
         source = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         source = next(iter(source.values())) if isinstance(source, dict) else source
+        part = source
+        if samples is not None and samples < len(source):  # spaced, since many data sets are sorted by class
+            part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
         meter = ClassificationMeter()
-        for _, inputs in zip(range(batches or sys.maxsize), self.get_eval_dataloader(source), strict=False):
-            inputs = self._prepare_inputs(inputs)
-            logits = self._teacher_logits(self.eval_teacher, inputs)
-            meter.update(self.accelerator.gather_for_metrics(sample_statistics(logits, inputs["labels"])))
-        return meter.compute()
+        with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
+            for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
+                inputs.pop("skipped", None)
+                inputs = self._prepare_inputs(inputs)
+                logits = self._teacher_logits(self.eval_teacher, inputs)
+                meter.update(self.accelerator.gather_for_metrics(sample_statistics(logits, _hard(inputs["labels"]))))
+        metrics = meter.compute()
+        if samples is None:
+            self.teacher_metrics = metrics
+        return metrics
 
     def _check_teacher(self) -> None:
         """A teacher near chance has the wrong classes, the wrong view or no training: say so before the run."""
-        with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the check
-            metrics = self.measure_teacher(self.args.teacher_check_batches)
+        samples = self.args.teacher_check_batches * self.args.eval_batch_size * self.args.world_size
+        metrics = self.teacher_metrics or self.measure_teacher(samples)
         top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
-        self.teacher_check = {"top1": top1, "n": n}
         if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
             logger.warning(
                 f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class names, "
@@ -359,6 +406,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
         self._terms_since = None
+        self._started = time.perf_counter()
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the weak head the code of one without.
             torch.compiler.reset()
@@ -366,9 +414,15 @@ class DistillationTrainer(Trainer):
             result = super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
-        if self._interrupt.requested:
+        if self._interrupt.agreed:
             folder = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
+        return result
+
+    def _init_training_state(self, *args, **kwargs):
+        result = super()._init_training_state(*args, **kwargs)
+        before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
+        self._seconds_before = before[-1] if before else 0.0
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -376,6 +430,12 @@ class DistillationTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:
             save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict is None and not isinstance(model, PreTrainedModel):  # which know what not to save
+            state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{HEAD}.")}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -386,3 +446,8 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+def _hard(labels: torch.Tensor) -> torch.Tensor:
+    """Class indices (B,) of labels that may be one value a class, (B, C)."""
+    return labels.argmax(-1) if labels.ndim == 2 else labels

@@ -118,6 +118,17 @@ def _known_site(student: nn.Module) -> tuple[str | None, str | None]:
 
 
 @torch.no_grad()
+def show_blank(model: nn.Module, size: tuple[int, int]) -> None:
+    """One forward of a blank picture in eval mode; every module's mode is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters())
+    try:
+        model.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[int, ...]]:
     """Output shapes of the named modules for one blank picture, in the order in which they run."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -133,12 +144,9 @@ def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[
 
     modules = dict(student.named_modules())
     handles = [modules[name].register_forward_hook(note(name)) for name in names]
-    training = student.training
-    parameter = next(student.parameters())
     try:
-        student.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+        show_blank(student, size)
     finally:
-        student.train(training)
         for handle in handles:
             handle.remove()
     return shapes
@@ -150,9 +158,8 @@ def _pooling(student: nn.Module, shape: tuple[int, ...]) -> str:
     model = getattr(student, "timm_model", student)
     if len(shape) == 3:
         has_token = any(name.split(".")[-1] in ("cls_token", "class_token") for name, _ in model.named_parameters())
-        # As many tokens as patches: the class token joins them later (timm's CaiT and XCiT).
-        patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-        return "class_token" if has_token and shape[1] != patches else "mean_token"
+        late = hasattr(model, "blocks_token_only") or hasattr(model, "cls_attn_blocks")  # timm's CaiT and XCiT
+        return "class_token" if has_token and not late else "mean_token"
     if len(shape) == 4:
         # Channels last in timm's Swin; elsewhere the odd one out is taken for the channels of a square map.
         last = getattr(model, "output_fmt", None) == "NHWC" or shape[1] == shape[2] != shape[3]
@@ -183,6 +190,9 @@ class WeakHead(nn.Module):
         elif self.site.pooling != "none":
             feature = feature.mean({"mean_token": 1, "nchw": (2, 3), "nhwc": (1, 2)}[self.site.pooling])
         return self.fc(feature)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_logits": None}  # recomputing a checkpoint may leave some, which can't be copied
 
     def _tap(self, module, args, output) -> None:
         if torch.is_grad_enabled():

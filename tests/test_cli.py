@@ -95,6 +95,57 @@ def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
     assert not list(out.rglob("*kd_head*"))
 
 
+def test_arms_draw_the_same_random_numbers(things, tmp_path):
+    """A student with dropout, and a teacher that is measured before the first arm only."""
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(things / "student", hidden_dropout_prob=0.3).save_pretrained(things / "dropout")
+    AutoImageProcessor.from_pretrained(things / "student").save_pretrained(things / "dropout")
+    spec = '{"a": {"loss": "ce"}, "b": {"loss": "ce"}, "c": {"loss": "nkd"}}'
+    out = tmp_path / "out"
+    more = ["--student", things / "dropout", "--compare", spec, "--teacher", things / "teacher", "--output_dir", out]
+    assert distill(things, *more) == 0
+    a, b, c = (json.loads((out / name / "run.json").read_text()) for name in "abc")
+    assert a["metrics"] == b["metrics"] != c["metrics"]
+
+    # Of a comparison that was cut off, what is finished is kept and what is not is trained.
+    (out / "b" / "run.json").unlink()
+    before = (out / "a" / "run.json").stat().st_mtime_ns
+    assert distill(things, *more, "--resume_from_checkpoint", "last") == 0
+    assert (out / "a" / "run.json").stat().st_mtime_ns == before
+    assert json.loads((out / "b" / "run.json").read_text())["metrics"] == b["metrics"]
+
+
+def test_resume_of_a_finished_run_does_what_is_asked(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert distill(things, "--output_dir", out) == 0
+    assert distill(things, "--output_dir", out, "--resume_from_checkpoint", "last", "--num_train_epochs", "3") == 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["history"][-1]["epoch"] == 3
+    seconds = [entry["seconds"] for entry in run["history"] if "seconds" in entry]
+    assert seconds == sorted(seconds) and run["timings"]["train_seconds"] == seconds[-1]
+    assert distill(things, "--output_dir", out, "--loss", "uskd", "--resume_from_checkpoint", "last") == 1
+    assert "choose another --output_dir" in capsys.readouterr().err
+    assert distill(things, "--output_dir", out, "--compare", "ce", "--resume_from_checkpoint", out / "checkpoint-3") == 1
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+
+
+def test_a_short_run_still_has_its_terms_and_no_path_of_the_machine(things, tmp_path):
+    out = tmp_path / "out"
+    assert distill(things, "--output_dir", out, "--loss", "uskd", "--logging_steps", "500") == 0
+    text = (out / "run.json").read_text()
+    assert len(json.loads(text)["terms"]) == 5
+    assert str(tmp_path) not in text and str(things) not in text
+
+
+def test_yaml_means_what_it_says(things, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("save_strategy: no\neval_strategy: no\nlr_step_epochs: 1\nloss_kwargs: {weight: 2}\nloss: ce\n")
+    _, config = parse(["--config", str(file), "--use_cpu"])
+    assert (config.save_strategy.value, config.eval_strategy.value) == ("no", "no")
+    assert config.lr_step_epochs == [1] and config.loss_kwargs == {"weight": 2}
+
+
 def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(things):
     script, config = parse(["--config", str(things / "config.yaml"), "--num_train_epochs", "5"])
     assert (config.num_train_epochs, config.learning_rate, config.seed) == (5, 1e-3, 42)
@@ -135,6 +186,9 @@ def test_help_fits_a_person(capsys):
         (["--output_dir", "THINGS"], "in use"),
         (["--loss", "nkd", "--teacher", "THINGS/other"], "6"),
         (["--config", "THINGS/wrong.yaml"], "learning_rate"),
+        (["--loss_kwargs", '{"weight": 1'], "loss_kwargs is not valid JSON"),
+        (["--class_map", "{a: b}"], "class_map is not valid JSON"),
+        (["--compare", "ce", "--loss_kwargs", '{"weight": 3}'], "loss_kwargs belongs to a single run"),
     ],
 )
 def test_bad_input_is_one_clear_error(more, message, things, tmp_path, capsys):

@@ -185,7 +185,7 @@ def test_undecodable():
     rgb = photo(64, 64)
     sources = [encode(rgb, kind)[:cut] for kind in ("JPEG", "PNG", "WEBP") for cut in (0, 3, 30, 200, -300)]
     sources += [encode(rgb, "JPEG")[:-2], b"<html>", None, {"bytes": None, "path": None}, "/nowhere/a.png", [1, 2]]
-    sources += [torch.zeros(3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), np.zeros((4, 4), np.float32)]
+    sources += [torch.full((3, 4, 4), 2.0), torch.zeros(2, 4, 4, dtype=torch.uint8), np.zeros((4, 4), np.float32)]
     for source in sources:
         with pytest.raises(UndecodableImage, match="."):
             decode_rgb(source)

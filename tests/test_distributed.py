@@ -2,12 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
+
+
+class StopRankOne(TrainerCallback):
+    """Ctrl-C that reaches one process of the two."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 # Also run by itself, by torchrun: `test_distributed.py FOLDER LOSS`.
@@ -15,7 +25,9 @@ def worker(folder: str, loss: str) -> None:
     from test_trainer import freeze_batch_norm, rows, trainer_for
 
     world = int(os.environ.get("WORLD_SIZE", 1))
-    broken = None
+    broken, stop = None, loss == "stop"
+    if stop:
+        loss = "ce"
     if loss == "skip":
         loss, broken = "ce", 5
     data = rows(48)
@@ -27,12 +39,17 @@ def worker(folder: str, loss: str) -> None:
         data = data.cast_column("image", datasets.Image())
     trainer = trainer_for(
         folder, "vit", loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
-        gradient_accumulation_steps=1 if loss == "uskd" else 2, max_steps=-1, num_train_epochs=1, augment="pad_crop",
+        gradient_accumulation_steps=1 if loss == "uskd" else 2, max_steps=-1, augment="pad_crop", num_train_epochs=20 if stop else 1,
         max_skipped_fraction=0.5, eval_strategy="no",
     )  # fmt: skip
     freeze_batch_norm(trainer.model)
+    if stop:
+        trainer.add_callback(StopRankOne())
     assert trainer.args.world_size == world
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt as stopped:
+        Path(folder, f"stopped-{trainer.args.process_index}").write_text(str(stopped))
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -76,6 +93,12 @@ def test_a_picture_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
     one, two = (launch(tmp_path / str(n), "skip", n) for n in (1, 2))
     for a, b in zip(one["history"], two["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(tmp_path):
+    launch(tmp_path / "2", "stop", 2)
+    assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == ["stopped at step 10"] * 2
+    assert (tmp_path / "2" / "checkpoint-10" / "trainer_state.json").is_file()
 
 
 if __name__ == "__main__":

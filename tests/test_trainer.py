@@ -223,7 +223,6 @@ def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_pat
         trainer = trainer_for(tmp_path / str(batches), loss="nkd", teacher_check_batches=batches, augment="pad_crop")
         trainer.train()
         runs.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-        assert (trainer.teacher_check is not None) == bool(batches)
         assert ("chance is 16.7%" in caplog.text) == bool(batches)
     assert torch.equal(*runs)
 
@@ -306,12 +305,37 @@ def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
         trainer_for(tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02).train()
 
 
+def test_a_batch_of_nothing_but_broken_pictures_gets_a_stand_in(tmp_path):
+    train = rows(12).cast_column("image", datasets.Image(decode=False))
+    train = train.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == 3 else row, with_indices=True)
+    train = train.cast_column("image", datasets.Image())
+    trainer = trainer_for(tmp_path, train=train, per_device_train_batch_size=1, max_steps=12, max_skipped_fraction=0.1)
+    trainer.train()
+    assert trainer.state.global_step == 12 and len(trainer.skipped) == 1
+
+
+def test_evaluation_on_the_training_pictures_is_not_augmented(tmp_path):
+    data = rows(24)
+    trainer = trainer_for(tmp_path, train=data, evaluation=data, augment="resized_crop", teacher_check_batches=1)
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+def test_view_size_is_the_size_of_the_shared_picture(tmp_path):
+    for augment in ("none", "resized_crop"):
+        trainer = trainer_for(tmp_path / augment, view_size=16, augment=augment)
+        assert next(iter(trainer.get_train_dataloader()))["pixels"].shape == (8, 3, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": rows(6).select([])}, "training data set is empty"),
+        ({"train": rows(6).select([])}, "data set is empty"),
         ({"train": rows(6).remove_columns("label")}, "image"),
         ({"label_column": "nope"}, "nope"),
+        ({"train": rows(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))}, "another order"),
+        ({"train": rows(3).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))}, "3 classes, the student 6"),
+        ({"train": rows(6).cast_column("label", datasets.Value("string"))}, "class_encode_column"),
         ({"loss": "uskd", "teacher": True}, "uses no teacher"),
         ({"loss": "nkd", "teacher": False}, "learns from a teacher"),
     ],
@@ -466,6 +490,29 @@ def test_what_is_saved_is_a_plain_model_without_secrets(tmp_path):
         if file.is_file():
             assert b"hf_secretsecret" not in file.read_bytes(), file
     assert pickle.loads(pickle.dumps(trainer.args)).hub_token is None
+
+
+def test_a_plain_module_is_saved_without_the_weak_head(tmp_path):
+    from safetensors.torch import load_file
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = tiny("resnet", names=NAMES)[0].config
+            self.body, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 6)
+
+        def forward(self, pixel_values):
+            return self.head(self.body(pixel_values).mean((2, 3)))
+
+    trainer = DistillationTrainer(
+        Plain(), config(tmp_path, loss="uskd", feature_module="body", save_strategy="steps", save_steps=3),
+        train_dataset=rows(), processing_class=tiny("resnet")[1],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    keys = {"body.weight", "body.bias", "head.weight", "head.bias"}
+    assert load_file(tmp_path / "model.safetensors").keys() == keys
+    assert load_file(tmp_path / "checkpoint-3" / HEAD_FILE).keys() == {"fc.weight", "fc.bias"}
 
 
 def test_nan_loss_stops_the_run_and_says_where(tmp_path):

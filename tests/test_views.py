@@ -90,7 +90,10 @@ def test_invert_undoes_the_view(processor):
     view = View(processor)
     pixels = tensor(picture(*view.size))[None]
     torch.testing.assert_close(view.invert(view(pixels, framed=True)), pixels.float() / 255, rtol=0, atol=1e-6)
-    assert view.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1 and view.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
+    assert (
+        view.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1
+        and view.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
+    )
 
 
 def test_the_statistics_are_the_configured_ones():

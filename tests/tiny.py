@@ -6,7 +6,6 @@ from transformers import AutoModelForImageClassification, DeiTConfig, ResNetConf
 from transformers import ViTImageProcessor as Processor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-
 KINDS = ("vit", "deit", "resnet", "timm_resnet", "timm_vit")
 MEAN, STD = [0.5, 0.45, 0.4], [0.25, 0.24, 0.23]
 

@@ -29,7 +29,7 @@ def decode_rgb(source: Any) -> Tensor:
     Args:
         source: encoded bytes (any format Pillow reads), a dict with "bytes" or "path" as `Image(decode=False)` of
             datasets gives, a path, a PIL picture, a numpy array (H, W[, C]) of uint8, or of uint16 if grey, or a
-            uint8 tensor (C, H, W) with C of 1, 3 or 4.
+            tensor (C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1].
 
     Returns:
         uint8 tensor (3, H, W), which need not be contiguous.
@@ -72,10 +72,12 @@ def _read(path: str) -> bytes:
 
 
 def _from_tensor(picture: Tensor) -> Tensor:
+    if picture.is_floating_point() and picture.numel() and 0 <= picture.min() and picture.max() <= 1:
+        picture = (picture * 255).round().to(torch.uint8)
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
         shape = tuple(picture.shape)
         raise UndecodableImage(
-            f"a tensor must be uint8 of shape (1|3|4, H, W), this one is {picture.dtype} of {shape}"
+            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W), this one is {picture.dtype} of {shape}"
         )
     return picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
 

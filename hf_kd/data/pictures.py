@@ -1,5 +1,6 @@
 """From rows of a data set to batches: the map-style data set and the collator."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -34,7 +35,13 @@ class PictureDataset(Dataset):
         label_column: of integers in [0, C), given out as they are.
         transform: uint8 (3, H, W) to uint8 (3, h, w), as `build_transform` gives; None: the picture as it is.
         seed: not negative.
+
+    Attributes:
+        stand_in: True, for training: in a batch without one picture that can be decoded, the next in the data set that
+            can be stands in, so that every process has a batch.
     """
+
+    stand_in = False
 
     def __init__(
         self,
@@ -63,6 +70,13 @@ class PictureDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Several items at once, which torch's DataLoader asks for: one read and one fork for the whole batch."""
+        items = self._read(indices)
+        if self.stand_in and all("skipped" in item for item in items):
+            following = (self._read([(indices[-1] + i) % len(self)])[0] for i in range(1, len(self)))
+            items += itertools.islice((item for item in following if "skipped" not in item), 1)
+        return items
+
+    def _read(self, indices: list[int]) -> list[dict[str, Any]]:
         rows = self.dataset[indices]
         with forked_rng():
             return [

@@ -1,0 +1,318 @@
+"""The teacher against the plain model with its own processor."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import KINDS, tiny
+from torch import nn
+from transformers import BitImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessor
+
+from hf_kd import Teacher, load_teacher
+from hf_kd.losses import nkd_loss
+from hf_kd.teacher import match_classes
+
+NAMES = ["tabby cat", "fire truck", "daisy", "great white shark", "golf ball", "moped"]
+
+
+def pictures(n=4, height=50, width=70, seed=0):
+    return [
+        Image.fromarray(np.random.default_rng(seed + i).integers(0, 256, (height, width, 3), np.uint8))
+        for i in range(n)
+    ]
+
+
+def pixels_of(images):
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+def own_logits(model, processor, images):
+    """The model alone, as transformers' own documentation runs it."""
+    values = torch.as_tensor(processor(images=images, return_tensors="pt")["pixel_values"])
+    with torch.no_grad():
+        return model.eval()(values).logits
+
+
+def save(folder, kind="vit", names=NAMES, **kwargs):
+    model, processor = tiny(kind, names=names, **kwargs)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+# ---- the same as the teacher alone ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_teacher_alone(kind, tmp_path):
+    """Another size (48) than the student's, its own statistics, and a crop: none of it is the data side's business."""
+    model, processor = save(tmp_path, kind, size=48)
+    teacher = load_teacher(str(tmp_path))
+    images = pictures()
+    expected = own_logits(model, processor, images)
+    pixels = pixels_of(images)
+    for given in (pixels, pixels.float() / 255):
+        torch.testing.assert_close(teacher(given), expected, rtol=0, atol=1e-4)
+    frames = teacher.view.frame(list(pixels))
+    torch.testing.assert_close(teacher(frames, framed=True), expected, rtol=0, atol=1e-4)
+    assert teacher.name == str(tmp_path) and teacher.id2label == dict(enumerate(NAMES))
+
+
+def test_half_mean_and_a_crop_are_the_teachers_own():
+    model, _ = tiny("resnet", names=NAMES)
+    processor = BitImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    images = pictures()
+    logits = load_teacher(model, processor=processor)(pixels_of(images))
+    torch.testing.assert_close(logits, own_logits(model, processor, images), rtol=0, atol=1e-4)
+    imagenet = BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
+    assert (logits - own_logits(model, imagenet, images)).abs().max() > 1e-2  # it would have been noticed
+
+
+def test_a_distilled_teacher_has_logits():
+    config = DeiTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    model = DeiTForImageClassificationWithTeacher(config)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    images = pictures()
+    expected = own_logits(model, processor, images)
+    torch.testing.assert_close(load_teacher(model, processor=processor)(pixels_of(images)), expected)
+
+
+def test_timms_own_modules_and_exports_teach(tmp_path):
+    own = timm.create_model("resnet18", num_classes=6, layers=[1, 1, 1, 1], channels=[8, 16, 24, 32]).eval()
+    with torch.no_grad():
+        for module in own.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_mean.normal_()
+    _, processor = tiny("timm_resnet")
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = own(torch.as_tensor((pixels - torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1)) / torch.tensor(
+            [0.25, 0.24, 0.23]).view(3, 1, 1)))  # fmt: skip
+    raw = load_teacher(own, processor=processor)
+    torch.testing.assert_close(raw(pixels, framed=True), expected, rtol=0, atol=1e-4)
+    timm.models.save_for_hf(own, tmp_path, model_config={"label_names": NAMES}, safe_serialization=True)
+    exported = load_teacher(tmp_path, processor=processor, id2label=NAMES[::-1])
+    torch.testing.assert_close(exported(pixels, framed=True), expected.flip(1), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="LABEL_0"):  # a bare module names no classes
+        raw.align(NAMES)
+    raw.align(NAMES, "by_index")
+    torch.testing.assert_close(raw(pixels, framed=True), expected, rtol=0, atol=1e-4)
+
+
+# ---- whose class is whose ----
+
+ORDER = [4, 2, 0, 5, 1, 3]
+
+
+def test_a_teacher_whose_classes_are_permuted_teaches_the_same():
+    """The same network with its output rows and names shuffled: same logits, so same loss, in the student's order."""
+    model, processor = tiny("vit", names=NAMES)
+    shuffled, _ = tiny("vit", names=[NAMES[i] for i in ORDER])
+    shuffled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        shuffled.classifier.weight.copy_(model.classifier.weight[ORDER])
+        shuffled.classifier.bias.copy_(model.classifier.bias[ORDER])
+    pixels, labels = pixels_of(pictures()), torch.tensor([0, 3, 5, 1])
+    student = torch.randn(4, 6)
+    one, other = (load_teacher(m, id2label=NAMES, processor=processor) for m in (model, shuffled))
+    torch.testing.assert_close(one(pixels), other(pixels))
+    losses = [sum(nkd_loss(student, t(pixels), labels).values()) for t in (one, other)]
+    torch.testing.assert_close(*losses)
+    unaligned = load_teacher(shuffled, processor=processor)
+    assert (unaligned(pixels) - one(pixels)).abs().max() > 1e-2
+    unaligned.align(NAMES)
+    torch.testing.assert_close(unaligned(pixels), one(pixels))
+
+
+def test_align_again_starts_from_the_teachers_own_order():
+    model, processor = tiny("vit", names=NAMES)
+    teacher = load_teacher(model, processor=processor)
+    pixels = pixels_of(pictures())
+    plain = teacher(pixels)
+    for order in (ORDER, ORDER[::-1], list(range(6))):
+        assert load_teacher(teacher, id2label={i: NAMES[j] for i, j in enumerate(order)}) is teacher
+        assert torch.equal(teacher(pixels), plain[:, order])
+        assert teacher.id2label == {i: NAMES[j] for i, j in enumerate(order)}
+    teacher.align(NAMES, class_map=ORDER)  # a map counts even where the names are the same
+    assert torch.equal(teacher(pixels), plain[:, ORDER])
+    teacher.align(NAMES)  # what the trainer does: the map stays
+    assert torch.equal(teacher(pixels), plain[:, ORDER])
+
+
+@pytest.mark.parametrize(
+    ("student", "class_map", "expected"),
+    [
+        (["Daisy", "FIRE_TRUCK", " golf-ball ", "Moped", "tabby__cat", "Great white Shark"], None, [2, 1, 4, 5, 0, 3]),
+        (["a", "b", "c", "d", "e", "f"], "by_index", [0, 1, 2, 3, 4, 5]),
+        (["a", "b", "c"], [5, 0, 2], [5, 0, 2]),
+        (["a", "b", "c"], (5, 0, 2), [5, 0, 2]),
+        (
+            ["daisy", "firetruck", "golf ball", "moped", "cat", "great white shark"],
+            {"Firetruck": "fire_truck", "cat": "tabby cat"},
+            [2, 1, 4, 5, 0, 3],
+        ),
+    ],
+)
+def test_names_and_maps_that_match(student, class_map, expected):
+    assert match_classes(dict(enumerate(NAMES)), dict(enumerate(student)), class_map) == expected
+
+
+@pytest.mark.parametrize(
+    ("student", "class_map", "message"),
+    [
+        (NAMES[:5] + ["tulip"], None, r"1 of the student's 6 classes .*\['tulip'\].*\['moped'\].*class_map"),
+        (NAMES[:5], None, "teacher has 6 classes, the student 5.*class_map"),
+        (NAMES[:5], "by_index", "teacher has 6 classes, the student 5"),
+        (NAMES[:5] + ["Daisy"], None, r"not unique.*\['daisy'\]"),
+        (NAMES, "by_name", "'by_name' is not understood"),
+        (NAMES, [0, 1, 2, 3, 4], "6 different teacher indices.*it has 5"),
+        (NAMES, [0, 1, 2, 3, 4, 4], r"6 different teacher indices.*\(5 different\)"),
+        (NAMES, [0, 1, 2, 3, 4, 6], r"in \[0, 6\)"),
+        (NAMES, [0, 1, 2, 3, 4, -1], r"in \[0, 6\)"),
+        (NAMES[:5] + ["bike"], {"bike": "motorbike"}, r"\['bike'\].*\['moped'\]"),
+        (NAMES[:5] + ["bike"], {"byke": "moped"}, r"does not have: \['byke'\]"),
+        (NAMES[:5] + ["bike"], {"bike": "daisy"}, "not unique"),
+    ],
+)
+def test_classes_that_do_not_match_are_refused_with_names_and_counts(student, class_map, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(dict(enumerate(NAMES)), dict(enumerate(student)), class_map)
+    model, processor = tiny("vit", names=NAMES)
+    with pytest.raises(ValueError, match=message):
+        load_teacher(model, id2label=student, processor=processor, class_map=class_map)
+
+
+def test_a_name_that_the_teacher_has_twice_is_refused():
+    """ImageNet's "crane" is a bird and a machine."""
+    names = {0: "crane", 1: "moped", 2: "crane"}
+    with pytest.raises(ValueError, match=r"1 of the student's 3.*\['bird'\]"):
+        match_classes(names, {0: "bird", 1: "moped", 2: "crane"})
+    with pytest.raises(ValueError, match="not unique"):
+        match_classes(names, {0: "moped", 1: "crane", 2: "crane"})
+    model, processor = tiny("vit", names=list(names.values()))
+    load_teacher(model, id2label=names, processor=processor)  # the very same list is no question
+    load_teacher(model, id2label=["Crane", "Moped", "Crane"], processor=processor)
+
+
+def test_a_head_that_is_not_the_configs_is_refused():
+    model, processor = tiny("vit", names=NAMES)
+    model.classifier = nn.Linear(32, 9)
+    with pytest.raises(ValueError, match="6 classes and gives 9"):
+        load_teacher(model, processor=processor)(torch.rand(1, 3, 32, 32))
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_head_that_would_be_random_is_refused_by_name(kind, fault, tmp_path):
+    save(tmp_path, kind)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    head = next(k for k in state if k.endswith("weight") and len(state[k]) == 6 and state[k].ndim == 2)
+    state[head] = torch.zeros(9, state[head].shape[1])
+    if fault == "missing":
+        del state[head]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 weights are missing.*{head.replace('.', '[.]')}"):
+        load_teacher(str(tmp_path))
+
+
+def test_a_config_with_another_count_of_classes_is_refused(tmp_path):
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"], config["label2id"] = {"0": "a", "1": "b"}, {"a": 0, "b": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="2 weights are missing.*classifier.bias.*classifier.weight"):
+        load_teacher(str(tmp_path))
+
+
+def test_counts_of_batches_may_be_missing(tmp_path):
+    """Old checkpoints have no num_batches_tracked, which evaluation does not use."""
+    model, processor = save(tmp_path, "timm_resnet")
+    file = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "num_batches" not in k}, file, {"format": "pt"})
+    images = pictures()
+    torch.testing.assert_close(load_teacher(tmp_path)(pixels_of(images)), own_logits(model, processor, images))
+
+
+@pytest.mark.parametrize("model", ["./nope", "/nope/model", "~/nope", "outputs/x/y"])
+def test_a_folder_that_is_not_there_is_called_so(model):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_teacher(model)
+
+
+def test_a_module_needs_its_processor():
+    with pytest.raises(ValueError, match="processor"):
+        load_teacher(tiny("vit")[0])
+
+
+# ---- frozen ----
+
+
+class Wrapper(nn.Module):
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+
+@pytest.mark.parametrize("kind", ["resnet", "timm_resnet", "vit"])
+def test_nothing_in_the_teacher_ever_changes(kind):
+    model, processor = tiny(kind, names=NAMES)
+    model.train()
+    teacher = Teacher(model, processor, NAMES)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    wrapper = Wrapper(teacher).train()
+    teacher.train()
+    assert not any(m.training for m in teacher.modules()) and wrapper.training
+    pixels = pixels_of(pictures()).float().div(255).requires_grad_()
+    output = teacher(pixels)
+    assert not output.requires_grad and output.grad_fn is None
+    assert not any(p.requires_grad for p in wrapper.parameters())
+    again = teacher(pixels)
+    assert torch.equal(output, again)  # no dropout, no batch statistics
+    after = teacher.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert "order" not in after  # not part of what is saved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_compute_type_is_used_under_autocast_and_logits_are_float32(dtype):
+    model, processor = tiny("vit", names=NAMES)
+    seen = []
+    model.vit.layers[0].mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    pixels = pixels_of(pictures())
+    exact = load_teacher(model, processor=processor)(pixels)
+    low = load_teacher(model, processor=processor, dtype=dtype)(pixels)
+    assert seen == [torch.float32, dtype]
+    assert low.dtype is torch.float32 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(low, exact)
+    torch.testing.assert_close(low, exact, rtol=0.05, atol=0.02)
+
+
+def test_without_a_compute_type_an_autocast_around_it_does_not_reach_the_teacher():
+    model, processor = tiny("vit", names=NAMES)
+    teacher = load_teacher(model, processor=processor)
+    pixels = pixels_of(pictures())
+    expected = teacher(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher(pixels), expected)
+
+
+def test_weights_of_lower_precision_are_used_as_they_are(tmp_path):
+    model, processor = tiny("vit", names=NAMES)
+    model.bfloat16().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path)
+    logits = teacher(pixels_of(pictures()))
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16} and logits.dtype is torch.float32
