@@ -25,7 +25,6 @@ from hf_kd import DistillationConfig, DistillationTrainer, View
 from hf_kd.data import PictureCollator, PictureDataset
 from hf_kd.report import collect_versions
 
-
 CLASSES = 1000
 
 
@@ -66,9 +65,7 @@ def by_trainer(loss: str, args, data):
             optim="sgd", optim_args="momentum=0.9", learning_rate=1e-3, lr_scheduler_type="constant",
             save_strategy="no", logging_steps=10_000, disable_tqdm=True, report_to="none",
         )  # fmt: skip
-    trainer = DistillationTrainer(
-        model, config, train_dataset=data, processing_class=processor, callbacks=[clock]
-    )
+    trainer = DistillationTrainer(model, config, train_dataset=data, processing_class=processor, callbacks=[clock])
 
     def run() -> list[float]:
         trainer.train()
@@ -139,7 +136,10 @@ def main() -> None:
     seconds = {name: f"{statistics.median(times):.3f} s" for name, times in medians.items()}
     print(f"\nmedian step: {seconds}; batch {args.batch}, {args.size} px, {args.rounds} rounds of {args.steps} steps,")
     versions = collect_versions()
-    print(f"{torch.get_num_threads()} threads, CPU, {', '.join(f'{k} {versions[k]}' for k in ('python', 'torch', 'transformers'))}")
+    print(
+        f"{torch.get_num_threads()} threads, CPU, python {versions['python']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}"
+    )
 
 
 if __name__ == "__main__":

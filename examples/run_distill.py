@@ -4,6 +4,5 @@ import sys
 
 from hf_kd.cli import main
 
-
 if __name__ == "__main__":
     sys.exit(main(["distill", *sys.argv[1:]]))

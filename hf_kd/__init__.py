@@ -6,7 +6,6 @@ from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .views import View
 
-
 __version__ = "0.1.0"
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "Teacher", "View", "load_student", "load_teacher"]

@@ -27,12 +27,14 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Pictures: a Hub id, a folder of pictures or of parquet files, or 'quickstart' (bundled)."},
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Give the student random weights, not its pretrained ones."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Give the student random weights, not its pretrained ones."}
+    )
     compare: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', or "
-            'JSON with the numbers of each, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
+            "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', "
+            'or JSON with the numbers of each, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
         },
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the student's square input, in pixels."})
@@ -40,12 +42,18 @@ class ScriptArguments:
     image_std: list[float] | None = field(default=None, metadata={"help": "Channel standard deviations, in [0, 1]."})
     class_map: str | None = field(
         default=None,
-        metadata={"help": "Where class names of teacher and data differ: by_index, or JSON with {data name: teacher name}."},
+        metadata={
+            "help": "Where class names of teacher and data differ: by_index, or JSON with {data name: teacher name}."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: validation or test."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of train to hold out where there is no such split."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: validation or test."}
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of train to hold out where there is no such split."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
@@ -72,7 +80,9 @@ class ScriptArguments:
             return {config.loss: config}
         for name in ("loss_kwargs", "push_to_hub"):
             if getattr(config, name):
-                raise ValueError(f"{name} belongs to a single run; in a comparison, --compare holds each loss's numbers.")
+                raise ValueError(
+                    f"{name} belongs to a single run; in a comparison, --compare holds each loss's numbers."
+                )
         given = self.compare
         if isinstance(given, str):
             given = read_json("compare", given) if given.lstrip().startswith("{") else given.split(",")
@@ -101,7 +111,8 @@ _COMMON = (
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
     "gradient_accumulation_steps learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs "
     "warmup_steps max_grad_norm label_smoothing_factor bf16 fp16 torch_compile seed eval_strategy save_strategy "
-    "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint use_cpu"
+    "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint "
+    "use_cpu"
 ).split()
 
 
@@ -130,13 +141,15 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     parser = HfArgumentParser(
         [ScriptArguments, DistillationConfig],
         prog="hf-kd distill",
-        description="Distil an image classifier with a teacher (nkd, kd) or without one (uskd), or train it plainly (ce).",
-        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --dataset uoft-cs/cifar100 --loss uskd. "
+        description="Distil an image classifier with a teacher (nkd, kd), without one (uskd), or train it plainly (ce).",
+        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --dataset uoft-cs/cifar100. "
         "Under `accelerate launch` or `torchrun`: examples/run_distill.py with the same arguments.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins."
+    )
     parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
     own = {f.name for f in DistillationConfig.__dataclass_fields__.values()} - {
         f.name for f in DistillationConfig.__mro__[1].__dataclass_fields__.values()

@@ -19,7 +19,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .weak_head import HEAD
 
-
 logger = logging.get_logger(__name__)
 
 HEAD_FILE = "_kd_head.safetensors"  # the underscore keeps it out of what the trainer pushes
@@ -53,8 +52,8 @@ def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
 def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     """Put a checkpoint's weights into a student, every one of them.
 
-    Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False, which
-    loses them without an error. Here they pass through the model's own from_pretrained.
+    Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False,
+    which loses them without an error. Here they pass through the model's own from_pretrained.
 
     Raises:
         ValueError: if a weight of the student is not in the checkpoint; with the names.

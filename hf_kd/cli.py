@@ -27,7 +27,6 @@ from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .weak_head import HEAD
 
-
 RUN_FILE, CURVES_FILE = "run.json", "curves.png"
 METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 logger = logging.get_logger(__name__)
@@ -212,7 +211,7 @@ def _run_arm(
             "history": trainer.state.log_history,
             "timings": seconds,
             "device": f"{config.device}, {torch.get_num_threads()} threads, {config.world_size} processes",
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
     )
     if config.process_index == 0:
@@ -294,5 +293,7 @@ def _launcher() -> list[str]:
 def _resuming(argv: list[str]) -> list[str]:
     """The arguments that go on with a run."""
     option = "--resume_from_checkpoint"
-    kept = [a for i, a in enumerate(argv) if a != option and not a.startswith(f"{option}=") and argv[i - 1 : i] != [option]]
+    kept = [
+        a for i, a in enumerate(argv) if a != option and not a.startswith(f"{option}=") and argv[i - 1 : i] != [option]
+    ]
     return [*kept, option, "last"]

@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 from .data.transforms import AUGMENTS
 from .losses import LOSSES, DistillationLoss, get_loss
 
-
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,8 +33,8 @@ def read_json(name: str, text: str) -> dict:
 class DistillationConfig(TrainingArguments):
     """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
 
-    Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would drop
-    the image column), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device sync a step),
+    Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would
+    drop the image column), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device sync a step),
     `metric_for_best_model` is top-1 where a best model is asked for.
 
     Raises:
@@ -47,7 +46,7 @@ class DistillationConfig(TrainingArguments):
     loss: str = field(default="uskd", metadata={"help": f"What to train with: {', '.join(LOSSES)}."})
     loss_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": 'Numbers of the loss, as JSON: \'{"gamma": 1.0}\'. Default: the paper\'s for ImageNet.'},
+        metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: the paper's for ImageNet."},
     )
     augment: str = field(
         default="resized_crop",
@@ -60,13 +59,19 @@ class DistillationConfig(TrainingArguments):
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off. DeiT uses 1.0."})
     view_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels of the shared training picture. Default: the larger of student and teacher."},
+        metadata={
+            "help": "Side in pixels of the shared training picture. Default: the larger of student and teacher."
+        },
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures. Default: found by type."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the pictures. Default: found by type."}
+    )
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
     lr_step_epochs: list[float] | None = field(
         default=None,
-        metadata={"help": "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."},
+        metadata={
+            "help": "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
+        },
     )
     lr_step_factor: float = field(default=0.1, metadata={"help": "See lr_step_epochs. The CIFAR standard is 0.2."})
     max_skipped_fraction: float = field(
@@ -142,7 +147,8 @@ class DistillationConfig(TrainingArguments):
             with_teacher = [name for name, loss in LOSSES.items() if loss.needs_teacher]
             raise ValueError(
                 f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of "
-                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher= (or --compare {self.loss})."
+                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher= "
+                f"(or --compare {self.loss})."
             )
 
     def __getstate__(self) -> dict:

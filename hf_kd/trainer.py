@@ -23,7 +23,6 @@ from .teacher import Teacher, load_teacher, match_classes
 from .views import View
 from .weak_head import HEAD, attach_weak_head, logits_of
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -76,14 +75,18 @@ class DistillationTrainer(Trainer):
                 "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
             )
         if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
-            raise ValueError("mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=.")
+            raise ValueError(
+                "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
+            )
         args.check_teacher(teacher is not None)
         self.view = View(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
         train_dataset = self._as_pictures(train_dataset, model, args)
         eval_dataset = self._as_pictures(eval_dataset, model, args)
         self.teacher = self._aligned(teacher, model, args) if self.train_loss.needs_teacher else None
-        self.eval_teacher = self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
+        self.eval_teacher = (
+            self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
+        )
         if self.train_loss.needs_feature:
             attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
         self.skipped: dict[str, None] = {}
@@ -117,7 +120,9 @@ class DistillationTrainer(Trainer):
     def _num_classes(model: nn.Module) -> int:
         if getattr(model, "config", None) is not None:
             return model.config.num_labels
-        raise ValueError(f"the student ({type(model).__name__}) has no config with num_labels and id2label; give it one.")
+        raise ValueError(
+            f"the student ({type(model).__name__}) has no config with num_labels and id2label; give it one."
+        )
 
     def _need_view(self) -> View:
         if self.view is None:
@@ -162,7 +167,9 @@ class DistillationTrainer(Trainer):
         image, label = find_columns(dataset, args.image_column, args.label_column)
         feature = dataset.features[label]
         if getattr(feature, "dtype", "") == "string":
-            raise ValueError(f"column {label!r} holds texts: dataset.class_encode_column({label!r}) makes classes of them.")
+            raise ValueError(
+                f"column {label!r} holds texts: dataset.class_encode_column({label!r}) makes classes of them."
+            )
         id2label = getattr(getattr(model, "config", None), "id2label", None)
         if id2label and isinstance(feature, datasets.ClassLabel):
             cls._check_classes(class_names(dataset, label), {int(i): name for i, name in id2label.items()})
@@ -170,7 +177,7 @@ class DistillationTrainer(Trainer):
 
     @staticmethod
     def _check_classes(data: list[str], student: dict[int, str]) -> None:
-        """The i-th class of the data must be the student's i-th: otherwise it learns, and is saved with, wrong names."""
+        """The i-th class of the data must be the student's i-th: else it learns, and is saved with, wrong names."""
         unnamed = all(name == f"LABEL_{i}" for i, name in student.items()) and len(student) == len(data)
         if unnamed:
             return
@@ -180,8 +187,8 @@ class DistillationTrainer(Trainer):
         except ValueError as error:
             differ = [(data[i], student.get(i)) for i in range(len(data)) if data[i] != student.get(i)][:5]
             raise ValueError(
-                f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in {differ}: "
-                f"{way_out}."
+                f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in "
+                f"{differ}: {way_out}."
             ) from error
         if order != list(range(len(data))):
             raise ValueError(f"data and student have the same classes in another order: {way_out}.")
@@ -215,7 +222,9 @@ class DistillationTrainer(Trainer):
             transform = v2.Compose([transform, resize])
         return transform
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None):
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
         dataset = self._as_pictures(dataset, self.model, self.args)
         if is_training and isinstance(dataset, PictureDataset):
             dataset = copy.copy(dataset)  # evaluation on the same data set must not see the augmentation
@@ -267,7 +276,9 @@ class DistillationTrainer(Trainer):
     # ---- one step ----
 
     def _student_input(self, inputs: dict) -> torch.Tensor:
-        values = inputs["pixel_values"] if "pixel_values" in inputs else self._need_view()(inputs["pixels"], framed=True)
+        values = (
+            inputs["pixel_values"] if "pixel_values" in inputs else self._need_view()(inputs["pixels"], framed=True)
+        )
         return values.to(next(self.model.parameters()).dtype)
 
     def _teacher_logits(self, teacher: Teacher | None, inputs: dict) -> torch.Tensor | None:
@@ -320,8 +331,8 @@ class DistillationTrainer(Trainer):
         if math.isnan(logs.get("loss", 0.0)):
             terms = {k: v for k, v in logs.items() if k.startswith("loss")}
             raise FloatingPointError(
-                f"the loss is NaN at step {self.state.global_step}: {terms}. Lower learning_rate, set max_grad_norm, or "
-                f"use bf16 in the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+                f"the loss is NaN at step {self.state.global_step}: {terms}. Lower learning_rate, set max_grad_norm, "
+                f"or use bf16 in the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
             )
 
     def floating_point_ops(self, inputs) -> int:
@@ -329,9 +340,11 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a teacher
-        `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
+        teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
         self._meter = ClassificationMeter()
         self._evaluated = self.num_examples(dataloader)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -358,7 +371,7 @@ class DistillationTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def measure_teacher(self, samples: int | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (the training data if there are none).
+        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
 
         Args:
             samples: measure on so many pictures, evenly spaced; default: on all, and keep it as `teacher_metrics`.
@@ -387,8 +400,8 @@ class DistillationTrainer(Trainer):
         top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
         if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
             logger.warning(
-                f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class names, "
-                "its preprocessing, and that it was trained for these classes."
+                f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class "
+                "names, its preprocessing, and that it was trained for these classes."
             )
 
     # ---- training, saving, resuming ----

@@ -84,7 +84,6 @@ class View:
         return (
             isinstance(other, View)
             and self.size == other.size
-            and self.channels == other.channels
             and torch.allclose(self.scale, other.scale)
             and torch.allclose(self.offset, other.offset)
             and self.interpolation == other.interpolation

@@ -202,7 +202,7 @@ class WeakHead(nn.Module):
         if not torch.is_grad_enabled():  # evaluation and saving see the plain model
             return None
         weak_logits, self._logits = self._logits, None
-        if weak_logits is None or not weak_logits.requires_grad:
+        if weak_logits is None:
             raise RuntimeError(
                 f"the weak head got no differentiable feature from {self.site.name!r}. With activation checkpointing "
                 "use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the module by (in "

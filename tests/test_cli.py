@@ -17,7 +17,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_kd.arguments import make_parser, parse
 from hf_kd.cli import main
 
-
 NAMES = [f"class {i}" for i in range(6)]
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,7 +37,9 @@ def things(tmp_path_factory):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     (folder / "data").mkdir()
     for split, n, seed in (("train", 48, 1), ("test", 24, 2)):
-        datasets.Dataset.from_dict(pictures(n, seed), features=features).to_parquet(folder / "data" / f"{split}.parquet")
+        datasets.Dataset.from_dict(pictures(n, seed), features=features).to_parquet(
+            folder / "data" / f"{split}.parquet"
+        )
     for name, kind, seed in (("student", "vit", 0), ("teacher", "resnet", 7)):
         model, processor = tiny(kind, seed=seed, names=NAMES)
         model.save_pretrained(folder / name)
@@ -73,7 +74,12 @@ def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
     assert run["terms"]["loss"] == pytest.approx(sum(v for k, v in run["terms"].items() if k != "loss"), rel=1e-5)
     assert run["student"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert run["versions"]["torch"] and run["timings"]["train_seconds"] > 0
-    assert run["data"] | {"skipped": 0} == run["data"] | {"skipped": 0, "train_size": 48, "eval_size": 24, "classes": 6}
+    assert run["data"] | {"skipped": 0} == run["data"] | {
+        "skipped": 0,
+        "train_size": 48,
+        "eval_size": 24,
+        "classes": 6,
+    }
     assert Image.open(out / "curves.png").size[0] > 500
     assert "top-1 %" in capsys.readouterr().out
 
@@ -126,7 +132,9 @@ def test_resume_of_a_finished_run_does_what_is_asked(things, tmp_path, capsys):
     assert seconds == sorted(seconds) and run["timings"]["train_seconds"] == seconds[-1]
     assert distill(things, "--output_dir", out, "--loss", "uskd", "--resume_from_checkpoint", "last") == 1
     assert "choose another --output_dir" in capsys.readouterr().err
-    assert distill(things, "--output_dir", out, "--compare", "ce", "--resume_from_checkpoint", out / "checkpoint-3") == 1
+    assert (
+        distill(things, "--output_dir", out, "--compare", "ce", "--resume_from_checkpoint", out / "checkpoint-3") == 1
+    )
     assert "--resume_from_checkpoint last" in capsys.readouterr().err
 
 

@@ -35,11 +35,14 @@ def worker(folder: str, loss: str) -> None:
         import datasets
 
         data = data.cast_column("image", datasets.Image(decode=False))
-        data = data.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == broken else row, with_indices=True)
+        data = data.map(
+            lambda row, i: {"image": {"bytes": b"", "path": None}} if i == broken else row, with_indices=True
+        )
         data = data.cast_column("image", datasets.Image())
     trainer = trainer_for(
         folder, "vit", loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
-        gradient_accumulation_steps=1 if loss == "uskd" else 2, max_steps=-1, augment="pad_crop", num_train_epochs=20 if stop else 1,
+        gradient_accumulation_steps=1 if loss == "uskd" else 2, max_steps=-1, augment="pad_crop",
+        num_train_epochs=20 if stop else 1,
         max_skipped_fraction=0.5, eval_strategy="no",
     )  # fmt: skip
     freeze_batch_norm(trainer.model)
@@ -97,7 +100,9 @@ def test_a_picture_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
 
 def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(tmp_path):
     launch(tmp_path / "2", "stop", 2)
-    assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == ["stopped at step 10"] * 2
+    assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == [
+        "stopped at step 10"
+    ] * 2
     assert (tmp_path / "2" / "checkpoint-10" / "trainer_state.json").is_file()
 
 

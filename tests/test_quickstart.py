@@ -13,7 +13,6 @@ from hf_kd import load_teacher
 from hf_kd.cli import main
 from hf_kd.data import PictureDataset, load_data
 
-
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
 

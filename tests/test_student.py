@@ -236,7 +236,8 @@ def test_other_statistics_leave_size_and_crop(tmp_path):
 
 def test_another_size_keeps_statistics_that_are_composed_of_several_attributes():
     model, _ = tiny("resnet")
-    settings = {"include_top": True, "image_mean": [0.5] * 3, "image_std": [0.4, 0.5, 0.6]}
+    settings = {"include_top": True, "image_mean": [0.2] * 3, "image_std": [0.4, 0.5, 0.6]}
+    settings |= {"rescale_offset": True, "rescale_factor": 1 / 127.5}
     own = EfficientNetImageProcessor(size={"height": 32, "width": 32}, **settings)
     _, processor = load_student(model, processor=own, image_size=48)
     expected = EfficientNetImageProcessor(size={"height": 48, "width": 48}, **settings)

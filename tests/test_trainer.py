@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import pickle
-import signal
+import signal  # noqa: F401 (the scripts below)
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +24,6 @@ from hf_kd import DistillationConfig, DistillationTrainer, load_teacher
 from hf_kd.checkpoints import HEAD_FILE, last_checkpoint
 from hf_kd.losses import LOSSES
 from hf_kd.weak_head import logits_of
-
 
 FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
 NAMES = [f"class {i}" for i in range(6)]
@@ -186,7 +185,13 @@ def test_one_teacher_forward_a_step_and_the_teacher_never_changes(tmp_path):
 
     teacher.model.register_forward_hook(watch)
     trainer = trainer_for(
-        tmp_path, loss="nkd", teacher=teacher, max_steps=5, save_strategy="steps", save_steps=5, teacher_check_batches=0
+        tmp_path,
+        loss="nkd",
+        teacher=teacher,
+        max_steps=5,
+        save_strategy="steps",
+        save_steps=5,
+        teacher_check_batches=0,
     )
     trainer.model.train()
     trainer.train()
@@ -289,20 +294,28 @@ def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
         losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e] + [metrics["eval_kl"]]
     for name, values in losses.items():
         # The teacher's picture passes through float instead of uint8 where the student's view had to be inverted.
-        assert values == pytest.approx(losses["rows"], rel=2e-3 if "pixel_values" in name or "transform" in name else 1e-6), name
+        assert values == pytest.approx(
+            losses["rows"], rel=2e-3 if "pixel_values" in name or "transform" in name else 1e-6
+        ), name
 
 
 def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
     train = rows(40).cast_column("image", datasets.Image(decode=False))
-    broken = train.map(lambda row, i: {"image": {"bytes": b"no picture", "path": None}} if i == 7 else row, with_indices=True)
+    broken = train.map(
+        lambda row, i: {"image": {"bytes": b"no picture", "path": None}} if i == 7 else row, with_indices=True
+    )
     broken = broken.cast_column("image", datasets.Image())
-    trainer = trainer_for(tmp_path, train=broken, evaluation=broken, max_steps=-1, num_train_epochs=2, max_skipped_fraction=0.05)
+    trainer = trainer_for(
+        tmp_path, train=broken, evaluation=broken, max_steps=-1, num_train_epochs=2, max_skipped_fraction=0.05
+    )
     trainer.train()
     assert len(trainer.skipped) == 1
     metrics = trainer.evaluate()
     assert metrics["eval_skipped"] == 1
     with pytest.raises(ValueError, match="1 of 40 pictures"):
-        trainer_for(tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02).train()
+        trainer_for(
+            tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02
+        ).train()
 
 
 def test_a_batch_of_nothing_but_broken_pictures_gets_a_stand_in(tmp_path):
@@ -334,7 +347,10 @@ def test_view_size_is_the_size_of_the_shared_picture(tmp_path):
         ({"train": rows(6).remove_columns("label")}, "image"),
         ({"label_column": "nope"}, "nope"),
         ({"train": rows(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))}, "another order"),
-        ({"train": rows(3).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))}, "3 classes, the student 6"),
+        (
+            {"train": rows(3).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))},
+            "3 classes, the student 6",
+        ),
         ({"train": rows(6).cast_column("label", datasets.Value("string"))}, "class_encode_column"),
         ({"loss": "uskd", "teacher": True}, "uses no teacher"),
         ({"loss": "nkd", "teacher": False}, "learns from a teacher"),
@@ -552,7 +568,9 @@ class Signal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.{signal})
-trainer = trainer_for({folder!r}, "deit", "uskd", max_steps=5, save_strategy="steps", save_steps={every}, augment="pad_crop")
+trainer = trainer_for(
+    {folder!r}, "deit", "uskd", max_steps=5, save_strategy="steps", save_steps={every}, augment="pad_crop"
+)
 if {send}:
     trainer.add_callback(Signal())
 trainer.train(resume_from_checkpoint={resume})
@@ -569,7 +587,7 @@ def run_script(folder, name="SIGINT", send=True, resume=False, every=100):
 
 @pytest.mark.parametrize(("name", "every"), [("SIGINT", 100), ("SIGKILL", 1)])
 def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
-    """The signal comes at the very end of step 2: Ctrl-C saves when the next step ends, kill -9 leaves what step 1 saved."""
+    """The signal comes at the end of step 2: Ctrl-C saves when the next step ends, kill -9 leaves what step 1 saved."""
     whole = run_script(tmp_path / "whole", send=False)
     assert whole.returncode == 0, whole.stderr[-2000:]
     cut = run_script(tmp_path / "cut", name, every=every)

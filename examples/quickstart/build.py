@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist            # Debian's package (MIT), the only thing needed from outside
     python examples/quickstart/build.py --work_dir outputs/quickstart-build
 
-Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747). `train.parquet` and `test.parquet` get 600 and 200 pictures
-of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the whole
+Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747). `train.parquet` and `test.parquet` get 600 and 200
+pictures of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the whole
 10,000 of the test set.
 """
 
@@ -20,7 +20,6 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import ResNetConfig, ViTImageProcessor
-
 
 HERE = Path(__file__).resolve().parent
 NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")

@@ -77,7 +77,7 @@ def _from_tensor(picture: Tensor) -> Tensor:
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
         shape = tuple(picture.shape)
         raise UndecodableImage(
-            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W), this one is {picture.dtype} of {shape}"
+            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {picture.dtype} of {shape}"
         )
     return picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
 
