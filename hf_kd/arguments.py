@@ -34,7 +34,7 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', "
-            'or JSON with the numbers of each, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
+            'or JSON with their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
         },
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the student's square input, in pixels."})
@@ -141,9 +141,9 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     parser = HfArgumentParser(
         [ScriptArguments, DistillationConfig],
         prog="hf-kd distill",
-        description="Distil an image classifier with a teacher (nkd, kd), without one (uskd), or train it plainly (ce).",
-        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --dataset uoft-cs/cifar100. "
-        "Under `accelerate launch` or `torchrun`: examples/run_distill.py with the same arguments.",
+        description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
+        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 "
+        "--dataset uoft-cs/cifar100. Under `accelerate launch` or `torchrun`: examples/run_distill.py, same arguments.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

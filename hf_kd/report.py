@@ -51,7 +51,8 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
     numbers named ``*_tokens``, which are counts; inside strings, Hub tokens and the value of an option that ends in
-    "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run may be passed: that also covers its command.
+    "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run
+    may be passed: that also covers its command.
     """
     return _plain(settings, redacted=True)
 

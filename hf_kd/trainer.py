@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import torch
 from torch import nn
 from torchvision.transforms import v2
@@ -17,9 +16,10 @@ from transformers.utils import logging
 
 from .checkpoints import LogLastStep, SaveOnInterrupt, last_checkpoint, load_weights, save_head
 from .config import DTYPES, DistillationConfig
-from .data import Mixer, PictureCollator, PictureDataset, build_transform, class_names, find_columns
+from .data import Mixer, PictureCollator, PictureDataset, build_transform
+from .inputs import as_pictures
 from .metrics import ClassificationMeter, sample_statistics
-from .teacher import Teacher, load_teacher, match_classes
+from .teacher import Teacher, load_teacher
 from .views import View
 from .weak_head import HEAD, attach_weak_head, logits_of
 
@@ -81,8 +81,8 @@ class DistillationTrainer(Trainer):
         args.check_teacher(teacher is not None)
         self.view = View(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        train_dataset = self._as_pictures(train_dataset, model, args)
-        eval_dataset = self._as_pictures(eval_dataset, model, args)
+        train_dataset = as_pictures(train_dataset, self._id2label(model), args)
+        eval_dataset = as_pictures(eval_dataset, self._id2label(model), args)
         self.teacher = self._aligned(teacher, model, args) if self.train_loss.needs_teacher else None
         self.eval_teacher = (
             self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
@@ -117,6 +117,11 @@ class DistillationTrainer(Trainer):
     # ---- what is checked before anything runs ----
 
     @staticmethod
+    def _id2label(model: nn.Module) -> dict[int, str] | None:
+        id2label = getattr(getattr(model, "config", None), "id2label", None)
+        return id2label and {int(i): str(name) for i, name in id2label.items()}
+
+    @staticmethod
     def _num_classes(model: nn.Module) -> int:
         if getattr(model, "config", None) is not None:
             return model.config.num_labels
@@ -133,7 +138,7 @@ class DistillationTrainer(Trainer):
     def _aligned(teacher: Teacher | str | None, model: nn.Module, args: DistillationConfig) -> Teacher | None:
         if teacher is None:
             return None
-        id2label = getattr(getattr(model, "config", None), "id2label", None)
+        id2label = DistillationTrainer._id2label(model)
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, id2label=id2label)
         if not isinstance(teacher, Teacher):
@@ -149,49 +154,6 @@ class DistillationTrainer(Trainer):
             mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             teacher.dtype = DTYPES[args.teacher_dtype or mixed]
         return teacher
-
-    @classmethod
-    def _as_pictures(cls, dataset, model: nn.Module, args: DistillationConfig):
-        """Decode the rows of a `datasets.Dataset` with an image column; leave any other data set as it is."""
-        if dataset is None or isinstance(dataset, str):
-            return dataset
-        if isinstance(dataset, dict):
-            return {name: cls._as_pictures(part, model, args) for name, part in dataset.items()}
-        if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
-            raise ValueError("streamed (iterable) data sets are not supported yet: load it without streaming=True.")
-        if hasattr(dataset, "__len__") and len(dataset) == 0:
-            raise ValueError("the data set is empty.")
-        raw = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-        if not raw or "pixel_values" in dataset.column_names or "pixels" in dataset.column_names:
-            return dataset
-        image, label = find_columns(dataset, args.image_column, args.label_column)
-        feature = dataset.features[label]
-        if getattr(feature, "dtype", "") == "string":
-            raise ValueError(
-                f"column {label!r} holds texts: dataset.class_encode_column({label!r}) makes classes of them."
-            )
-        id2label = getattr(getattr(model, "config", None), "id2label", None)
-        if id2label and isinstance(feature, datasets.ClassLabel):
-            cls._check_classes(class_names(dataset, label), {int(i): name for i, name in id2label.items()})
-        return PictureDataset(dataset, image, label, seed=args.data_seed)
-
-    @staticmethod
-    def _check_classes(data: list[str], student: dict[int, str]) -> None:
-        """The i-th class of the data must be the student's i-th: else it learns, and is saved with, wrong names."""
-        unnamed = all(name == f"LABEL_{i}" for i, name in student.items()) and len(student) == len(data)
-        if unnamed:
-            return
-        way_out = "load the student with load_student(..., id2label=names), names in the order of the data"
-        try:
-            order = match_classes(student, dict(enumerate(data)))
-        except ValueError as error:
-            differ = [(data[i], student.get(i)) for i in range(len(data)) if data[i] != student.get(i)][:5]
-            raise ValueError(
-                f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in "
-                f"{differ}: {way_out}."
-            ) from error
-        if order != list(range(len(data))):
-            raise ValueError(f"data and student have the same classes in another order: {way_out}.")
 
     # ---- data ----
 
@@ -225,7 +187,7 @@ class DistillationTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = self._as_pictures(dataset, self.model, self.args)
+        dataset = as_pictures(dataset, self._id2label(self.model), self.args)
         if is_training and isinstance(dataset, PictureDataset):
             dataset = copy.copy(dataset)  # evaluation on the same data set must not see the augmentation
             dataset.transform = dataset.transform or self._augmentation()

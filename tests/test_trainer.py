@@ -587,7 +587,7 @@ def run_script(folder, name="SIGINT", send=True, resume=False, every=100):
 
 @pytest.mark.parametrize(("name", "every"), [("SIGINT", 100), ("SIGKILL", 1)])
 def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
-    """The signal comes at the end of step 2: Ctrl-C saves when the next step ends, kill -9 leaves what step 1 saved."""
+    """The signal comes at the end of step 2: Ctrl-C saves when the next one ends, kill -9 leaves what step 1 saved."""
     whole = run_script(tmp_path / "whole", send=False)
     assert whole.returncode == 0, whole.stderr[-2000:]
     cut = run_script(tmp_path / "cut", name, every=every)

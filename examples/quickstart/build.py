@@ -4,8 +4,8 @@
     python examples/quickstart/build.py --work_dir outputs/quickstart-build
 
 Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747). `train.parquet` and `test.parquet` get 600 and 200
-pictures of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the whole
-10,000 of the test set.
+pictures of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the
+whole 10,000 of the test set.
 """
 
 import argparse
