@@ -143,7 +143,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
         prog="hf-kd distill",
         description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
         epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 "
-        "--dataset uoft-cs/cifar100. Under `accelerate launch` or `torchrun`: examples/run_distill.py, same arguments.",
+        "--dataset uoft-cs/cifar100. Under `accelerate launch` or `torchrun`: examples/run_distill.py, same options.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

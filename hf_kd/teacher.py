@@ -102,15 +102,20 @@ class Teacher(nn.Module):
             own = {i: f"LABEL_{i}" for i in range(n)}
         self._own_names = {int(k): v for k, v in own.items()}
         self.id2label = self._own_names
+        self.class_map = class_map
         self.register_buffer("order", torch.arange(len(own)), persistent=False)
         if id2label is not None:
             self.align(id2label, class_map)
 
     def align(self, id2label: list[str] | dict[int, str], class_map=None) -> None:
-        """Put the outputs in the order of these class names; see `match_classes` for what is refused."""
+        """Put the outputs in the order of these class names; see `match_classes` for what is refused.
+
+        `class_map` defaults to the one that the teacher was made with.
+        """
+        self.class_map = class_map if class_map is not None else self.class_map
         names = label_maps(id2label)["id2label"]
-        if class_map is not None or names != self.id2label:
-            order = match_classes(self._own_names, names, class_map)
+        if self.class_map is not None or names != self.id2label:
+            order = match_classes(self._own_names, names, self.class_map)
             self.order = torch.tensor(order, device=self.order.device)
             self.id2label = names
 
@@ -185,7 +190,11 @@ def load_teacher(
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _outside_deepspeed():
             module, info = AutoModelForImageClassification.from_pretrained(
-                name, config=load_config(name, hub), output_loading_info=True, ignore_mismatched_sizes=True, **hub
+                name,
+                config=load_config(name, hub),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **hub,
             )
         bad = sorted(loading_faults(info))
         if bad:

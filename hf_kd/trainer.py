@@ -153,6 +153,8 @@ class DistillationTrainer(Trainer):
         if teacher.dtype is None:
             mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
             teacher.dtype = DTYPES[args.teacher_dtype or mixed]
+        if args.teacher_dtype == "fp32":
+            teacher.float()
         return teacher
 
     # ---- data ----

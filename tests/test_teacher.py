@@ -133,6 +133,15 @@ def test_a_teacher_whose_classes_are_permuted_teaches_the_same():
     torch.testing.assert_close(unaligned(pixels), one(pixels))
 
 
+def test_a_class_map_is_kept_for_later():
+    module, processor = tiny("vit", names=NAMES)
+    other = [f"other {i}" for i in range(6)]
+    for class_map, expected in (("by_index", [0, 1, 2, 3, 4, 5]), ([5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0])):
+        teacher = load_teacher(module, processor=processor, class_map=class_map)
+        teacher.align(other)
+        assert teacher.order.tolist() == expected
+
+
 def test_align_again_starts_from_the_teachers_own_order():
     model, processor = tiny("vit", names=NAMES)
     teacher = load_teacher(model, processor=processor)
