@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.utils import logging
@@ -116,6 +117,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             plot_curves(runs, Path(config.output_dir) / CURVES_FILE)
         print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
         print(f"\nModels, {RUN_FILE} and {CURVES_FILE} are in {config.output_dir}")
+    PartialState().wait_for_everyone()  # a rank that leaves early takes the others' connections with it
     return runs
 
 

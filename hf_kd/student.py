@@ -98,7 +98,7 @@ def load_student(
                 **hub,
             )
             _check_loaded(module, name, info)
-        processor = processor or _processor_for(module, name, hub)
+        processor = processor or processor_for(module, name, hub)
     processor = _with_size(processor, image_size, image_mean, image_std)
     if image_size:
         try:
@@ -194,7 +194,7 @@ def loading_faults(info: dict) -> set[str]:
     return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
 
 
-def _processor_for(module, name: str, hub: dict):
+def processor_for(module, name: str, hub: dict):
     config = module.config
     if config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import _processor_for, check_id, label_maps, load_config, loading_faults
+from .student import processor_for, check_id, label_maps, load_config, loading_faults
 from .views import View
 from .weak_head import logits_of
 
@@ -202,7 +202,7 @@ def load_teacher(
                 f"teacher {name}: {len(bad)} weights are missing from its checkpoint or have another shape, and would "
                 f"be random: {bad[:8]}. Use a checkpoint with its trained classification head."
             )
-        model, processor = module, processor or _processor_for(module, name, hub)
+        model, processor = module, processor or processor_for(module, name, hub)
     elif processor is None:
         raise ValueError("a teacher given as a module needs its image processor: load_teacher(module, processor=...).")
     return Teacher(model, processor, id2label, class_map, dtype, name)

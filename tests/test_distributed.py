@@ -59,6 +59,7 @@ def worker(folder: str, loss: str) -> None:
         torch.save(trainer.model.state_dict(), Path(folder) / "final.pt")
         history = [e for e in trainer.state.log_history if "loss" in e]
         Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
+    trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
