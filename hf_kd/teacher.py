@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import processor_for, check_id, label_maps, load_config, loading_faults
+from .student import check_id, label_maps, load_config, loading_faults, processor_for
 from .views import View
 from .weak_head import logits_of
 
