@@ -106,7 +106,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.agreed = self._requested = False
-        if threading.current_thread() is threading.main_thread():
+        if self._previous is None and threading.current_thread() is threading.main_thread():
             self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
 
     def restore(self) -> None:
@@ -119,12 +119,12 @@ class SaveOnInterrupt(TrainerCallback):
         self.agreed = self._requested
         if args.world_size > 1:
             self.agreed = False
-            if state.global_step % self.EVERY == 0:
+            if state.global_step % self.EVERY == 0 or state.global_step >= state.max_steps:
                 flag = torch.tensor(int(self._requested), device=args.device)
                 torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
                 self.agreed = bool(flag)
         if self.agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args, state, control, **kwargs):

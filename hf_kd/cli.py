@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         distill(script, config, shlex.join([*_launcher(), *argv]))
     except KeyboardInterrupt as stop:
         again = shlex.join([*_launcher(), *_resuming(argv)])
-        print(f"\n{str(stop) or 'stopped'}\nResume with: {again}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped'}\nResume with (and your launcher's options): {again}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         if traceback:
@@ -78,7 +79,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         config.output_dir = default_output_dir(script, config)
     arms = script.arms(config)
     resume = _resume(config, script)
-    finished = {name: _finished(name, arm) if resume is True else None for name, arm in arms.items()}
+    finished = {name: _finished(arm, script) if resume is True else None for name, arm in arms.items()}
     if not resume and config.process_index == 0:  # another rank may come when this one writes already
         _check_free(config.output_dir)
     data = load_data(
@@ -144,6 +145,7 @@ def _run_arm(
         revision=script.student_revision,
         trust_remote_code=script.trust_remote_code,
     )
+    settings = _settings(config, script)  # as asked for: the columns are found anew
     config.image_column, config.label_column = data.image_column, data.label_column
     trainer = DistillationTrainer(
         student,
@@ -206,7 +208,7 @@ def _run_arm(
             "seed": config.seed,
             "command": command,
             "versions": report.collect_versions(),
-            "settings": {**vars(script), **config.to_dict()},
+            "settings": settings,
             "metrics": {k: v for k, v in metrics.items() if k in METRICS},
             "teacher_metrics": teacher_metrics,
             "terms": _last_terms(trainer.state.log_history),
@@ -256,8 +258,22 @@ def _resume(config: DistillationConfig, script: ScriptArguments) -> str | bool:
     return given or False
 
 
-def _finished(name: str, config: DistillationConfig) -> dict | None:
-    """The record of a run that has nothing left to do, or None."""
+def _settings(config: DistillationConfig, script: ScriptArguments) -> dict:
+    return report.redact({**vars(script), **config.to_dict()})
+
+
+# Settings in which a run may differ from its continuation.
+_FREE = re.compile(
+    "(compare|output_dir|traceback|disable_tqdm|num_train_epochs|max_steps|run_name)$|(re|log|sav|push|hub|dataloader)"
+)
+
+
+def _finished(config: DistillationConfig, script: ScriptArguments) -> dict | None:
+    """The record of a run that has nothing left to do, or None.
+
+    Raises:
+        ValueError: if what is in the folder is another run than the one that is asked for.
+    """
     file = Path(config.output_dir) / RUN_FILE
     if not file.is_file():
         return None
@@ -266,9 +282,15 @@ def _finished(name: str, config: DistillationConfig) -> dict | None:
     if record.get("loss") != loss:
         what = "a comparison" if "runs" in record else record.get("loss")
         raise ValueError(f"{config.output_dir} holds {what}, not a run with {loss}: choose another --output_dir.")
-    settings = config.to_dict()
-    same = all(record["settings"].get(key) == settings[key] for key in ("num_train_epochs", "max_steps"))
-    return record if same else None
+    old, new = record["settings"], _settings(config, script)
+    differ = [f"{key} ({old[key]} there, {new[key]} here)" for key in new if key in old and old[key] != new[key]]
+    fixed = [text for text in differ if not _FREE.match(text.split(" ")[0])]
+    if fixed:
+        raise ValueError(
+            f"{config.output_dir} holds a run with other settings: {'; '.join(fixed)}: choose another folder."
+        )
+    longer = any(text.startswith(("num_train_epochs ", "max_steps ")) for text in differ)
+    return None if longer else record
 
 
 def _check_free(output_dir: str) -> None:

@@ -115,6 +115,8 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"view_size={self.view_size} must be a positive number of pixels.")
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "top1"
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ece")):
+            self.greater_is_better = False  # transformers asks only whether it is a loss
         if self.label_names is None:
             self.label_names = ["labels"]  # models with a distillation token hide theirs
         super().__post_init__()

@@ -1,13 +1,14 @@
-"""What a trainer may be given as a data set: checked against the student, and turned into pictures."""
+"""What a trainer may be given as data sets and teachers, checked against the student."""
 
 from __future__ import annotations
 
 import datasets
 import torch
+from torch import nn
 
-from .config import DistillationConfig
+from .config import DTYPES, DistillationConfig
 from .data import PictureDataset, class_names, find_columns
-from .teacher import match_classes
+from .teacher import Teacher, load_teacher, match_classes
 
 
 def as_pictures(dataset, id2label: dict[int, str] | None, args: DistillationConfig):
@@ -58,3 +59,30 @@ def _check_classes(data: list[str], student: dict[int, str]) -> None:
         ) from error
     if order != list(range(len(data))):
         raise ValueError(f"data and student have the same classes in another order: {way_out}.")
+
+
+def aligned_teacher(
+    teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
+) -> Teacher | None:
+    """The teacher with its classes in the student's order and the compute type that `args` ask for.
+
+    Raises:
+        ValueError: it is no teacher, is the student itself, or knows other classes.
+    """
+    if teacher is None:
+        return None
+    if isinstance(teacher, str):
+        teacher = load_teacher(teacher, id2label=id2label)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
+            "wrap it with load_teacher(module, processor=...)."
+        )
+    if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
+        raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
+    if id2label is not None:
+        teacher.align(id2label)
+    precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+    if teacher.dtype is None:
+        teacher.dtype = DTYPES[precision]
+    return teacher.float() if precision == "fp32" else teacher

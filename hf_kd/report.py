@@ -92,9 +92,9 @@ def comparison_table(
     """The runs side by side, as text for a terminal or as a GitHub table, and below it how far it can be trusted.
 
     The runs should share student, data and settings, and differ in their loss. Rates are percentages, "seconds" are
-    those of training, "MB" is the saved model, and the last column is in top-1 points against the run named "ce".
-    What is missing or not finite shows as "–". The sampling error is the half-width of the 95 % interval of a single
-    top-1 (Wilson 1927), which, unlike the usual one, is not 0 where all images are right.
+    those of training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the
+    run named "ce". What is missing or not finite shows as "–". The sampling error is the half-width of the 95 %
+    interval of a single top-1 (Wilson 1927), which, unlike the usual one, is not 0 where all images are right.
 
     Args:
         runs: see the module's text; only "name" is required.
@@ -113,9 +113,17 @@ def comparison_table(
         # round() first and + 0.0 after it, or −0.001 would show as "-0.00".
         points = MISSING if None in (top1, baseline) else f"{round(100 * (top1 - baseline), 2) + 0.0:+.2f}"
         rates = [_percent(_number(run, "metrics", key)) for key in ("top1", "top5", "agreement", "ece")]
-        seconds, size = _number(run, "timings", "train_seconds"), _number(run, "student", "size_mb")
+        seconds, size = _training_seconds(run), _number(run, "student", "size_mb")
         rows.append([str(run["name"]), *rates, _fixed(seconds), _fixed(size), points])
     return f"{_layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs)}"
+
+
+def _training_seconds(run: Mapping[str, Any]) -> float | None:
+    """Without the evaluations in between, in which every student pays for the teacher's agreement."""
+    seconds = _number(run, "timings", "train_seconds")
+    history = run.get("history") or [{}]
+    ended = next((i for i, entry in enumerate(history) if "train_runtime" in entry), len(history))
+    return seconds and seconds - sum(entry.get("eval_runtime", 0) for entry in history[:ended])
 
 
 def _caveat(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import time
@@ -15,11 +16,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from .checkpoints import LogLastStep, SaveOnInterrupt, last_checkpoint, load_weights, save_head
-from .config import DTYPES, DistillationConfig
+from .config import DistillationConfig
 from .data import Mixer, PictureCollator, PictureDataset, build_transform
-from .inputs import as_pictures
+from .inputs import aligned_teacher, as_pictures
 from .metrics import ClassificationMeter, sample_statistics
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher
 from .views import View
 from .weak_head import HEAD, attach_weak_head, logits_of
 
@@ -83,10 +84,9 @@ class DistillationTrainer(Trainer):
         self.train_loss = args.build_loss()
         train_dataset = as_pictures(train_dataset, self._id2label(model), args)
         eval_dataset = as_pictures(eval_dataset, self._id2label(model), args)
-        self.teacher = self._aligned(teacher, model, args) if self.train_loss.needs_teacher else None
-        self.eval_teacher = (
-            self._aligned(eval_teacher, model, args) or self.teacher or self._aligned(teacher, model, args)
-        )
+        given = functools.partial(aligned_teacher, model=model, id2label=self._id2label(model), args=args)
+        self.teacher = given(teacher) if self.train_loss.needs_teacher else None
+        self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
         if self.train_loss.needs_feature:
             attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
         self.skipped: dict[str, None] = {}
@@ -134,29 +134,6 @@ class DistillationTrainer(Trainer):
             raise ValueError("the student's image processor is needed here: pass processing_class=.")
         return self.view
 
-    @staticmethod
-    def _aligned(teacher: Teacher | str | None, model: nn.Module, args: DistillationConfig) -> Teacher | None:
-        if teacher is None:
-            return None
-        id2label = DistillationTrainer._id2label(model)
-        if isinstance(teacher, str):
-            teacher = load_teacher(teacher, id2label=id2label)
-        if not isinstance(teacher, Teacher):
-            raise ValueError(
-                f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
-                "wrap it with load_teacher(module, processor=...)."
-            )
-        if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
-            raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
-        if id2label is not None:
-            teacher.align(id2label)
-        if teacher.dtype is None:
-            mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            teacher.dtype = DTYPES[args.teacher_dtype or mixed]
-        if args.teacher_dtype == "fp32":
-            teacher.float()
-        return teacher
-
     # ---- data ----
 
     def _shared_size(self) -> int:
@@ -197,6 +174,15 @@ class DistillationTrainer(Trainer):
         if self._own_collator:
             self.data_collator = self._collator(is_training)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if given:  # transformers keeps one loader for all data sets that are given, where workers persist
+            kept, self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}), {}
+        loader = super().get_eval_dataloader(eval_dataset)
+        if given:
+            self._eval_dataloaders = kept
+        return loader
 
     def _run_epoch(self, *args, epoch, **kwargs):
         # accelerate forwards set_epoch to the data set only where the sampler takes none.
@@ -310,10 +296,11 @@ class DistillationTrainer(Trainer):
         """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
         teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
         self._meter = ClassificationMeter()
-        self._evaluated = self.num_examples(dataloader)
+        self._evaluated, self._skipped_now = self.num_examples(dataloader), {}
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = self._meter.compute()
         self._meter = None
+        self.eval_skipped.update(self._skipped_now)
         counted = int(metrics.pop("n"))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if counted < output.num_samples:
@@ -323,7 +310,7 @@ class DistillationTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
         if self._meter is not None:
-            self._note_skipped(inputs, self.eval_skipped, self._evaluated)
+            self._note_skipped(inputs, self._skipped_now, self._evaluated)
         inputs = self._prepare_inputs(inputs)
         labels = _hard(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -334,12 +321,14 @@ class DistillationTrainer(Trainer):
         loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def measure_teacher(self, samples: int | None = None) -> dict[str, float]:
+    def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
         """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
 
         Args:
             samples: measure on so many pictures, evenly spaced; default: on all, and keep it as `teacher_metrics`.
+            teacher: default: `eval_teacher`.
         """
+        teacher = teacher or self.eval_teacher
         source = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         source = next(iter(source.values())) if isinstance(source, dict) else source
         part = source
@@ -349,8 +338,10 @@ class DistillationTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
             for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
                 inputs.pop("skipped", None)
+                if teacher is not self.eval_teacher:  # whose frame they are
+                    inputs.pop("teacher_pixels", None)
                 inputs = self._prepare_inputs(inputs)
-                logits = self._teacher_logits(self.eval_teacher, inputs)
+                logits = self._teacher_logits(teacher, inputs)
                 meter.update(self.accelerator.gather_for_metrics(sample_statistics(logits, _hard(inputs["labels"]))))
         metrics = meter.compute()
         if samples is None:
@@ -360,7 +351,8 @@ class DistillationTrainer(Trainer):
     def _check_teacher(self) -> None:
         """A teacher near chance has the wrong classes, the wrong view or no training: say so before the run."""
         samples = self.args.teacher_check_batches * self.args.eval_batch_size * self.args.world_size
-        metrics = self.teacher_metrics or self.measure_teacher(samples)
+        known = self.teacher_metrics if self.teacher is self.eval_teacher else None
+        metrics = known or self.measure_teacher(samples, self.teacher)
         top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
         if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
             logger.warning(
@@ -382,7 +374,6 @@ class DistillationTrainer(Trainer):
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
-        self._terms_since = None
         self._started = time.perf_counter()
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the weak head the code of one without.
@@ -398,9 +389,25 @@ class DistillationTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs):
         result = super()._init_training_state(*args, **kwargs)
+        self._terms_since = None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         return result
+
+    def _finalize_training(self, *args, **kwargs):
+        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
+            self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
+        bad = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} weights are not finite at step {self.state.global_step}: {bad[:5]}. "
+                f"Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+            )
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student as a plain model, and the weak head beside it in checkpoints only."""

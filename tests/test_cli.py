@@ -130,6 +130,8 @@ def test_resume_of_a_finished_run_does_what_is_asked(things, tmp_path, capsys):
     assert run["history"][-1]["epoch"] == 3
     seconds = [entry["seconds"] for entry in run["history"] if "seconds" in entry]
     assert seconds == sorted(seconds) and run["timings"]["train_seconds"] == seconds[-1]
+    assert distill(things, "--output_dir", out, "--seed", "1", "--resume_from_checkpoint", "last") == 1
+    assert "seed (42 there, 1 here)" in capsys.readouterr().err
     assert distill(things, "--output_dir", out, "--loss", "uskd", "--resume_from_checkpoint", "last") == 1
     assert "choose another --output_dir" in capsys.readouterr().err
     assert (

