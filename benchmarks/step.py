@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTImageProcessor
+from transformers import (
+    PrinterCallback,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTImageProcessor,
+)
 from transformers.utils import logging
 
 from hf_kd import DistillationConfig, DistillationTrainer, View
@@ -66,6 +72,7 @@ def by_trainer(loss: str, args, data):
             save_strategy="no", logging_steps=10_000, disable_tqdm=True, report_to="none",
         )  # fmt: skip
     trainer = DistillationTrainer(model, config, train_dataset=data, processing_class=processor, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
 
     def run() -> list[float]:
         trainer.train()

@@ -16,9 +16,9 @@ PANELS_PER_ROW = 3
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Writes a PNG: above, one panel per run with its training loss terms; below, every run's top-1 on the eval set.
 
-    Terms keep their colour from panel to panel, runs theirs from title to curve, and the loss panels share their axes.
-    A legend gives each last value, since a small term lies near zero. A dashed line is the teacher's top-1 where a
-    run's teacher_metrics have it.
+    Terms keep their colour from panel to panel, runs theirs from title to curve. The losses of different methods have
+    different scales, so each panel has its own, logarithmic. A legend gives each last value. A dashed line is the
+    teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
         runs: runs as in `hf_kd.report`, at least one; read are name, history (the trainer's log_history, may be
@@ -33,6 +33,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     # Slow to import, and training does not need it. Figure without pyplot leaves no global state behind.
     from matplotlib import color_sequences
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     term_colours, run_colours = color_sequences["petroff10"], color_sequences["Dark2"]
     columns = min(len(runs), PANELS_PER_ROW)
@@ -45,13 +46,14 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     colour_of = {term: term_colours[i % len(term_colours)] for i, term in enumerate(terms)}
     first = None
     for i, run in enumerate(runs):
-        axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first, sharey=first)
+        axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first)
         first = first or axes
         _plot_terms(axes, run, colour_of)
         axes.set_title(f"trained with {run['name']}", fontsize=11, color=run_colours[i % len(run_colours)])
         axes.set_ylabel("training loss" if i % columns == 0 else "")
-    # Only now: a limit set by hand would stop the shared axis from growing with the next panel.
-    first.set_ylim(bottom=min(0.0, first.get_ylim()[0]))
+        axes.set_yscale("log")  # the terms of one loss differ by orders of magnitude
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     below = figure.add_subplot(grid[rows, :])
     _plot_top1(below, runs, run_colours)
     if below.lines:
