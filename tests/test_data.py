@@ -235,6 +235,17 @@ def test_flip():
     assert 0.4 < np.mean(flips) < 0.6
 
 
+def test_deit_survives_its_strongest_levels():
+    """About one picture in a thousand draws a posterisation to 0 bits, which current Pillow refuses."""
+    transform = build_transform("deit", 16).transforms[3]
+    picture = PIL.Image.fromarray(photo(16, 16))
+    posterise = next(op for op in transform.ops if op.name.startswith("Posterize"))
+    posterise.prob, posterise.magnitude, posterise.magnitude_std = 1.0, 10, 0
+    assert not np.array(posterise(picture)).any()
+    posterise.magnitude = 0
+    assert np.array(posterise(picture)).any()
+
+
 def test_deit_erases_a_quarter_with_noise_of_the_imagenet_statistics():
     transform = build_transform("deit", 64).transforms[-1]
     picture = torch.zeros(3, 64, 64, dtype=torch.uint8)

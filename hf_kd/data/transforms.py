@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
@@ -50,7 +50,15 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
     settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
     rand_augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
+    for op in rand_augment.ops:
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
     return v2.Compose([crop, flip, v2.ToPILImage(), rand_augment, v2.PILToTensor(), NoiseErasing(p=0.25)])
+
+
+def _posterize(picture, bits: int, **kwargs):
+    # The strongest level keeps 0 bits, which Pillow made black up to version 12 and refuses since.
+    return posterize(picture, bits, **kwargs) if bits > 0 else picture.point(lambda value: 0)
 
 
 class PadCrop(nn.Module):
