@@ -111,8 +111,8 @@ class DistillationTrainer(Trainer):
         if self.train_loss.needs_feature and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
         self.train_loss.to(args.device)
-        if self.eval_teacher is not None:
-            self.eval_teacher.to(args.device)
+        for each in {self.teacher, self.eval_teacher} - {None}:
+            each.to(args.device)
 
     # ---- what is checked before anything runs ----
 
