@@ -283,14 +283,12 @@ def _finished(config: DistillationConfig, script: ScriptArguments) -> dict | Non
         what = "a comparison" if "runs" in record else record.get("loss")
         raise ValueError(f"{config.output_dir} holds {what}, not a run with {loss}: choose another --output_dir.")
     old, new = record["settings"], _settings(config, script)
-    differ = [f"{key} ({old[key]} there, {new[key]} here)" for key in new if key in old and old[key] != new[key]]
-    fixed = [text for text in differ if not _FREE.match(text.split(" ")[0])]
+    differ = {key for key in new if key in old and old[key] != new[key]}
+    fixed = sorted(key for key in differ if not _FREE.match(key))
     if fixed:
-        raise ValueError(
-            f"{config.output_dir} holds a run with other settings: {'; '.join(fixed)}: choose another folder."
-        )
-    longer = any(text.startswith(("num_train_epochs ", "max_steps ")) for text in differ)
-    return None if longer else record
+        texts = "; ".join(f"{key} ({old[key]} there, {new[key]} here)" for key in fixed)
+        raise ValueError(f"{config.output_dir} holds a run with other settings: {texts}: choose another folder.")
+    return None if differ & {"num_train_epochs", "max_steps"} else record
 
 
 def _check_free(output_dir: str) -> None:

@@ -58,9 +58,7 @@ def decode_rgb(source: Any) -> Tensor:
 
 
 def _read(path: str) -> bytes:
-    if (
-        "://" in path
-    ):  # as streamed data sets give: hf://…, zip://…::https://…; a failing network is not a broken picture
+    if "://" in path:  # as streamed data sets give: hf://…, zip://…::https://…
         import fsspec
 
         with fsspec.open(path, "rb") as file:  # lets its errors pass: a failing network is no broken picture
