@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 
 from .config import DistillationConfig, read_json
 from .losses import LOSSES
+from .presets import PRESETS, loss_numbers
+from .verdict import BASELINE, CONTROL
 
 
 @dataclass
@@ -23,9 +25,16 @@ class ScriptArguments:
         default=None, metadata={"help": "Student: a Hub id, timm/NAME, or a local folder with a model or its config."}
     )
     teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id, timm/NAME, or a local folder."})
-    dataset: str | None = field(
-        default=None,
+    dataset: str = field(
+        default="uoft-cs/cifar100",
         metadata={"help": "Pictures: a Hub id, a folder of pictures or of parquet files, or 'quickstart' (bundled)."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Settings for what you do not set: {', '.join(PRESETS)}, auto (by the student's kind), or none. "
+            "Default: auto, and none with --config, which is a recipe of its own."
+        },
     )
     from_scratch: bool = field(
         default=False, metadata={"help": "Give the student random weights, not its pretrained ones."}
@@ -36,6 +45,17 @@ class ScriptArguments:
             "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', "
             'or JSON with their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
         },
+    )
+    verdict: bool = field(
+        default=False,
+        metadata={
+            "help": "Say whether --loss helped: train the student without it too (and for uskd with twice the cross "
+            "entropy) from the same weights and order of data, with each of --seeds, and test the paired differences."
+        },
+    )
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Train with each of these seeds. Default: --seed; with --verdict three, from --seed on."},
     )
     image_size: int | None = field(default=None, metadata={"help": "Side of the student's square input, in pixels."})
     image_mean: list[float] | None = field(default=None, metadata={"help": "Channel means of the pixels, in [0, 1]."})
@@ -62,48 +82,88 @@ class ScriptArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the models' repositories."})
     traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
 
-    def arms(self, config: DistillationConfig) -> dict[str, DistillationConfig]:
-        """The runs asked for, by name: with `compare`, each in a folder of its own below `output_dir`.
+    given = frozenset()  # names of the arguments that were set by hand; no field, thus no argument
 
-        Everything about the arguments that can be wrong without looking at data or models is found here.
+    def check(self, config: DistillationConfig) -> None:
+        """Finds everything about the arguments that can be wrong without looking at data or models.
 
         Raises:
             ValueError: naming the argument and the way out.
         """
-        missing = [f"--{name}" for name in ("student", "dataset") if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given (or be in the --config file); see --help.")
+        if self.student is None:
+            raise ValueError("--student must be given (or be in the --config file); see --help.")
+        if self.preset not in (None, "auto", "none", *PRESETS):
+            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(PRESETS)}.")
         if isinstance(self.class_map, str) and self.class_map.startswith("{"):
             self.class_map = read_json("class_map", self.class_map)
-        if self.compare is None:
-            config.check_teacher(self.teacher is not None)
-            return {config.loss: config}
-        for name in ("loss_kwargs", "push_to_hub"):
-            if getattr(config, name):
-                raise ValueError(
-                    f"{name} belongs to a single run; in a comparison, --compare holds each loss's numbers."
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))} names a seed twice.")
+        if self.verdict:
+            if self.compare is not None:
+                raise ValueError("--verdict chooses what to compare with by itself: drop it, or --compare.")
+            if config.loss == "ce":
+                raise ValueError("--verdict asks whether a loss helped, and ce is what it is measured against.")
+            if self.seeds is not None and len(self.seeds) < 2:
+                raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {self.seeds[0]}.")
+        if config.push_to_hub and not self.verdict and (self.compare is not None or len(self.seeds or ()) > 1):
+            raise ValueError(
+                "--push_to_hub pushes one student, and here are several: drop it and afterwards push the one you want "
+                "with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
+            )
+        if self.compare is not None and config.loss_kwargs:
+            raise ValueError("loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers.")
+        for _, arm in self.arms(config):
+            # In a comparison the teacher also measures the agreement of students that do not learn from it.
+            if LOSSES[arm.loss].needs_teacher or not (self.verdict or self.compare):
+                arm.check_teacher(self.teacher is not None)
+
+    def arms(self, config: DistillationConfig, preset: str | None = None) -> list[tuple[str, DistillationConfig]]:
+        """The runs asked for, with their names: each loss with each seed, in a folder of its own if they are several.
+
+        Args:
+            config: of all of them.
+            preset: the preset in use, whose published numbers the losses start from.
+        """
+        losses = {config.loss: {"loss": config.loss, **(config.loss_kwargs or {})}}
+        if self.verdict:
+            smooth = {k: v for k, v in (config.loss_kwargs or {}).items() if k == "label_smoothing"}
+            controls = {BASELINE: {"loss": "ce", **smooth}}
+            if config.loss == "uskd":
+                controls[CONTROL] = {"loss": "ce", "weight": 2.0, **smooth}
+            losses = controls | losses
+        elif self.compare is not None:
+            losses = self._compared()
+        seeds = self.seeds or [config.seed + i for i in range(3 if self.verdict else 1)]
+        arms = []
+        for seed in seeds:  # first, so that a comparison that is cut off has whole pairs
+            for name, numbers in losses.items():
+                numbers = dict(numbers)
+                loss = numbers.pop("loss", name)
+                if preset and loss in LOSSES:
+                    numbers = loss_numbers(loss, preset)[0] | numbers
+                several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
+                arm = dataclasses.replace(
+                    config,
+                    loss=loss,
+                    loss_kwargs=numbers,
+                    seed=seed,
+                    data_seed=seed if config.data_seed == config.seed else config.data_seed,
+                    output_dir=os.path.join(config.output_dir, *several),
+                    push_to_hub=False,  # by the command line, once, after everything is saved
                 )
+                arms.append((name, arm))
+        return arms
+
+    def _compared(self) -> dict[str, dict]:
         given = self.compare
         if isinstance(given, str):
             given = read_json("compare", given) if given.lstrip().startswith("{") else given.split(",")
         if not isinstance(given, dict):
             given = {str(name).strip(): {} for name in given}
-        arms = {}
         for name, numbers in given.items():
             if not isinstance(numbers or {}, dict):
                 raise ValueError(f"compare: {name} needs an object with the numbers of its loss, got {numbers!r}.")
-            numbers = dict(numbers or {})
-            arm = dataclasses.replace(
-                config,
-                loss=numbers.pop("loss", name),
-                loss_kwargs=numbers,
-                output_dir=os.path.join(config.output_dir, name),
-            )
-            # In a comparison the teacher also measures the agreement of students that do not learn from it.
-            if LOSSES[arm.loss].needs_teacher:
-                arm.check_teacher(self.teacher is not None)
-            arms[name] = arm
-        return arms
+        return {name: numbers or {} for name, numbers in given.items()}
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -112,7 +172,7 @@ _COMMON = (
     "gradient_accumulation_steps learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs "
     "warmup_steps max_grad_norm label_smoothing_factor bf16 fp16 torch_compile seed eval_strategy save_strategy "
     "save_total_limit load_best_model_at_end logging_steps report_to dataloader_num_workers resume_from_checkpoint "
-    "use_cpu"
+    "use_cpu push_to_hub hub_model_id hub_private_repo"
 ).split()
 
 
@@ -142,8 +202,8 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
         [ScriptArguments, DistillationConfig],
         prog="hf-kd distill",
         description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
-        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 "
-        "--dataset uoft-cs/cifar100. Under `accelerate launch` or `torchrun`: examples/run_distill.py, same options.",
+        epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --loss uskd. Under "
+        "`accelerate launch` or `torchrun`: examples/run_distill.py, same options.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -182,8 +242,14 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     if path:
-        parser.set_defaults(**_read_config(path, {action.dest: action for action in reversed(parser._actions)}))
+        values = _read_config(path, {action.dest: action for action in reversed(parser._actions)})
+        parser.set_defaults(**values)
     script, config, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    options = {argument.split("=")[0] for argument in argv}
+    script.given = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
+    if path:
+        script.given |= {*values}
+        script.preset = script.preset or "none"
     return script, config
 
 

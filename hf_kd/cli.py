@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -17,46 +18,56 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.utils import logging
 
-from . import report
+from . import hub, presets, report
 from .arguments import ScriptArguments, make_parser, parse
 from .checkpoints import last_checkpoint
 from .config import DistillationConfig
 from .data import ImageData, load_data
 from .losses import LOSSES
+from .model_card import write_card
 from .plots import plot_curves
-from .student import load_student
+from .record import describe_model, make_record
+from .student import load_student, student_config
 from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
-from .weak_head import HEAD
+from .verdict import verdicts
 
 RUN_FILE, CURVES_FILE = "run.json", "curves.png"
-METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 logger = logging.get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The console command. Returns the exit status: 0, 1 for an error (with one message), 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] != "distill":
-        print("usage: hf-kd distill ...   Distil an image classifier; `hf-kd distill --help` lists the arguments.")
+    if not argv or argv[0] not in ("distill", "push"):
+        print(
+            "usage: hf-kd distill ...   Distil an image classifier; `hf-kd distill --help` lists the arguments.\n"
+            "       hf-kd push ...      Push a distilled student to the Hub; see `hf-kd push --help`."
+        )
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    argv = argv[1:]
+    command, argv = argv[0], argv[1:]
     if not argv:
-        make_parser().print_help()
+        (make_parser() if command == "distill" else push_parser()).print_help()
         return 2
     traceback = "--traceback" in argv
     try:
-        script, config = parse(argv)
-        traceback = script.traceback
-        distill(script, config, shlex.join([*_launcher(), *argv]))
+        if command == "push":
+            _push_command(argv)
+        else:
+            script, config = parse(argv)
+            traceback = script.traceback
+            distill(script, config, shlex.join([*_launcher(), *argv]))
     except KeyboardInterrupt as stop:
         again = shlex.join([*_launcher(), *_resuming(argv)])
         print(f"\n{str(stop) or 'stopped'}\nResume with (and your launcher's options): {again}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        if traceback:
+    except Exception as error:
+        message = hub.explain(error)
+        if message is None and isinstance(error, (ValueError, OSError, FloatingPointError)):
+            message = str(error)
+        if traceback or message is None:  # of what nobody foresaw, the traceback is what helps
             raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {message}", file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -65,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distill(script: ScriptArguments, config: DistillationConfig, command: str = "") -> list[dict]:
-    """Train what the arguments ask for, and write models, `run.json` and `curves.png`.
+    """Train what the arguments ask for, and write models, `run.json`, `curves.png` and cards; push if asked.
 
     Args:
         script: what to distil.
@@ -75,13 +86,26 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     Returns:
         One run record (see `hf_kd.report`) for each student.
     """
+    main_process = config.process_index == 0
+    script.check(config)
     if config.output_dir == "trainer_output":  # transformers' default
-        config.output_dir = default_output_dir(script, config)
-    arms = script.arms(config)
+        config.output_dir = os.path.join("outputs", default_name(script, config) + ("-verdict" if script.verdict else ""))
+        config.hub_model_id = config.hub_model_id or default_name(script, config)
+    repo_id = None
+    if config.push_to_hub:
+        repo_id = hub.check_push(
+            config.hub_model_id or Path(config.output_dir).name, token=config.hub_token, private=config.hub_private_repo
+        )
     resume = _resume(config, script)
-    finished = {name: _finished(arm, script) if resume is True else None for name, arm in arms.items()}
-    if not resume and config.process_index == 0:  # another rank may come when this one writes already
+    if not resume and main_process:  # another rank may come when this one writes already
         _check_free(config.output_dir)
+    preset, kind = _preset(script, config)
+    if preset:
+        config = presets.apply(preset["name"], config, script.given)
+        if main_process:
+            print(preset["text"])
+    arms = script.arms(config, preset and preset["name"])
+    finished = [_finished(arm, script) if resume is True else None for _, arm in arms]
     data = load_data(
         script.dataset,
         config_name=script.dataset_config,
@@ -95,6 +119,12 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         max_eval_samples=script.max_eval_samples,
         seed=config.seed,
     )
+    known = {
+        "command": command,
+        "preset": preset and {k: v for k, v in preset.items() if k != "text"},
+        "repo_id": repo_id,
+        "teacher": None,
+    }
     teacher = None
     if script.teacher:
         teacher = load_teacher(
@@ -104,22 +134,96 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             revision=script.teacher_revision,
             trust_remote_code=script.trust_remote_code,
         )
+        known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
     runs: list[dict] = []
-    for name, arm in arms.items():
-        if finished[name]:
+    for (name, arm), record in zip(arms, finished, strict=True):
+        if record:
             logger.warning(f"{name}: already finished, see {Path(arm.output_dir) / RUN_FILE}")
-            runs.append(finished[name])
         else:
-            teacher_metrics = runs[0]["teacher_metrics"] if runs else None  # the same for all, so measured once
-            runs.append(_run_arm(name, arm, script, data, teacher, teacher_metrics, resume, command))
-    if config.process_index == 0:
-        if script.compare is not None:
-            report.write_json(Path(config.output_dir) / RUN_FILE, report.redact({"command": command, "runs": runs}))
-            plot_curves(runs, Path(config.output_dir) / CURVES_FILE)
-        print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
-        print(f"\nModels, {RUN_FILE} and {CURVES_FILE} are in {config.output_dir}")
+            measured = runs[0]["teacher_metrics"] if runs else None  # the same for all, so measured once
+            record = _run_arm(name, arm, script, data, teacher, measured, resume, {**known, "kind": kind})
+        runs.append(record)
+    if main_process:
+        _report(runs, [Path(arm.output_dir) for _, arm in arms], Path(config.output_dir), script, command)
+        if repo_id:
+            chosen = next(arm for name, arm in arms if name == config.loss)  # of the first seed, whatever came of it
+            _push(chosen.output_dir, repo_id, config)
     PartialState().wait_for_everyone()  # a rank that leaves early takes the others' connections with it
     return runs
+
+
+def _preset(script: ScriptArguments, config: DistillationConfig) -> tuple[dict | None, str]:
+    """Which preset is used, why, and what of it the user has set otherwise; and the student's kind."""
+    hub_options = {"revision": script.student_revision, "trust_remote_code": script.trust_remote_code}
+    kind = presets.kind_of(student_config(script.student, script.from_scratch, script.image_size, hub_options))
+    name = script.preset or "auto"
+    if name == "none":
+        return None, kind
+    if name == "auto":
+        name = presets.choose(kind, script.from_scratch, script.dataset)
+    preset = presets.PRESETS[name]
+    for key, value in preset.student.items():
+        if key not in script.given:
+            setattr(script, key, value)
+    changed = sorted({*preset.values, *preset.student} & script.given)
+    text = f"preset {name}: {preset.source}."
+    for loss in dict.fromkeys(arm.loss for _, arm in script.arms(config)):
+        numbers, benchmark = presets.loss_numbers(loss, name)
+        if numbers:
+            values = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
+            text += f" {loss}: {values} ({presets.PAPER if loss != 'kd' else 'as published'}, {benchmark})."
+    if changed:
+        text += f" Not from it, but as you set them: {', '.join(changed)}."
+    return {"name": name, "source": preset.source, "changed": changed, "text": text + " (--preset none: without.)"}, kind
+
+
+def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: ScriptArguments, command: str) -> None:
+    """Writes what needs all runs, the comparison and the cards, and prints the table."""
+    found = verdicts(runs)
+    if len(runs) > 1:
+        comparison = {"command": command, "runs": runs, "verdicts": found}
+        report.write_json(output_dir / RUN_FILE, report.redact(comparison))
+        plot_curves(runs, output_dir / CURVES_FILE)
+        brief = [{key: run.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for run in runs]
+        for run, folder in zip(runs, folders, strict=True):
+            own = next((verdict for verdict in found if verdict["loss"] == run["name"]), None)
+            own = own and {**own, "runs": brief}
+            if own != run.get("verdict"):
+                run["verdict"] = own
+                report.write_json(folder / RUN_FILE, run)
+    for folder in folders:
+        write_card(folder)
+    print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
+    for verdict in found:
+        print(f"\n{verdict['sentence']}")
+    print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
+
+
+def _push(folder: str, repo_id: str, config: DistillationConfig) -> None:
+    try:
+        url = hub.push(folder, repo_id, token=config.hub_token, private=config.hub_private_repo)
+    except Exception as error:  # the model is safe on disk, and nothing that the Hub answers may hide that
+        again = shlex.join(["hf-kd", "push", folder, repo_id, *(["--private"] if config.hub_private_repo else [])])
+        logger.warning(
+            f"the push to {repo_id} failed: {hub.explain(error) or error}\nThe model is in {folder}. Push it with: {again}"
+        )
+    else:
+        print(f"Pushed to {url}")
+
+
+def push_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-kd push", description="Push a student that hf_kd has saved, with its card.")
+    parser.add_argument("folder", help="The folder with the model, run.json and the card.")
+    parser.add_argument("repo_id", nargs="?", help="OWNER/NAME on the Hub. Default: the folder's name, as yours.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make the new repository private.")
+    parser.add_argument("--traceback", action="store_true", help="Show Python's traceback of an error.")
+    return parser
+
+
+def _push_command(argv: list[str]) -> None:
+    given = push_parser().parse_args(argv)
+    repo_id = hub.check_push(given.repo_id or Path(given.folder).resolve().name, private=given.private)
+    print(f"Pushed to {hub.push(given.folder, repo_id, private=given.private)}")
 
 
 def _run_arm(
@@ -130,7 +234,7 @@ def _run_arm(
     teacher: Teacher | None,
     teacher_metrics: dict | None,
     resume: str | bool,
-    command: str,
+    known: dict,
 ) -> dict:
     """Train, evaluate and save one student; returns its run record."""
     started = time.perf_counter()
@@ -157,7 +261,7 @@ def _run_arm(
         processing_class=processor,
     )
     if config.process_index == 0:
-        print(f"\n{name}: {trainer.train_loss}")
+        print(f"\n{name}, seed {config.seed}: {trainer.train_loss}")
     if teacher is not None and teacher_metrics is None:
         teacher_metrics = trainer.measure_teacher()
     trainer.teacher_metrics = teacher_metrics
@@ -167,85 +271,48 @@ def _run_arm(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
     trained = time.perf_counter()
-    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k.startswith("eval_")}
+    metrics = trainer.evaluate()
     evaluated = time.perf_counter()
-    skipped, eval_skipped = (sorted(set(gather_object(list(t)))) for t in (trainer.skipped, trainer.eval_skipped))
-    seconds = {
-        "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
-        "eval_seconds": evaluated - trained,
-        "total_seconds": time.perf_counter() - started,
-    }
-    run = report.redact(
-        {
-            "name": name,
-            "loss": {"name": config.loss, **trainer.train_loss.numbers()},
-            "student": {
-                "id": script.student,
-                "revision": script.student_revision,
-                "from_scratch": script.from_scratch,
-                **_describe(student, trainer.view.size),
-                "size_mb": sum(f.stat().st_size for f in Path(config.output_dir).glob("*.safetensors")) / 1e6,
-            },
-            "teacher": teacher
-            and {
-                "id": script.teacher,
-                "revision": script.teacher_revision,
-                **_describe(teacher.model, teacher.view.size),
-            },
-            "data": {
-                "id": data.name,
-                "revision": data.revision,
-                "train_size": len(data.train),
-                "eval_size": len(data.eval),
-                "classes": len(data.names),
-                "skipped": {
-                    "count": len(skipped),
-                    "examples": skipped[:100],
-                    "eval_count": len(eval_skipped),
-                    "eval_examples": eval_skipped[:100],
-                },
-            },
-            "seed": config.seed,
-            "command": command,
-            "versions": report.collect_versions(),
-            "settings": settings,
-            "metrics": {k: v for k, v in metrics.items() if k in METRICS},
-            "teacher_metrics": teacher_metrics,
-            "terms": _last_terms(trainer.state.log_history),
-            "history": trainer.state.log_history,
-            "timings": seconds,
-            "device": f"{config.device}, {torch.get_num_threads()} threads, {config.world_size} processes",
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+    skipped = tuple(sorted(set(gather_object(list(t)))) for t in (trainer.skipped, trainer.eval_skipped))
+    if config.process_index:
+        return {"teacher_metrics": teacher_metrics}  # the record is the first process's
+    described = describe_model(student, script.student, trainer.view.size, known.pop("kind"))
+    run = make_record(
+        trainer,
+        metrics,
+        skipped,
+        name=name,
+        student={
+            **described,
+            "from_scratch": script.from_scratch,
+            "size_mb": sum(f.stat().st_size for f in Path(config.output_dir).glob("*.safetensors")) / 1e6,
+        },
+        data={
+            "id": data.name,
+            "revision": data.revision,
+            "train_split": data.train_split,
+            "eval_split": data.eval_split,
+            "train_size": len(data.train),
+            "eval_size": len(data.eval),
+            "classes": len(data.names),
+        },
+        settings=settings,
+        timings={
+            "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
+            "eval_seconds": evaluated - trained,
+            "total_seconds": time.perf_counter() - started,
+        },
+        **known,
     )
-    if config.process_index == 0:
-        report.write_json(Path(config.output_dir) / RUN_FILE, run)
-        plot_curves([run], Path(config.output_dir) / CURVES_FILE)
+    report.write_json(Path(config.output_dir) / RUN_FILE, run)
+    plot_curves([run], Path(config.output_dir) / CURVES_FILE)
     return run
 
 
-def _describe(model: torch.nn.Module, size: tuple[int, int]) -> dict:
-    own = [p for name, p in model.named_parameters() if not name.startswith(f"{HEAD}.")]
-    values = [*own, *model.buffers()]
-    config = getattr(model, "config", None)
-    return {
-        "architecture": getattr(config, "architecture", None) or type(model).__name__,
-        "parameters": sum(p.numel() for p in own),
-        "size_mb": sum(v.numel() * v.element_size() for v in values) / 1e6,
-        "image_size": list(size),
-    }
-
-
-def _last_terms(history: list[dict]) -> dict[str, float]:
-    logs = [entry for entry in history if "loss" in entry]
-    return {k: v for k, v in logs[-1].items() if k.startswith("loss")} if logs else {}
-
-
-def default_output_dir(script: ScriptArguments, config: DistillationConfig) -> str:
-    """`outputs/STUDENT-LOSS-DATA`, from the last part of each id."""
-    last = [Path(str(x)).name for x in (script.student, script.dataset) if x]
+def default_name(script: ScriptArguments, config: DistillationConfig) -> str:
+    """`STUDENT-LOSS-DATA`, from the last part of each id."""
     what = "compare" if script.compare else config.loss
-    return os.path.join("outputs", "-".join([*last[:1], what, *last[1:]]))
+    return "-".join([Path(script.student).name, what, Path(script.dataset).name])
 
 
 def _resume(config: DistillationConfig, script: ScriptArguments) -> str | bool:
@@ -253,18 +320,18 @@ def _resume(config: DistillationConfig, script: ScriptArguments) -> str | bool:
     given = config.resume_from_checkpoint
     if str(given).lower() in ("true", "last"):
         return True
-    if given and script.compare is not None:
+    if given and (script.compare is not None or script.verdict or script.seeds):
         raise ValueError(f"a comparison resumes each of its runs: --resume_from_checkpoint last, not {given}.")
     return given or False
 
 
 def _settings(config: DistillationConfig, script: ScriptArguments) -> dict:
-    return report.redact({**vars(script), **config.to_dict()})
+    return report.redact({**dataclasses.asdict(script), **config.to_dict()})
 
 
 # Settings in which a run may differ from its continuation.
 _FREE = re.compile(
-    "(compare|output_dir|traceback|disable_tqdm|num_train_epochs|max_steps|run_name)$|(re|log|sav|push|hub|dataloader)"
+    "(compare|seeds|verdict|preset|output_dir|traceback|disable_tqdm|num_train_epochs|max_steps|run_name)$|(re|log|sav|push|hub|dataloader)"
 )
 
 

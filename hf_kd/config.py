@@ -34,7 +34,7 @@ class DistillationConfig(TrainingArguments):
     """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
 
     Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would
-    drop the image column), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device sync a step),
+    drop the image column), `hub_strategy` is "end" (checkpoints hold more than a student), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device sync a step),
     `metric_for_best_model` is top-1 where a best model is asked for.
 
     Raises:
@@ -94,7 +94,13 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Show an earlier loss in the place of a NaN. Hides failures; off."}
     )
 
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Only 'end' is supported: the student is pushed once, after it is saved."}
+    )
+
     def __post_init__(self):
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            raise ValueError(f"hub_strategy={self.hub_strategy!r} is not supported: the student is pushed at the end.")
         if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser names no argument
             self.loss_kwargs = read_json("loss_kwargs", self.loss_kwargs)
         self.build_loss()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -14,15 +16,17 @@ PANELS_PER_ROW = 3
 
 
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a PNG: above, one panel per run with its training loss terms; below, every run's top-1 on the eval set.
+    """Writes a PNG: above, one panel per arm with its training loss terms; below, every run's top-1 on the eval set.
 
-    Terms keep their colour from panel to panel, runs theirs from title to curve. The losses of different methods have
-    different scales, so each panel has its own, logarithmic. A legend gives each last value. A dashed line is the
-    teacher's top-1 where a run's teacher_metrics have it.
+    An arm is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
+    colour from panel to panel, arms theirs from title to curve. The losses of different methods have different scales,
+    so each panel has its own, logarithmic. Of several seeds every one is a thin line and their mean a thick one, where
+    all of them were evaluated. A legend gives each last value, of several seeds the mean ± standard deviation (n − 1).
+    A dashed line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
         runs: runs as in `hf_kd.report`, at least one; read are name, history (the trainer's log_history, may be
-            empty), and, where they are, student, teacher, data and teacher_metrics.
+            empty), and, where they are, seed, student, teacher, data and teacher_metrics.
         path: the file; missing folders are made.
 
     Raises:
@@ -35,9 +39,18 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    term_colours, run_colours = color_sequences["petroff10"], color_sequences["Dark2"]
-    columns = min(len(runs), PANELS_PER_ROW)
-    rows = math.ceil(len(runs) / columns)
+    class PlainFormatter(LogFormatter):
+        """0.6 and not 6e−01, at the ticks that LogFormatter labels."""
+
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        arms.setdefault(run["name"], []).append(run)
+    term_colours, arm_colours = color_sequences["petroff10"], color_sequences["Dark2"]
+    columns = min(len(arms), PANELS_PER_ROW)
+    rows = math.ceil(len(arms) / columns)
     figure = Figure(figsize=(max(8.0, 4.4 * columns), 3.2 * rows + 3.8), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[3.2] * rows + [3.6])
 
@@ -45,25 +58,27 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     terms = dict.fromkeys(key for entry in entries for key in entry if key.startswith("loss_"))
     colour_of = {term: term_colours[i % len(term_colours)] for i, term in enumerate(terms)}
     first = None
-    for i, run in enumerate(runs):
+    for i, (name, seeds) in enumerate(arms.items()):
         axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first)
         first = first or axes
-        _plot_terms(axes, run, colour_of)
-        axes.set_title(f"trained with {run['name']}", fontsize=11, color=run_colours[i % len(run_colours)])
+        _plot_terms(axes, seeds[0], colour_of)
+        which = f", seed {seeds[0]['seed']}" if len(seeds) > 1 and seeds[0].get("seed") is not None else ""
+        axes.set_title(f"trained with {name}{which}", fontsize=11, color=arm_colours[i % len(arm_colours)])
         axes.set_ylabel("training loss" if i % columns == 0 else "")
         axes.set_yscale("log")  # the terms of one loss differ by orders of magnitude
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        axes.yaxis.set_major_formatter(PlainFormatter())
+        axes.yaxis.set_minor_formatter(PlainFormatter(minor_thresholds=(1.5, 0.5)))
     below = figure.add_subplot(grid[rows, :])
-    _plot_top1(below, runs, run_colours)
-    if below.lines:
+    _plot_top1(below, arms, arm_colours)
+    handles = [line for line in below.lines if not line.get_label().startswith("_")]
+    if handles:
         # Below the panel: curves and the teacher's line leave no corner that is always free.
         figure.legend(
-            handles=below.lines,
-            title="last top-1",
+            handles=handles,
+            title="last top-1" + (", mean ± standard deviation over seeds" if len(arms) < len(runs) else ""),
             fontsize=9,
             title_fontsize=9,
-            ncols=columns + 1,
+            ncols=min(len(handles), columns + 1),
             loc="outside lower center",
         )
     figure.suptitle(_subject(runs), fontsize=12)
@@ -86,13 +101,24 @@ def _plot_terms(axes: "Axes", run: Mapping[str, Any], colour_of: Mapping[str, An
         axes.legend(title="last value", fontsize=8, title_fontsize=8, loc="best", framealpha=0.85)
 
 
-def _plot_top1(axes: "Axes", runs: Sequence[Mapping[str, Any]], colours: Sequence[Any]) -> None:
-    for i, run in enumerate(runs):
-        x, y = _series(run, "eval_top1")
-        if y:
-            y = [100 * value for value in y]
-            colour, marker = colours[i % len(colours)], "osD^v"[i % 5]
-            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=f"{run['name']} {y[-1]:.2f} %")
+def _plot_top1(axes: "Axes", arms: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[Any]) -> None:
+    runs = [run for seeds in arms.values() for run in seeds]
+    for i, (name, seeds) in enumerate(arms.items()):
+        curves = [curve for curve in (_top1(run) for run in seeds) if curve]
+        if not curves:
+            continue
+        style = {"color": colours[i % len(colours)], "marker": "osD^v"[i % 5], "markersize": 4}
+        x = [at for at in curves[0] if all(at in curve for curve in curves)]
+        values = np.array([[curve[at] for at in x] for curve in curves])
+        spread = ""
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(*zip(*curve.items(), strict=True), color=style["color"], linewidth=0.7, alpha=0.6, label="_")
+            style |= {"linewidth": 2.0}
+            spread = f" ± {values[:, -1].std(ddof=1):.2f}" if x else ""
+        y = values.mean(0)
+        if x:
+            axes.plot(x, y, label=f"{name} {y[-1]:.2f}{spread} %", **style)
     _finish(axes, runs[0], "no evaluation logged")
     teachers = {}
     for run in runs:
@@ -115,6 +141,12 @@ def _finish(axes: "Axes", run: Mapping[str, Any], nothing: str) -> None:
         # Not set_ticks([]), which would also empty the panels that share this axis.
         axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
         axes.text(0.5, 0.5, nothing, ha="center", va="center", color="grey", transform=axes.transAxes)
+
+
+def _top1(run: Mapping[str, Any]) -> dict[float, float]:
+    """Top-1 in percent by epoch or step."""
+    x, y = _series(run, "eval_top1")
+    return {at: 100 * value for at, value in zip(x, y, strict=True)}
 
 
 def _history(run: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -1,19 +1,24 @@
 """What is kept of a run and how runs are compared: run.json, and the table that says whether distillation helped.
 
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
-command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created.
+command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset (or
+None: name, source, what the user changed), latency (how it was measured), repo_id (or None), and verdict: None, or what
+`hf_kd.verdict.verdicts` says of its loss, with the metrics of all `runs`.
 """
 
 import math
 import os
 import platform
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib import metadata
 from json import dump
 from pathlib import Path
 from typing import Any
+
+from .verdict import BASELINE, compare, describe
 
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 MISSING = "–"
@@ -91,31 +96,48 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it how far it can be trusted.
 
-    The runs should share student, data and settings, and differ in their loss. Rates are percentages, "seconds" are
-    those of training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the
-    run named "ce". What is missing or not finite shows as "–". The sampling error is the half-width of the 95 %
-    interval of a single top-1 (Wilson 1927), which, unlike the usual one, is not 0 where all images are right.
+    The runs should share student, data and settings, and differ in their loss and seed. Runs of one name are one row:
+    the mean over its seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of
+    training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named
+    "ce" of the same seed, with the half-width of the paired 95 % interval (`hf_kd.verdict`). What is missing or not
+    finite shows as "–". The sampling error is the half-width of the 95 % interval of a single top-1 (Wilson 1927),
+    which, unlike the usual one, is not 0 where all images are right.
 
     Args:
         runs: see the module's text; only "name" is required.
         teacher_row: top1, top5, ece (in [0, 1]), size_mb and id of the teacher (see `teacher_row_of`), as first row.
         markdown: a GitHub table instead of aligned text.
     """
-    baseline = next((_number(run, "metrics", "top1") for run in runs if run.get("name") == "ce"), None)
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        arms.setdefault(run["name"], []).append(run)
     rows = []
     if teacher_row is not None:
         label = f"teacher {teacher_row['id']}" if teacher_row.get("id") else "teacher"
         rates = [_percent(_number(teacher_row, key)) for key in ("top1", "top5")]
         size = _fixed(_number(teacher_row, "size_mb"))
         rows.append([label, *rates, MISSING, _percent(_number(teacher_row, "ece")), MISSING, size, MISSING])
-    for run in runs:
-        top1 = _number(run, "metrics", "top1")
-        # round() first and + 0.0 after it, or −0.001 would show as "-0.00".
-        points = MISSING if None in (top1, baseline) else f"{round(100 * (top1 - baseline), 2) + 0.0:+.2f}"
-        rates = [_percent(_number(run, "metrics", key)) for key in ("top1", "top5", "agreement", "ece")]
-        seconds, size = _training_seconds(run), _number(run, "student", "size_mb")
-        rows.append([str(run["name"]), *rates, _fixed(seconds), _fixed(size), points])
-    return f"{_layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs)}"
+    for name, arm in arms.items():
+        test = compare(runs, name, BASELINE)
+        rates = {key: _percent(_mean(arm, "metrics", key)) for key in ("top1", "top5", "agreement", "ece")}
+        if len(arm) > 1 and (spread := _spread(arm)) is not None:
+            rates["top1"] += f" ± {spread:.2f}"
+        seconds = [value for run in arm if (value := _training_seconds(run)) is not None]
+        size = _fixed(_mean(arm, "student", "size_mb"))
+        mean_seconds = _fixed(statistics.fmean(seconds) if seconds else None)
+        rows.append([str(name), *rates.values(), mean_seconds, size, describe(test) if test else MISSING])
+    return f"{_layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, arms)}"
+
+
+def _mean(arm: Sequence[Mapping[str, Any]], *keys: str) -> float | None:
+    """The mean over the seeds of an arm, None if one of them lacks it."""
+    values = [_number(run, *keys) for run in arm]
+    return None if None in values else statistics.fmean(values)
+
+
+def _spread(arm: Sequence[Mapping[str, Any]]) -> float | None:
+    values = [_number(run, "metrics", "top1") for run in arm]
+    return None if None in values else 100 * statistics.stdev(values)
 
 
 def _training_seconds(run: Mapping[str, Any]) -> float | None:
@@ -126,10 +148,16 @@ def _training_seconds(run: Mapping[str, Any]) -> float | None:
     return seconds and seconds - sum(entry.get("eval_runtime", 0) for entry in history[:ended])
 
 
-def _caveat(runs: Sequence[Mapping[str, Any]]) -> str:
+def _caveat(runs: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence]) -> str:
     seeds = sorted({str(run["seed"]) for run in runs if run.get("seed") is not None})
     named = f" ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})" if seeds else ""
-    text = f"Each row is one training run{named}, so a difference between rows has no error bar."
+    if any(len(arm) > 1 for arm in arms.values()):
+        text = (
+            f"Each row is the mean of {max(map(len, arms.values()))} training runs{named}; ± is their standard "
+            "deviation, in the last column the half-width of the paired 95 % interval over the seeds."
+        )
+    else:
+        text = f"Each row is one training run{named}, so a difference between rows has no error bar."
     pairs = [(_number(run, "metrics", "top1"), _number(run, "data", "eval_size")) for run in runs]
     known = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
     if not known:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
+from .hub import resolve
 from .views import View
 from .weak_head import show_blank
 
@@ -83,7 +86,7 @@ def load_student(
     else:
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _scratch_config(name, image_size, hub) if from_scratch else load_config(name, hub)
+        config = student_config(name, from_scratch, image_size, hub)
         if id2label is not None:
             _name_classes(config, id2label)
         if from_scratch:
@@ -112,11 +115,27 @@ def load_student(
 
 
 def load_config(name: str, hub: dict):
-    """The config of a model on the Hub or in a folder, from transformers or timm."""
+    """The config of a model on the Hub or in a folder, from transformers or timm.
+
+    `hub["revision"]` becomes the commit that it stands for: what is loaded with `hub` next is of the same commit.
+    """
+    if not os.path.isdir(name):
+        hub["revision"] = resolve(name, hub["revision"])
     config = AutoConfig.from_pretrained(name, **hub)
+    config._commit_hash = getattr(hub["revision"], "resolved", None)
     if getattr(config, "model_args", None):  # timm exports the count of classes, which transformers passes by itself
         config.model_args.pop("num_classes", None)
     return config
+
+
+def commit_of(model: nn.Module) -> str | None:
+    """The commit (40 hex digits) of the Hub repository that a student or teacher was loaded from; else None."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def student_config(name: str, from_scratch: bool, image_size: int | None, hub: dict):
+    """The config that `load_student` builds on; see there for the arguments, and `load_config` for `hub`."""
+    return _scratch_config(name, image_size, hub) if from_scratch else load_config(name, hub)
 
 
 def _name_classes(config, id2label) -> None:
@@ -195,21 +214,35 @@ def loading_faults(info: dict) -> set[str]:
 
 
 def processor_for(module, name: str, hub: dict):
+    """The image processor saved beside a model; ImageNet's statistics, with a warning, if there truly is none."""
     config = module.config
     if config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
-    try:
+    if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
         return AutoImageProcessor.from_pretrained(name, **hub)
-    except (OSError, KeyError, TypeError):
-        from transformers import ViTImageProcessor
+    from transformers import ViTImageProcessor
 
-        side = getattr(config, "image_size", None) or 224
-        side = side if isinstance(side, int) else side[0]
-        logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
-        size = {"height": side, "width": side}
-        return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    side = getattr(config, "image_size", None) or 224
+    side = side if isinstance(side, int) else side[0]
+    logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
+    size = {"height": side, "width": side}
+    return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+
+def _has_file(name: str, file: str, commit: str | None) -> bool:
+    """Whether a folder or repository has a file. Raises if that can't be known, where transformers would say no."""
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, file))
+    known = try_to_load_from_cache(name, file, revision=commit)  # a path, a mark for "not there", or None
+    if known is not None:
+        return isinstance(known, str)
+    try:
+        hf_hub_download(name, file, revision=commit)
+    except RemoteEntryNotFoundError:
+        return False
+    return True
 
 
 def _with_size(processor, image_size, image_mean, image_std):

@@ -101,6 +101,48 @@ def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
     assert not list(out.rglob("*kd_head*"))
 
 
+def test_verdict_trains_the_controls_over_seeds_and_tests_pairs(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--loss", "uskd", "--verdict", "--seeds", "5", "6", "--output_dir", out, "--augment", "pad_crop"]
+    assert distill(things, *more) == 0
+    printed = capsys.readouterr().out
+    comparison = json.loads((out / "run.json").read_text())
+    runs = {(run["name"], run["seed"]): run for run in comparison["runs"]}
+    assert list(runs) == [(name, seed) for seed in (5, 6) for name in ("ce", "2xce", "uskd")]
+    # Pairs: the same first weights and the same first augmented batch, which another seed does not have.
+    first = {key: [e for e in run["history"] if "loss" in e][0]["loss_ce"] for key, run in runs.items()}
+    for seed in (5, 6):
+        assert first["uskd", seed] == pytest.approx(first["ce", seed], rel=1e-5)
+        assert first["2xce", seed] == pytest.approx(2 * first["ce", seed], rel=1e-5)
+    assert first["ce", 5] != pytest.approx(first["ce", 6], rel=1e-3)
+
+    (verdict,) = comparison["verdicts"]
+    assert verdict["sentence"] in printed
+    ce, uskd = ([100 * runs[name, seed]["metrics"]["top1"] for seed in (5, 6)] for name in ("ce", "uskd"))
+    assert verdict["tests"][0]["differences"] == pytest.approx([b - a for a, b in zip(ce, uskd, strict=True)])
+    own = json.loads((out / "uskd" / "seed-5" / "run.json").read_text())["verdict"]
+    assert {k: v for k, v in own.items() if k != "runs"} == verdict and len(own["runs"]) == 6
+    assert json.loads((out / "ce" / "seed-5" / "run.json").read_text())["verdict"] is None
+    assert verdict["sentence"] in (out / "uskd" / "seed-6" / "README.md").read_text()
+
+    # Cut off in its last arm: what is finished is kept, the same comes out, and seeds can be added.
+    file = out / "uskd" / "seed-6" / "run.json"
+    before, kept = json.loads(file.read_text()), out / "2xce" / "seed-6" / "run.json"
+    file.unlink()
+    stamp = kept.stat().st_mtime_ns
+    assert distill(things, *more, "--resume_from_checkpoint", "last") == 0
+    assert json.loads(file.read_text())["metrics"] == before["metrics"] and kept.stat().st_mtime_ns == stamp
+    more[more.index("6")] = "7"
+    assert distill(things, *more, "--resume_from_checkpoint", "last") == 0
+    assert [run["seed"] for run in json.loads((out / "run.json").read_text())["runs"]] == [5] * 3 + [7] * 3
+
+
+def test_seeds_of_one_loss(things, tmp_path, capsys):
+    assert distill(things, "--seeds", "1", "2", "--output_dir", tmp_path / "out") == 0
+    assert {path.parent.name for path in (tmp_path / "out").glob("ce/*/model.safetensors")} == {"seed-1", "seed-2"}
+    assert "mean of 2 training runs (seeds 1, 2)" in capsys.readouterr().out
+
+
 def test_arms_draw_the_same_random_numbers(things, tmp_path):
     """A student with dropout, and a teacher that is measured before the first arm only."""
     from transformers import AutoConfig
@@ -199,6 +241,13 @@ def test_help_fits_a_person(capsys):
         (["--loss_kwargs", '{"weight": 1'], "loss_kwargs is not valid JSON"),
         (["--class_map", "{a: b}"], "class_map is not valid JSON"),
         (["--compare", "ce", "--loss_kwargs", '{"weight": 3}'], "loss_kwargs belongs to a single run"),
+        (["--verdict"], "ce is what it is measured against"),
+        (["--loss", "uskd", "--verdict", "--seeds", "1"], "at least two seeds"),
+        (["--loss", "uskd", "--verdict", "--compare", "ce"], "drop it, or --compare"),
+        (["--seeds", "1", "1"], "names a seed twice"),
+        (["--seeds", "1", "2", "--push_to_hub"], "hf-kd push FOLDER"),
+        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, vit_scratch"),
+        (["--hub_strategy", "every_save"], "is not supported: the student is pushed at the end"),
     ],
 )
 def test_bad_input_is_one_clear_error(more, message, things, tmp_path, capsys):

@@ -1,5 +1,10 @@
 """Metrics against numpy loops in float64, and the streamed against the whole."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +13,7 @@ from hf_kd.metrics import (
     ClassificationMeter,
     agreement,
     expected_calibration_error,
+    module_path,
     sample_statistics,
     teacher_kl,
     top_k_accuracy,
@@ -232,3 +238,77 @@ def test_wrong_input_says_what_to_do():
     meter.update(sample_statistics(logits, labels))
     with pytest.raises(ValueError, match="always with or always without a teacher"):
         meter.update(sample_statistics(logits, labels, logits))
+
+
+EVALUATE = """
+import json, socket, sys
+import torch
+import hf_kd.trainer
+early = "evaluate" in sys.modules
+
+def refuse(*args, **kwargs):
+    raise AssertionError(f"no network: {args}")
+socket.socket.connect = socket.getaddrinfo = refuse
+
+import evaluate
+from hf_kd.metrics import module_path
+
+student, labels, teacher = torch.load(sys.argv[1])
+kept = labels != -100
+def load(name, **more):
+    return evaluate.load(module_path(name), **more)
+with_labels = {"top1": load("top_k_accuracy"), "top5": load("top_k_accuracy", k=5),
+               "ece": load("expected_calibration_error")}
+whole = {}
+for module in with_labels.values():
+    whole |= module.compute(predictions=student, references=labels)
+for name in ("teacher_agreement", "teacher_kl"):
+    whole |= load(name).compute(predictions=student[kept].numpy(), references=teacher[kept].tolist())
+together = evaluate.combine(with_labels)
+with_teacher = evaluate.combine([module_path("teacher_agreement"), module_path("teacher_kl")])
+for i in range(0, len(labels), 50):
+    part = slice(i, i + 50)
+    together.add_batch(predictions=student[part].tolist(), references=labels[part].numpy())
+    rows = kept[part]
+    with_teacher.add_batch(predictions=student[part][rows], references=teacher[part][rows])
+streamed = {**together.compute(), **with_teacher.compute()}
+chosen = load("top_k_accuracy").compute(predictions=student, references=labels, k=3)
+chosen |= load("expected_calibration_error", n_bins=7).compute(predictions=student, references=labels)
+print("RESULT" + json.dumps({"early": early, "whole": whole, "streamed": streamed, "chosen": chosen}))
+"""
+
+
+def test_evaluate_modules_load_offline_and_say_what_the_trainer_says(batch, tmp_path):
+    torch.save(batch, tmp_path / "batch.pt")
+    home = {name: str(tmp_path / "home") for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
+    environment = {**os.environ, **home, "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_METRICS_CACHE", "HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+        environment.pop(name, None)
+    answer = subprocess.run(
+        [sys.executable, "-c", EVALUATE, str(tmp_path / "batch.pt")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(answer.stdout.split("RESULT")[1])
+    assert result["early"] is False, "training must not pay for importing evaluate"
+    meter = ClassificationMeter()
+    meter.update(sample_statistics(*batch))
+    trained = {key: value for key, value in meter.compute().items() if key in result["whole"]}
+    assert set(trained) == {"top1", "top5", "ece", "agreement", "kl"}
+    # The meter adds float32 rows in float64, teacher_kl and agreement too: the same sums, exactly or to the last bit.
+    assert result["whole"] == pytest.approx(trained, rel=1e-12)
+    assert result["streamed"] == pytest.approx(trained, rel=1e-12)
+    assert result["chosen"] == {
+        "top3": top_k_accuracy(*batch[:2], k=3),
+        "ece": expected_calibration_error(*batch[:2], n_bins=7),
+    }
+    assert "warn" not in answer.stderr.lower(), "correct use is silent"
+
+
+def test_unknown_evaluate_module():
+    with pytest.raises(ValueError, match="accuracy.*top_k_accuracy") as error:
+        module_path("accuracy")
+    assert "teacher_agreement" in str(error.value)

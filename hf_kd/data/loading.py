@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from ..hub import resolve
 from .columns import class_names, encode_labels, find_columns
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class ImageData:
     names: list[str]
     name: str
     revision: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
 
 
 def load_data(
@@ -68,7 +71,7 @@ def load_data(
         ValueError: nothing to load there, a split or column that is not there, an empty split, or labels that are
             missing or out of range.
     """
-    splits, local = _read(name, config_name, revision)
+    splits, commit = _read(name, config_name, revision)
     train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
     for option, split in (("train_split", train_split), ("eval_split", eval_split)):
@@ -89,12 +92,21 @@ def load_data(
         )
     train = _subset(train, max_train_samples, "max_train_samples", seed)
     evaluation = _subset(evaluation, max_eval_samples, "max_eval_samples", seed)
-    names = class_names(train, label_column)
-    return ImageData(train, evaluation, image_column, label_column, names, name, None if local else revision)
+    return ImageData(
+        train=train,
+        eval=evaluation,
+        image_column=image_column,
+        label_column=label_column,
+        names=class_names(train, label_column),
+        name=name,
+        revision=commit,
+        train_split=train_split,
+        eval_split=eval_split,
+    )
 
 
-def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], bool]:
-    """All splits by name, and whether they came from this machine."""
+def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
+    """All splits by name, and the commit on the Hub that they came from; None if from this machine."""
     path = QUICKSTART if name == "quickstart" else Path(name).expanduser()
     local = name == "quickstart" or name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
     needed = path / "train.parquet" if name == "quickstart" else path
@@ -103,8 +115,11 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
         if name != "quickstart":
             way_out = "this reads as a local path; a data set on the Hub is written owner/name"
         raise ValueError(f"data set {name!r}: there is no {needed.absolute()}; {way_out}")
+    commit = None
     try:
         if not local:
+            revision = resolve(name, revision, "dataset")
+            commit = revision.resolved
             found = datasets.load_dataset(name, config_name, revision=revision)
         elif path.is_file():
             found = datasets.load_dataset("parquet", data_files={"train": str(path)})
@@ -116,7 +131,7 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
         where = path.absolute() if local else "the Hub (and there is no such path here)"
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise ValueError(f"data set {name!r} cannot be read from {where}: {error}{cause}") from error
-    return dict(found) if isinstance(found, dict) else {"train": found}, local
+    return dict(found) if isinstance(found, dict) else {"train": found}, commit
 
 
 def _read_folder(folder: Path, config_name: str | None) -> Any:

@@ -1,0 +1,319 @@
+"""Figures of single pictures and single runs: pictures, soft labels, confusions, calibration.
+
+Every plot takes tensors or arrays and returns a matplotlib Figure that no global state knows of: a notebook shows it
+where it is the last value of a cell (after `%matplotlib inline`), and `figure.savefig(path)` writes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import decode_rgb
+from .losses._common import find_targets
+from .losses.uskd import _soft_target, _zipf
+from .metrics.classification import IGNORED_LABEL, expected_calibration_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, GAP, GREY = "#3f90da", "#bd1f01", "#555555"
+
+
+def show_pictures(pictures: Any, titles: Sequence[str] | None = None, columns: int = 8, side: float = 1.4) -> Figure:
+    """Pictures in a grid, each with a title.
+
+    Args:
+        pictures: uint8 or float [0, 1] tensor (B, 3, H, W), or a sequence of anything that `decode_rgb` takes (PIL
+            pictures, paths, rows of a data set, tensors (3, H, W)), of any sizes.
+        titles: B short texts; default: none.
+        columns: pictures in a row.
+        side: inches of a picture.
+
+    Raises:
+        ValueError: no picture, another number of titles, or a picture that can't be decoded.
+    """
+    shown = [decode_rgb(picture).permute(1, 2, 0).numpy() for picture in pictures]
+    if not shown or (titles is not None and len(titles) != len(shown)):
+        raise ValueError(
+            f"{len(shown)} pictures and {len(titles or ())} titles: pass one or more, and a title for each"
+        )
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    lines = max((title.count("\n") + 1 for title in titles or ()), default=0)
+    figure = _figure(columns * side, rows * (side + 0.17 * lines))
+    for i, picture in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.imshow(picture)
+        axes.set_axis_off()
+        if titles is not None:
+            axes.set_title(titles[i], fontsize=8)
+    return figure
+
+
+def uskd_soft_labels(
+    student_logits: Tensor, weak_logits: Tensor, labels: Tensor, target_in_rank: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The soft labels that USKD builds for a batch in the place of a teacher's (arXiv 2303.13005); see `uskd_loss`.
+
+    Args:
+        student_logits, weak_logits: (B, C), of the student and of its weak head.
+        labels: int64 (B,) in [0, C).
+        target_in_rank: as in `uskd_loss`.
+
+    Returns:
+        `(target, non_target)`: P (B,), the weight of the target's -log S_t, which is V_t = 1 plus S_t^2 less its mean
+        over this batch; and Z (B, C), 0 at the target, Zipf's 1 / rank elsewhere, each row's sum 1.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+    """
+    fits = student_logits.ndim == 2 and student_logits.shape == weak_logits.shape
+    if not fits or labels.dtype != torch.int64 or labels.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"student_logits are {tuple(student_logits.shape)}, weak_logits {tuple(weak_logits.shape)} and labels "
+            f"{tuple(labels.shape)} {labels.dtype}; expected (B, C), (B, C) and int64 (B,)"
+        )
+    student, weak = student_logits.detach().float(), weak_logits.detach().float()
+    targets = find_targets(labels, student.dtype)
+    zipf = _zipf(student, weak, targets.index, target_in_rank)
+    soft = _soft_target(student.softmax(1).gather(1, targets.index), targets, None)
+    return soft[:, 0], zipf / zipf.sum(1, keepdim=True)
+
+
+def plot_soft_labels(
+    soft_labels: Any, names: Sequence[str], label: int | None = None, picture: Any = None, k: int = 10, title: str = ""
+) -> Figure:
+    """What a picture's soft labels say: a bar for each of the k largest, largest first; the true class is marked.
+
+    Args:
+        soft_labels: (C,), at least 0, or a dict of several by name, drawn side by side and ordered by the first: a
+            teacher's probabilities and the student's, or USKD's Zipf labels and the rankings that they come from.
+        names: of the C classes.
+        label: the true class; always among the bars.
+        picture: anything that `decode_rgb` takes, shown on the left.
+        k: number of classes.
+        title: above the figure.
+
+    Raises:
+        ValueError: no soft labels, values that are negative or not finite, or that do not fit the names.
+    """
+    from matplotlib import color_sequences
+
+    given = soft_labels if isinstance(soft_labels, Mapping) else {"": soft_labels}
+    values = {name: _array(value) for name, value in given.items()}
+    for name, value in values.items():
+        if value.shape != (len(names),) or not (np.isfinite(value) & (value >= 0)).all():
+            raise ValueError(
+                f"soft labels {name!r} of shape {value.shape} with values from {value.min(initial=0):.3g} to "
+                f"{value.max(initial=0):.3g}; expected {len(names)} finite values of at least 0, one for each name"
+            )
+    if not values or k < 1 or (label is not None and not 0 <= label < len(names)):
+        raise ValueError(
+            f"{len(values)} soft labels, k={k} and label={label}: pass one or more, k of at least 1, "
+            f"and a label below {len(names)}"
+        )
+    first = next(iter(values.values()))
+    order = np.argsort(-first, kind="stable")[:k].tolist()
+    if label is not None and label not in order:
+        order[-1:] = [label]
+
+    rows = len(order) * len(values)
+    figure = _figure(7.5 if picture is not None else 5.5, max(2.2, 0.8 + 0.3 * len(order) + 0.1 * rows))
+    if picture is not None:
+        left, axes = figure.subplots(1, 2, width_ratios=[1, 2.2])
+        left.imshow(decode_rgb(picture).permute(1, 2, 0).numpy())
+        left.set_axis_off()
+        if label is not None:
+            left.set_title(names[label], fontsize=10)
+    else:
+        axes = figure.subplots()
+    height, colours = 0.8 / len(values), color_sequences["petroff10"]
+    longest = max(float(value[order].max()) for value in values.values()) or 1.0
+    for i, (name, value) in enumerate(values.items()):
+        at = np.arange(len(order)) + (i - (len(values) - 1) / 2) * height
+        bars = axes.barh(at, value[order], height, label=name, color=colours[i])
+        texts = [f"{v:.3f}" if v >= 0.0005 else "<0.001" if v else "0" for v in value[order]]
+        axes.bar_label(bars, texts, padding=2, fontsize=7)
+    axes.set_xlim(0, 1.15 * longest)
+    axes.set_yticks(range(len(order)), [f"{names[c]}{' (true)' if c == label else ''}" for c in order])
+    if label is not None:
+        axes.get_yticklabels()[order.index(label)].set_fontweight("bold")
+    axes.invert_yaxis()
+    _bare(axes)
+    axes.set_xlabel("weight in the soft label" if len(values) == 1 else "weight")
+    if len(values) > 1:
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_confusions(
+    labels: Any, predictions: Mapping[str, Any], names: Sequence[str], max_classes: int = 12
+) -> Figure:
+    """Confusion matrices side by side, and of exactly two (teacher and student) the difference.
+
+    A cell is the share, in % of its row's class, of the pictures that were taken for its column's class. The colours
+    are those of the errors; the diagonal, the share that is right, is grey.
+
+    Args:
+        labels: (N,), integers in [0, C), or -100 for a picture that is left out.
+        predictions: by name, the predicted classes (N,) or logits (N, C).
+        names: of the C classes.
+        max_classes: of more classes, those that are confused most often are shown.
+
+    Raises:
+        ValueError: shapes that do not fit, or no labelled picture.
+    """
+    labels = _array(labels)
+    kept = labels != IGNORED_LABEL
+    matrices = {}
+    for name, given in predictions.items():
+        predicted = _array(given)
+        if predicted.ndim == 2 and predicted.shape[1] == len(names):
+            predicted = predicted.argmax(1)
+        if labels.ndim != 1 or predicted.shape != labels.shape or not kept.any():
+            raise ValueError(
+                f"labels are {labels.shape} ({kept.sum()} of them not -100) and predictions of {name} "
+                f"{_array(given).shape}; expected (N,), and (N,) or (N, {len(names)})"
+            )
+        pairs = np.stack([labels[kept], predicted[kept]]).astype(int)
+        if pairs.min() < 0 or pairs.max() >= len(names):
+            raise ValueError(f"classes go from {pairs.min()} to {pairs.max()}, but there are {len(names)} names")
+        matrices[name] = np.zeros((len(names), len(names)))
+        np.add.at(matrices[name], tuple(pairs), 1)
+    if not matrices:
+        raise ValueError("no predictions to plot; pass at least one")
+    chosen = _most_confused(sum(matrices.values()), max_classes)
+    of_class = np.maximum(np.bincount(labels[kept].astype(int), minlength=len(names)), 1)
+    shares = {name: (100 * m / of_class[:, None])[np.ix_(chosen, chosen)] for name, m in matrices.items()}
+    panels = dict(shares)
+    if len(shares) == 2:
+        (first, a), (second, b) = shares.items()
+        panels[f"{second} − {first}, points"] = b - a
+
+    side = 1.3 + 0.3 * len(chosen)
+    figure = _figure(side * len(panels) + 0.8, side + 0.6)
+    off = ~np.eye(len(chosen), dtype=bool)
+    top = max(1.0, *(share[off].max(initial=0) for share in shares.values()))
+    for i, (name, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        difference = name not in shares
+        _draw_matrix(axes, panel, top, difference)
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(chosen)), [names[c] for c in chosen], rotation=90, fontsize=7)
+        axes.set_yticks(range(len(chosen)), [names[c] for c in chosen] if i == 0 else [""] * len(chosen), fontsize=7)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class" if i == 0 else "")
+    which = "" if len(chosen) == len(names) else f", the {len(chosen)} most confused of {len(names)} classes"
+    figure.suptitle(f"% of each true class{which} ({kept.sum()} pictures)", fontsize=11)
+    return figure
+
+
+def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -> Figure:
+    """Reliability diagrams (Guo et al. 2017), one for each model, with a histogram of its confidences below.
+
+    A blue bar is the accuracy of the pictures whose confidence (largest probability) lies in its bin, and the hatched
+    one goes from there to their mean confidence: the expected calibration error is the mean length of the hatched
+    bars, weighted by the histogram.
+
+    Args:
+        logits: by name, (N, C).
+        labels: (N,), integers in [0, C), or -100 for a picture that is left out.
+        n_bins: as in `expected_calibration_error`.
+
+    Raises:
+        ValueError: shapes that do not fit, n_bins < 1, or no labelled picture.
+    """
+    labels = torch.as_tensor(_array(labels))
+    models = {name: torch.as_tensor(_array(value)) for name, value in logits.items()}
+    if not models:
+        raise ValueError("no logits to plot; pass at least one model's")
+    figure = _figure(3.1 * len(models) + 0.4, 4.2)
+    grid = figure.add_gridspec(2, len(models), height_ratios=[3, 1])
+    for i, (name, value) in enumerate(models.items()):
+        ece = expected_calibration_error(value, labels, n_bins)  # and the checks
+        kept = labels != IGNORED_LABEL
+        confidence, predicted = (x.numpy() for x in value[kept].double().softmax(1).max(1))
+        hit = predicted == labels[kept].numpy()
+        # The bins (b / M, (b + 1) / M] of the metric.
+        bins = (np.ceil(confidence * n_bins).astype(int) - 1).clip(0, n_bins - 1)
+        count = np.bincount(bins, minlength=n_bins)
+        accuracy, mean = (np.bincount(bins, x, n_bins) / np.maximum(count, 1) for x in (hit, confidence))
+        x, width = (np.arange(n_bins) + 0.5) / n_bins, 1 / n_bins
+        above = figure.add_subplot(grid[0, i])
+        above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        above.bar(x, accuracy, width, color=RIGHT, edgecolor="white", label="accuracy")
+        above.bar(
+            x, mean - accuracy, width, accuracy, color="none", hatch="////", edgecolor=GAP, label="to confidence"
+        )
+        above.set_title(f"{name}\ntop-1 {100 * hit.mean():.2f} %, ECE {100 * ece:.2f} %", fontsize=10)
+        above.set_ylim(0, 1)
+        below = figure.add_subplot(grid[1, i], sharex=above)
+        below.bar(x, 100 * count / count.sum(), width, color=GREY, edgecolor="white")
+        below.set_xlim(0, 1)
+        below.set_xlabel("confidence")
+        for axes in (above, below):
+            _bare(axes)
+        if i == 0:
+            above.set_ylabel("accuracy")
+            above.legend(fontsize=8, loc="upper left")
+            below.set_ylabel("% of pictures")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Slow to import, and training does not need it. Figure without pyplot leaves no global state behind.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value  # numpy has no bfloat16
+    return np.asarray(value)
+
+
+def _most_confused(counts: np.ndarray, limit: int) -> list[int]:
+    """At most `limit` classes, in order: all, or those of the largest errors."""
+    if len(counts) <= limit:
+        return list(range(len(counts)))
+    errors = counts + counts.T
+    np.fill_diagonal(errors, -1)
+    chosen: dict[int, None] = {}
+    for pair in np.argsort(-errors, axis=None, kind="stable"):
+        chosen.update(dict.fromkeys(int(c) for c in np.unravel_index(pair, errors.shape)))
+        if len(chosen) >= limit:
+            return sorted(list(chosen)[:limit])
+    return sorted(chosen)
+
+
+def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -> None:
+    """Cells with their rounded values; `top` ends the colour scale of errors, a difference has its own."""
+    n = len(values)
+    diagonal = np.eye(n, dtype=bool)
+    if difference:
+        top = max(1.0, np.abs(values).max())
+        axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top)
+    else:
+        axes.imshow(np.where(diagonal, np.nan, values), cmap="Reds", vmin=0, vmax=top)
+        axes.imshow(np.where(diagonal, values, np.nan), cmap="Greys", vmin=0, vmax=200)
+    for row, column in np.argwhere(np.abs(values.round()) >= 1):
+        value = values[row, column]
+        dark = abs(value) > 0.6 * top and (difference or not diagonal[row, column])
+        text = f"{value:+.0f}" if difference else f"{value:.0f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axes.tick_params(length=0)

@@ -1,0 +1,159 @@
+"""Settings for a student nobody has set anything for, by its kind, by whether it is pretrained, and by the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import DistillationConfig
+from .losses import LOSSES
+from .student import build
+
+PAPER = "arXiv 2303.13005"
+_EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
+_DEIT = {
+    "augment": "deit",
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
+    "label_smoothing_factor": 0.1,
+    "optim": "adamw_torch",
+    "weight_decay": 0.05,
+    "max_grad_norm": 5.0,
+    "lr_scheduler_type": "cosine",
+}
+_SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "max_grad_norm": 0.0}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe.
+
+    Attributes:
+        source: where it comes from, in words.
+        batch: pictures in one optimizer step, over all processes.
+        values: settings of `DistillationConfig`.
+        student: arguments of `load_student`.
+    """
+
+    source: str
+    batch: int
+    values: dict[str, Any]
+    student: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    "vit_scratch": Preset(
+        f"how {PAPER} trains ViTs on ImageNet, which is DeiT's recipe (arXiv 2012.12877)",
+        1024,
+        {**_DEIT, "learning_rate": 1e-3, "num_train_epochs": 300, "warmup_steps": 20 / 300},
+    ),
+    "vit_finetune": Preset(
+        f"augmentation, regularisation and optimizer as {PAPER} trains ViTs; learning rate and epochs for pretrained "
+        "weights are hf_kd's own",
+        128,
+        {**_DEIT, "learning_rate": 1e-4, "num_train_epochs": 30, "warmup_steps": 0.05},
+    ),
+    "cnn_scratch": Preset(
+        f"how {PAPER} trains CNNs on ImageNet",
+        256,
+        {
+            **_SGD,
+            "lr_scheduler_type": "constant",
+            "augment": "resized_crop",
+            "learning_rate": 0.1,
+            "weight_decay": 1e-4,
+            "num_train_epochs": 100,
+            "lr_step_epochs": [30, 60, 90],
+            "lr_step_factor": 0.1,
+        },
+    ),
+    "cnn_scratch_cifar": Preset(
+        f"how {PAPER} trains CNNs on CIFAR-100; at 128 px a standard ResNet has the feature maps of CIFAR's at 32",
+        128,
+        {
+            **_SGD,
+            "lr_scheduler_type": "constant",
+            "augment": "pad_crop",
+            "learning_rate": 0.1,
+            "weight_decay": 5e-4,
+            "num_train_epochs": 200,
+            "lr_step_epochs": [60, 120, 160],
+            "lr_step_factor": 0.2,
+        },
+        {
+            "image_size": 128,
+            "image_mean": [0.50707, 0.48655, 0.44092],
+            "image_std": [0.26733, 0.25644, 0.27615],
+        },
+    ),
+    "cnn_finetune": Preset(
+        f"hf_kd's own, for pretrained weights; optimizer as {PAPER} trains CNNs",
+        128,
+        {
+            **_SGD,
+            "augment": "resized_crop",
+            "learning_rate": 0.01,
+            "weight_decay": 1e-4,
+            "num_train_epochs": 30,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+        },
+    ),
+}
+
+
+def kind_of(model_or_config: Any) -> str:
+    """`"vit"` for a classifier with attention layers, else `"cnn"`.
+
+    Args:
+        model_or_config: a module, or a config from which one is built without memory.
+    """
+    model = model_or_config
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = build(model)
+    names = (name.rsplit(".", 1)[-1].lower() for name, _ in model.named_modules())
+    return "vit" if any(name.startswith(("attn", "attention", "self_attn")) for name in names) else "cnn"
+
+
+def choose(kind: str, from_scratch: bool, dataset: str) -> str:
+    """The name of the preset for a student's kind, its start, and the data."""
+    if not from_scratch:
+        return f"{kind}_finetune"
+    return "cnn_scratch_cifar" if kind == "cnn" and "cifar" in dataset.lower() else f"{kind}_scratch"
+
+
+def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
+    """A loss's published numbers that belong to a preset, and the benchmark that they were published for."""
+    published = LOSSES[loss].PRESETS
+    wanted = ("imagenet_deit", "imagenet") if name.startswith("vit") else ("imagenet",)
+    wanted = ("cifar100",) if name.endswith("cifar") else wanted
+    benchmark = next(key for key in wanted if key in published)
+    return dict(published[benchmark]), benchmark
+
+
+def apply(name: str, config: DistillationConfig, given: set[str]) -> DistillationConfig:
+    """The config with a preset's values wherever `given` does not name the setting.
+
+    The batch is reached by accumulating micro-batches of at most 128 pictures a process; USKD's batch statistic is that
+    of a micro-batch.
+    """
+    preset = PRESETS[name]
+    values = {**_EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
+    each = max(1, preset.batch // config.world_size)
+    micro = min(128, each)
+    values |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": each // micro}
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & given:
+        del values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+    if "lr_step_epochs" in values:  # a shorter run keeps the schedule's shape
+        share = config.num_train_epochs / values["num_train_epochs"] if "num_train_epochs" in given else 1
+        values["lr_step_epochs"] = [share * epoch for epoch in values["lr_step_epochs"]]
+        if {"lr_scheduler_type", "max_steps", "warmup_steps"} & given:  # which steps do not go with
+            del values["lr_step_epochs"]
+            values["lr_scheduler_type"] = "cosine"
+    return dataclasses.replace(config, **{k: v for k, v in values.items() if k not in given})

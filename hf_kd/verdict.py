@@ -1,0 +1,109 @@
+"""Did distillation help? Paired tests over seeds, in points of top-1, from run records alone.
+
+A seed fixes the initial weights and the order and augmentation of the data, so two losses trained from one seed are a
+pair. Their differences measure the training's randomness on this evaluation set, not that of drawing other pictures.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+BASELINE, CONTROL = "ce", "2xce"
+TEST = "paired t-test over seeds, two-sided, 95 %"
+
+
+def paired_test(differences: Sequence[float]) -> dict[str, Any]:
+    """Student's t-test of paired differences against 0 (Student, "The probable error of a mean", 1908).
+
+    Args:
+        differences: one for each seed, in points.
+
+    Returns:
+        differences, mean, half_width of the 95 % interval, p (two-sided), test. The last but one are None where
+        nothing can be tested: with fewer than two seeds, or if all differences are equal (a tiny evaluation set).
+    """
+    differences = [float(d) for d in differences]
+    n = len(differences)
+    result = {"differences": differences, "mean": statistics.fmean(differences) if n else None, "test": TEST}
+    if n < 2 or math.isclose(min(differences), max(differences), abs_tol=1e-9):
+        return {**result, "half_width": None, "p": None}
+    from scipy.stats import ttest_1samp  # slow to import
+
+    outcome = ttest_1samp(differences, 0.0)
+    low, high = outcome.confidence_interval(0.95)
+    return {**result, "half_width": float(high - low) / 2, "p": float(outcome.pvalue)}
+
+
+def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[str, Any] | None:
+    """The paired test of arm `name` against arm `against`, over the seeds that both have; None if there are none."""
+    top1: dict[str, dict[int, float]] = {name: {}, against: {}}
+    for run in runs:
+        value = run.get("metrics", {}).get("top1")
+        if run["name"] in top1 and value is not None and math.isfinite(value):
+            top1[run["name"]][run.get("seed")] = 100 * value
+    seeds = [seed for seed in top1[name] if seed in top1[against]]
+    if not seeds:
+        return None
+    test = paired_test([top1[name][seed] - top1[against][seed] for seed in seeds])
+    return {"name": name, "against": against, "seeds": seeds, **test}
+
+
+def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
+    """One verdict for each arm that distils, in the order of the runs; none without a baseline or several seeds.
+
+    An arm *helped* if the 95 % interval of its difference to the baseline is above 0, and for USKD also that of its
+    difference to the control `2xce`, where there is one: with integer labels CE + USKD's target term is nearly twice
+    the cross entropy, so what doubling it does is no merit of USKD.
+
+    Returns:
+        Dicts of loss (the arm's name), seeds, helped, sentence, and tests (see `paired_test`), one for each that it
+        is compared with.
+    """
+    arms = {run["name"]: (run.get("loss") or {}).get("name") for run in runs}
+    given = []
+    for name, loss in arms.items():
+        if loss == "ce" or name == baseline:
+            continue
+        others = [baseline, *([CONTROL] if loss == "uskd" and CONTROL in arms else [])]
+        tests = [test for other in others if (test := compare(runs, name, other))]
+        if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
+            helped = len(tests) == len(others) and all(_above(test) for test in tests)
+            given.append(
+                {
+                    "loss": name,
+                    "seeds": tests[0]["seeds"],
+                    "helped": helped,
+                    "sentence": _sentence(name, tests, helped),
+                    "tests": tests,
+                }
+            )
+    return given
+
+
+def describe(test: Mapping[str, Any], signed: bool = True) -> str:
+    """`+0.52 ± 0.31`: the mean and, where there is one, the half-width of its 95 % interval, in points."""
+    mean = f"{round(test['mean'], 2) + 0.0:{'+' if signed else ''}.2f}"
+    return mean if test["half_width"] is None else f"{mean} ± {test['half_width']:.2f}"
+
+
+def _above(test: Mapping[str, Any]) -> bool:
+    return test["half_width"] is not None and test["mean"] > test["half_width"]
+
+
+def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> str:
+    def proof(test: Mapping[str, Any]) -> str:
+        p = "no test: the seeds do not differ" if test["p"] is None else f"p = {test['p']:.2g}"
+        return f"{len(test['seeds'])} seeds, {p}"
+
+    first, *controls = tests
+    if helped:
+        text = f"{name} helped by {describe(first, signed=False)} points of top-1 over {first['against']}"
+    elif _above(first):
+        text = f"{name} did not help beyond its control: {describe(first)} points of top-1 over {first['against']}"
+    else:
+        text = f"{name} did not help: {describe(first)} points of top-1 against {first['against']}"
+    text += f" ({proof(first)})"
+    for test in controls:
+        text += f", {describe(test)} against its control {test['against']} ({proof(test)})"
+    return text + "."

@@ -1,0 +1,72 @@
+"""What the tool says of differences: against formulas written out here, and against what must not count as help."""
+
+import math
+import statistics
+
+import pytest
+
+from hf_kd.verdict import compare, paired_test, verdicts
+
+
+def runs(**top1):
+    """Records of arms with a top-1 in percent for each of the seeds 0, 1, …; `uskd` and `x2ce` name their loss."""
+    losses = {"ce": "ce", "x2ce": "ce"}
+    return [
+        {
+            "name": name.replace("x2ce", "2xce"),
+            "seed": seed,
+            "loss": {"name": losses.get(name, name)},
+            "metrics": {"top1": value / 100},
+        }
+        for name, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_paired_test_is_students():
+    differences = [0.9, 0.2, 0.7, 0.4]
+    test = paired_test(differences)
+    error = statistics.stdev(differences) / math.sqrt(4)
+    assert test["mean"] == pytest.approx(0.55) and test["differences"] == differences
+    assert test["half_width"] == pytest.approx(3.182446305 * error)  # 97.5 % quantile of t with 3 degrees of freedom
+    # Two-sided p of t with 3 degrees of freedom, in closed form.
+    t = 0.55 / error
+    angle = math.atan(t / math.sqrt(3))
+    assert test["p"] == pytest.approx(1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle)))
+
+
+@pytest.mark.parametrize("differences", [[1.0], [0.5, 0.5, 0.5]])
+def test_where_nothing_can_be_tested_nothing_is_claimed(differences):
+    test = paired_test(differences)
+    assert test["p"] is None and test["half_width"] is None and test["mean"] == pytest.approx(differences[0])
+    found = verdicts(runs(ce=[50, 50, 50], nkd=[51, 51, 51]))
+    assert found[0]["helped"] is False and "the seeds do not differ" in found[0]["sentence"]
+    assert verdicts(runs(ce=[50], nkd=[60])) == []
+
+
+def test_help_is_a_paired_difference_and_not_a_bare_maximum():
+    # The spread between seeds is large; the paired differences hardly differ.
+    (found,) = verdicts(runs(ce=[40, 50, 60], nkd=[41.0, 51.1, 60.9]))
+    assert found["helped"] and found["sentence"].startswith("nkd helped by 1.00 ± 0.25 points of top-1 over ce (3 seeds")
+    # The best and the mean of the second are higher, but one pair says the opposite.
+    (found,) = verdicts(runs(ce=[40, 50, 60], nkd=[44, 49, 64]))
+    assert not found["helped"] and found["sentence"].startswith("nkd did not help: +2.33 ± ")
+    (found,) = verdicts(runs(ce=[40, 50, 60], nkd=[39, 48.9, 59.1]))
+    assert not found["helped"] and "did not help: -1.00 ± 0.25" in found["sentence"]
+
+
+def test_uskd_must_also_beat_twice_the_cross_entropy():
+    (found,) = verdicts(runs(ce=[40, 50, 60], x2ce=[41, 50.9, 61], uskd=[41.0, 51.1, 60.9]))
+    assert not found["helped"] and "did not help beyond its control: +1.00 ± 0.25" in found["sentence"]
+    assert [test["against"] for test in found["tests"]] == ["ce", "2xce"]
+    (found,) = verdicts(runs(ce=[40, 50, 60], x2ce=[40, 50.1, 60], uskd=[41.0, 51.1, 60.9]))
+    assert found["helped"] and "against its control 2xce" in found["sentence"]
+
+
+def test_pairs_are_of_one_seed_and_only_those_that_both_have():
+    given = runs(ce=[40, 50, 60], nkd=[45, 41])
+    given[-1]["seed"] = 7
+    assert compare(given, "nkd", "ce")["differences"] == pytest.approx([5.0])
+    given[0]["metrics"]["top1"] = math.nan
+    assert compare(given, "nkd", "ce") is None
+    assert verdicts(given) == []
