@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
 import json
 import os
 import signal
@@ -17,11 +19,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .hub_errors import is_disk_full
+from .views import View
 from .weak_head import HEAD
 
 logger = logging.get_logger(__name__)
 
-HEAD_FILE = "_kd_head.safetensors"  # the underscore keeps it out of what the trainer pushes
+HEAD_FILE = "_kd_head.safetensors"
+_TIMM_DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -47,6 +52,59 @@ def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
     head = getattr(student, HEAD, None)
     if head is not None:
         save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
+
+
+def check_finite(student: nn.Module, output_dir: str, step: int) -> None:
+    """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
+    bad = [name for name, p in student.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} weights are not finite at step {step}: {bad[:5]}. "
+            f"Last checkpoint: {last_checkpoint(output_dir)}."
+        )
+
+
+def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
+    """The weights of a plain model, without the weak head; None where save_pretrained knows them by itself.
+
+    Of a timm student, weights and config are made such that timm and transformers both load what is saved. Left
+    alone, neither loads the other's: transformers writes the names of the weights under `timm_model.`, and a config
+    that lacks what timm builds the model from; timm writes the count of classes where transformers adds its own.
+
+    Args:
+        student: if it is a TimmWrapper, its config is changed.
+        processor: its image processor, or None to keep the preprocessing that its config has.
+        state_dict: the weights, where they have been gathered already.
+    """
+    if not isinstance(student, PreTrainedModel) and state_dict is None:
+        return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{HEAD}.")}
+    if not hasattr(student, "timm_model"):
+        return state_dict
+    config, architecture = student.config, student.timm_model.pretrained_cfg
+    data = _timm_data(processor) if processor is not None else config.pretrained_cfg or {}
+    # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
+    known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
+    config.pretrained_cfg = known | {key: value for key, value in data.items() if key in _TIMM_DATA}
+    config.model_args = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
+    config.label_names = [config.id2label[i] for i in range(config.num_labels)]
+    state_dict = student.state_dict() if state_dict is None else state_dict
+    return {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+
+
+def _timm_data(processor) -> dict:
+    """timm's description of an image processor's preprocessing."""
+    if hasattr(processor, "data_config"):
+        return processor.data_config
+    view, size = View(processor), dict(getattr(processor, "size", None) or {})
+    edge = size.get("shortest_edge") or size.get("height")
+    return {
+        "input_size": (3, *view.size),
+        "mean": (-view.offset / view.scale).flatten().tolist(),
+        "std": (1 / view.scale).flatten().tolist(),
+        "interpolation": view.interpolation.value,
+        "crop_pct": view.size[0] / edge if getattr(processor, "do_center_crop", False) else 1.0,
+        "crop_mode": "center" if size.get("shortest_edge") else "squash",
+    }
 
 
 def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
@@ -79,6 +137,17 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
         if not os.path.isfile(file):
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: it was written by a run without the weak head.")
         head.load_state_dict(load_file(file))
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: str | os.PathLike):
+    """Raises an OSError with the folder for a full disk, which the writers of weights and optimizers don't name."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(folder)) from error
 
 
 class SaveOnInterrupt(TrainerCallback):

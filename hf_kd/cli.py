@@ -94,7 +94,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     repo_id = None
     if config.push_to_hub:
         repo_id = hub.check_push(
-            config.hub_model_id or Path(config.output_dir).name, token=config.hub_token, private=config.hub_private_repo
+            config.hub_model_id, config.hub_token, private=config.hub_private_repo, folder=config.output_dir
         )
     resume = _resume(config, script)
     if not resume and main_process:  # another rank may come when this one writes already
@@ -201,11 +201,13 @@ def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: Scr
 
 def _push(folder: str, repo_id: str, config: DistillationConfig) -> None:
     try:
-        url = hub.push(folder, repo_id, token=config.hub_token, private=config.hub_private_repo)
+        url = _publish(folder, repo_id, config.hub_token, config.hub_private_repo)
     except Exception as error:  # the model is safe on disk, and nothing that the Hub answers may hide that
         again = shlex.join(["hf-kd", "push", folder, repo_id, *(["--private"] if config.hub_private_repo else [])])
-        logger.warning(
-            f"the push to {repo_id} failed: {hub.explain(error) or error}\nThe model is in {folder}. Push it with: {again}"
+        print(
+            f"\nwarning: the push to {repo_id} failed: {hub.explain(error) or error}\n"
+            f"The model is in {folder}. Push it with: {again}",
+            file=sys.stderr,
         )
     else:
         print(f"Pushed to {url}")
@@ -222,8 +224,18 @@ def push_parser() -> argparse.ArgumentParser:
 
 def _push_command(argv: list[str]) -> None:
     given = push_parser().parse_args(argv)
-    repo_id = hub.check_push(given.repo_id or Path(given.folder).resolve().name, private=given.private)
-    print(f"Pushed to {hub.push(given.folder, repo_id, private=given.private)}")
+    repo_id = hub.check_push(given.repo_id, private=given.private, folder=given.folder)
+    print(f"Pushed to {_publish(given.folder, repo_id, None, given.private)}")
+
+
+def _publish(folder: str, repo_id: str, token: str | None, private: bool | None) -> str:
+    """Pushes a run's folder, whose record and card then name the repository; returns its address."""
+    file = Path(folder) / RUN_FILE
+    record = json.loads(file.read_text()) if file.is_file() else {"repo_id": repo_id}
+    if record.get("repo_id") != repo_id:
+        report.write_json(file, {**record, "repo_id": repo_id})
+        write_card(folder)
+    return hub.push(folder, repo_id, token, private)
 
 
 def _run_arm(

@@ -1,31 +1,28 @@
-"""The Hub: which commit an id is, what of a run is pushed, whether it may be, and what its errors mean."""
+"""The Hub: which commit an id is, what of a run is pushed and whether it may be; its errors are in `hub_errors`."""
 
 from __future__ import annotations
 
-import difflib
-import errno
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
+
+from .hub_errors import LOGIN, explain, nearest_ids
+from .model_card import write_card
+
+__all__ = ["PUSHED", "PushesWhenAsked", "check_push", "explain", "nearest_ids", "push", "resolve"]
 
 logger = logging.get_logger(__name__)
 
@@ -39,15 +36,7 @@ PUSHED = (
     "run.json",
     "curves.png",
 )
-LOGIN = "`hf auth login`"
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
-_DISK_FULL = re.compile(
-    r"No space left on device|os error 28\b|Not enough disk space|Disk quota exceeded|PytorchStreamWriter failed writing"
-)
-_REPOSITORY = re.compile(
-    r"/api/(?P<api>model|dataset)s/(?P<a>[^/?]+/[^/?]+)|/(?P<data>datasets/)?(?P<b>[^/?]+/[^/?]+)/resolve/"
-)
-_NAMED = re.compile(r"\b(?P<type>[Mm]odel|[Dd]ataset|reach) '(?P<id>[\w./-]+)'")
 
 
 def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
@@ -68,9 +57,6 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
             )
         except RevisionResolutionError:
             raise error from None
-
-
-# ---- pushing ----
 
 
 def check_push(
@@ -211,155 +197,50 @@ def _content(file: Path, token: str | None) -> str | bytes:
     return text.encode()
 
 
-# ---- errors ----
+class PushesWhenAsked:
+    """What replaces the Hub of `transformers.Trainer`, which creates the repository first, pushes every checkpoint, and
+    uploads all that is in the folder, its pickled arguments too."""
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
+        self.hub_model_id = self.push_in_progress = None
+        if self.is_world_process_zero():
+            self.hub_model_id = check_push(**self._to(token, private), folder=self.args.output_dir)
 
-def explain(error: BaseException) -> str | None:
-    """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
+    def _to(self, token: str | None, private: bool | None) -> dict:
+        args = self.args
+        private = args.hub_private_repo if private is None else private
+        return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
 
-    Looks through the errors that transformers and datasets have wrapped around it. For an id that is not there, it
-    asks the Hub for the nearest ones.
-    """
-    chain = list(_chain(error))
-    for each in chain:
-        if _is_disk_full(each):
-            return _disk_full(each)
-    repo_type, repo_id = _wanted(chain)
-    what = f"{repo_type} {repo_id}" if repo_id else "what is wanted"
-    for each in chain:  # before what only tells that nothing was loaded
-        if isinstance(each, HfHubHTTPError) and not isinstance(each, RemoteEntryNotFoundError):
-            return _answer(each, repo_type, repo_id)
-    for each in chain:
-        text = str(each)
-        if "is a gated dataset on the Hub" in text:  # datasets drops the error below
-            return _gated(repo_type, repo_id)
-        if "doesn't exist on the Hub or cannot be accessed" in text:
-            return _missing(repo_type, repo_id)
-    for each in chain:
-        unreachable = isinstance(
-            each, (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
-        )
-        if unreachable or re.match("Couldn't reach .* on the Hub|Couldn't reach the Hugging Face Hub", str(each)):
-            return _unreachable(what)
-    if any("trust_remote_code" in str(each) for each in chain):
-        return (
-            f"{repo_id or 'the model'} comes with Python code of its own, which is not run unless you ask for it: read "
-            "the code in its repository, then pass --trust_remote_code."
-        )
-    return None
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing is pushed during training."""
 
+    def push_to_hub(
+        self,
+        commit_message: str = "Distilled with hf_kd",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str | None:
+        """Saves the student in `args.output_dir`, and pushes it from there; with a run.json, also that and its card.
 
-def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:
-    """Ids on the Hub that are spelt like this one, nearest first; [] if there are none or the Hub can't say."""
-    api = HfApi()
-    find = api.list_datasets if repo_type == "dataset" else api.list_models
-    words = repo_id.split("/")[-1]
-    found: set[str] = set()
-    try:
-        while words and not found:  # the Hub finds parts of names: "deit-tiny-patch16-242", then "deit-tiny-patch16"
-            found = {each.id for each in find(search=words, limit=50)}
-            words = words.rpartition("-")[0] or (words[: len(words) // 2] if len(words) > 5 else "")
-    except (HTTPError, OSError):
-        return []
-    return difflib.get_close_matches(repo_id, sorted(found), n=limit, cutoff=0.5)
+        Args:
+            commit_message: of the one commit.
+            token, revision, private: default: `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
 
+        Returns:
+            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it was raised from, also where `from None` hides them (datasets does)."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _wanted(chain: list[BaseException]) -> tuple[str, str | None]:
-    """Type and id of the repository that the errors are about."""
-    for each in chain:
-        try:
-            request = getattr(each, "request", None)  # httpx's raises if there is none
-        except RuntimeError:
-            request = None
-        if request is not None and (found := _REPOSITORY.search(str(request.url))):
-            dataset = found["api"] == "dataset" or found["data"]
-            return "dataset" if dataset else "model", unquote(found["a"] or found["b"])
-    for each in chain:
-        if found := _NAMED.search(str(each)):
-            dataset = found["type"].lower() != "model"
-            return "dataset" if dataset else "model", found["id"]
-    return "model", None
-
-
-def _answer(error: HfHubHTTPError, repo_type: str, repo_id: str | None) -> str:
-    """What an HTTP error status means."""
-    status, said = error.response.status_code, (error.server_message or "").strip().rstrip(".")
-    what = f"{repo_type} {repo_id}" if repo_id else str(error.request.url)
-    if isinstance(error, GatedRepoError):
-        return _gated(repo_type, repo_id)
-    if isinstance(error, RepositoryNotFoundError):
-        return _missing(repo_type, repo_id)
-    if isinstance(error, RevisionNotFoundError):
-        found = re.search("/(?:revision|resolve|commit|tree)/([^/?]+)", str(error.request.url))
-        return f"{what} has no revision {unquote(found[1]) if found else ''!r}: its branches, tags and commits are on {_page(repo_type, repo_id)}."
-    if status == 401:
-        return (
-            "the Hub refuses the token (401): it is expired, revoked or mistyped. Log in again with "
-            f"{LOGIN}; a token in HF_TOKEN or --hub_token comes before that one, so set it anew or drop it."
-        )
-    if status == 403:
-        return f"the Hub forbids this to your token (403{said and f', {said}'}): {what}. Log in with one that may ({LOGIN})."
-    if status == 429:
-        limit = parse_ratelimit_headers(error.response.headers)
-        wait = error.response.headers.get("Retry-After") or (limit and limit.reset_in_seconds)
-        login = "" if "authorization" in error.request.headers else f" Logged in ({LOGIN}), you may ask more often."
-        return (
-            f"the Hub has had too many requests from here (429), the last one for {what}: wait "
-            f"{f'{wait} seconds' if wait else 'some minutes'}, then run this again.{login}"
-        )
-    if status >= 500:
-        return f"the Hub has a fault of its own ({status}) and does not give {what}: run this again in some minutes."
-    return f"the Hub refuses {error.request.method} {error.request.url} ({status}{said and f', {said}'})."
-
-
-def _page(repo_type: str, repo_id: str | None) -> str:
-    return f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id or ''}"
-
-
-def _gated(repo_type: str, repo_id: str | None) -> str:
-    return (
-        f"{repo_type} {repo_id} is gated: accept its conditions on {_page(repo_type, repo_id)}, and log in as who "
-        f"accepted them with {LOGIN}."
-    )
-
-
-def _missing(repo_type: str, repo_id: str | None) -> str:
-    near = nearest_ids(repo_id, repo_type) if repo_id else []
-    return (
-        f"there is no {repo_type} {repo_id} on {constants.ENDPOINT}, or it is private: check the id"
-        f"{near and f' (near it: {chr(44).join(near)})' or ''}, or log in with {LOGIN} as someone who may read it."
-    )
-
-
-def _unreachable(what: str) -> str:
-    if huggingface_hub.is_offline_mode():
-        return (
-            f"{what} is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to ask the Hub: unset "
-            "it, or load it once where there is a network."
-        )
-    return (
-        f"{what} is not (wholly) in the cache ({constants.HF_HUB_CACHE}), and the Hub at {constants.ENDPOINT} can't be "
-        "reached or broke off: check the network, the proxy and HF_ENDPOINT, then run this again. What was loaded once "
-        "needs no network."
-    )
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))
-
-
-def _disk_full(error: BaseException) -> str:
-    where = getattr(error, "filename", None)
-    return (
-        f"the disk is full{f': {where}' if where else ''}. Nothing that was complete is lost, the last whole checkpoint "
-        "too. Make room, then go on with the same command and --resume_from_checkpoint last."
-    )
+        Raises:
+            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
+        """
+        self.save_model()
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir)
+        if (folder / "run.json").is_file():
+            write_card(folder)
+        to = self._to(token, private)
+        to["repo_id"] = check_push(**to, folder=folder)
+        return push(folder, **to, revision=revision or self.args.hub_revision, message=commit_message)

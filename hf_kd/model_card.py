@@ -24,9 +24,9 @@ SIZES = {"parameters": ("parameters", ","), "size_mb": ("size MB", ",.1f"), "lat
 TIMES = {"train_seconds": "training", "eval_seconds": "last evaluation", "total_seconds": "in all"}
 METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
 SETTINGS = (
-    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate optim optim_args "
-    "weight_decay lr_scheduler_type warmup_steps max_grad_norm augment mixup_alpha cutmix_alpha label_smoothing_factor "
-    "max_train_samples max_eval_samples"
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate optim "
+    "optim_args weight_decay lr_scheduler_type warmup_steps max_grad_norm augment mixup_alpha cutmix_alpha "
+    "label_smoothing_factor max_train_samples max_eval_samples"
 ).split()
 
 

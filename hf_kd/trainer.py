@@ -12,22 +12,32 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision.transforms import v2
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
-from .checkpoints import LogLastStep, SaveOnInterrupt, last_checkpoint, load_weights, save_head
+from .checkpoints import (
+    LogLastStep,
+    SaveOnInterrupt,
+    check_finite,
+    full_disk_named,
+    last_checkpoint,
+    load_weights,
+    save_head,
+    weights_to_save,
+)
 from .config import DistillationConfig
 from .data import Mixer, PictureCollator, PictureDataset, build_transform
+from .hub import PushesWhenAsked
 from .inputs import aligned_teacher, as_pictures
 from .metrics import ClassificationMeter, sample_statistics
 from .teacher import Teacher
 from .views import View
-from .weak_head import HEAD, attach_weak_head, logits_of
+from .weak_head import attach_weak_head, logits_of
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PushesWhenAsked, Trainer):
     """Trains a student with `args.loss`, evaluates it, and measures it against a teacher.
 
     Args:
@@ -401,25 +411,20 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
-        bad = [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        if bad:
-            raise FloatingPointError(
-                f"{len(bad)} weights are not finite at step {self.state.global_step}: {bad[:5]}. "
-                f"Last checkpoint: {last_checkpoint(self.args.output_dir)}."
-            )
-        super()._save_checkpoint(model, trial)
+        check_finite(self.model, self.args.output_dir, self.state.global_step)
+        with full_disk_named(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student as a plain model, and the weak head beside it in checkpoints only."""
-        super().save_model(output_dir, _internal_call)
+        """Saves the student as a plain model, and the weak head beside it in checkpoints only. Pushes nothing."""
+        with full_disk_named(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call=True)
         if _internal_call and self.args.should_save:
             save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is None and not isinstance(model, PreTrainedModel):  # which know what not to save
-            state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{HEAD}.")}
-        super()._save(output_dir, state_dict)
+        student = self.accelerator.unwrap_model(self.model)
+        super()._save(output_dir, weights_to_save(student, self.processing_class, state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:

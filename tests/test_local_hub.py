@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -38,7 +39,7 @@ def cifar(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """With the tokens of anna, who is also in kd-lab, and of bob; this process knows no other Hub, and no token."""
+    """The only Hub that this process knows, without a token; it knows anna, who is also in kd-lab, and bob."""
     with LocalHub(tmp_path / "hub") as hub:
         hub.patch(monkeypatch, tmp_path / "cache")
         hub.add_token("hf_anna", "anna", orgs=["kd-lab"])
@@ -60,20 +61,15 @@ def naps(monkeypatch):
 
 
 def ask(hub, method, path, body=None, **headers):
-    """`(status, headers, body)` of a plain request, with underscores of header names as hyphens."""
-    connection = http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))
-    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-    response = connection.getresponse()
-    answer = response.status, response.headers, response.read()
-    connection.close()
-    return answer
+    """`(status, headers, body)` of a plain request."""
+    with closing(http.client.HTTPConnection(hub.endpoint.removeprefix("http://"))) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
 
 
 def contents_asked(hub):
     return [path for method, path in hub.requests if method == "GET" and ("/lfs/" in path or "/resolve/" in path)]
-
-
-# Loading.
 
 
 def test_transformers_loads_the_model_at_its_commit(hub, deit, tmp_path):
@@ -231,9 +227,6 @@ def test_damaged_and_missing_lfs_content_is_refused(hub, anna):
     assert hub.files("anna/x")["a.bin"] == b"right"
 
 
-# What HTTP says.
-
-
 def test_headers_of_files_follow_git_and_sha256(hub):
     sha = hub.add_repo("anna/x", {"a.txt": "hello\n", "a.bin": b"hello\n"})
     status, headers, body = ask(hub, "HEAD", "/anna/x/resolve/main/a.txt")
@@ -247,26 +240,18 @@ def test_headers_of_files_follow_git_and_sha256(hub):
     assert ask(hub, "GET", path, Authorization="Bearer hf_anna")[0] == 400  # a token that leaves the Hub
 
 
-@pytest.mark.parametrize(
-    "asked, status, answer, which",
-    [
-        ("bytes=2-4", 206, b"234", "2-4"),
-        ("bytes=7-", 206, b"789", "7-9"),
-        ("bytes=-3", 206, b"789", "7-9"),
-        ("bytes=8-99", 206, b"89", "8-9"),
-        ("bytes=10-", 416, None, "*"),
-        ("pages=1-2", 200, b"0123456789", None),
-    ],
-)
 @pytest.mark.parametrize("name", ["a.txt", "a.bin"])
-def test_ranges(hub, name, asked, status, answer, which):
+def test_ranges(hub, name):
     hub.add_repo("anna/x", {name: "0123456789"})
     path = f"/anna/x/resolve/main/{name}"
     if name == "a.bin":
         path = ask(hub, "GET", path)[1]["Location"].removeprefix(hub.storage)
-    got, headers, body = ask(hub, "GET", path, Range=asked)
-    assert got == status and (answer is None or body == answer)
-    assert headers["Content-Range"] == (which and f"bytes {which}/10")
+    for asked, first, last in (("2-4", 2, 4), ("7-", 7, 9), ("-3", 7, 9), ("8-99", 8, 9), ("0-0", 0, 0)):
+        status, headers, body = ask(hub, "GET", path, Range=f"bytes={asked}")
+        assert (status, headers["Content-Range"]) == (206, f"bytes {first}-{last}/10")
+        assert body == b"0123456789"[first : last + 1]
+    assert ask(hub, "GET", path, Range="bytes=10-")[0] == 416
+    assert ask(hub, "GET", path, Range="pages=1-2")[::2] == (200, b"0123456789")
 
 
 def test_infos_and_partial_reads(hub, deit):
@@ -408,13 +393,11 @@ def test_rate_limit_is_waited_for_and_then_raised(hub, anna, naps):
     assert error.value.response.headers["Retry-After"] == "1"
 
 
-@pytest.mark.parametrize(
-    "kind, error", [(401, errors.HfHubHTTPError), (403, errors.GatedRepoError), (404, errors.RepositoryNotFoundError)]
-)
+@pytest.mark.parametrize("kind, error", [(401, "HfHubHTTP"), (403, "GatedRepo"), (404, "RepositoryNotFound")])
 def test_planned_refusals_of_reading(hub, kind, error):
     hub.add_repo("anna/x", FILES)
     fault = hub.fail("/api/models/anna/x", kind)
-    with pytest.raises(error) as raised:
+    with pytest.raises(getattr(errors, f"{error}Error")) as raised:
         HfApi().model_info("anna/x")
     assert (raised.value.response.status_code, fault.hits) == (kind, 1)
     assert HfApi().model_info("anna/x").id == "anna/x"  # once
@@ -434,7 +417,8 @@ def test_failed_commit_leaves_the_repository_as_it_was(hub, anna, naps, kind):
 @pytest.mark.parametrize("kind", ["cut", "slow", "stall"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
 def test_bodies_that_come_badly_arrive_whole(hub, naps, monkeypatch, kind, name):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    if kind == "stall":
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)  # seconds of silence
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what came short of a chunk is asked for again
     monkeypatch.setattr(hub, "delay", 0.0)
     data, ranges, content = os.urandom(100_000), [], Handler.content
@@ -450,9 +434,8 @@ def test_body_that_is_always_cut_leaves_nothing_behind(hub, naps, tmp_path):
     hub.fail("GET .*weights", "cut", times=None)
     with pytest.raises(httpx2.RemoteProtocolError):
         hf_hub_download("anna/x", "weights.safetensors")
-    assert not [
-        path for path in (tmp_path / "cache" / "hub").rglob("*") if path.is_file() and path.stat().st_size > 300
-    ]
+    cache = tmp_path / "cache"
+    assert not [*cache.rglob("*.incomplete"), *cache.rglob("blobs/*")]
 
 
 def test_hub_that_is_gone(hub, naps):

@@ -29,6 +29,7 @@ def batch():
     labels = torch.randint(C, (N,), generator=generator)
     student = 2 * torch.randn(N, C, generator=generator)
     student[torch.arange(N), labels] += 2.0
+    student *= 0.6  # sure of too much in some bins and of too little in others, so that the bins matter
     teacher = student + torch.randn(N, C, generator=generator)
     labels[::7] = -100
     return student, labels, teacher

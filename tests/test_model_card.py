@@ -28,7 +28,8 @@ STATIC = "top-1|top-5|top_5_accuracy|top 5 accuracy|arXiv:[0-9.]+[0-9]|arxiv.org
 
 def metrics(arm, seed):
     base = {"ce": 0.7013, "2xce": 0.7041, "uskd": 0.7132, "nkd": 0.7377}[arm] + 0.0017 * seed - 0.0011 * seed**2
-    return {"loss": 1.1, "top1": base, "top5": base + 0.2114, "ece": 0.0432 - base / 97, "agreement": base + 0.0541}
+    rates = {"top5": base + 0.2114 + 0.0023 * seed, "agreement": base + 0.0541 - 0.0071 * seed**2}
+    return {"loss": 1.1, "top1": base, **rates, "ece": 0.0432 - base / 97 + 0.0031 * seed}
 
 
 def verdict_of(loss, against):
@@ -36,7 +37,7 @@ def verdict_of(loss, against):
     tests = []
     for i, other in enumerate(against):
         differences = [100 * (metrics(loss, s)["top1"] - metrics(other, s)["top1"]) + 0.13 * s for s in SEEDS]
-        test = {"name": loss, "against": other, "seeds": SEEDS, "differences": differences, "mean": 1.32 - i}
+        test = {"name": loss, "against": other, "seeds": list(SEEDS), "differences": differences, "mean": 1.32 - i}
         test |= {"half_width": 0.3171, "p": 0.00213, "test": "paired t-test over seeds, two-sided, 95 %"}
         tests.append(test)
     runs = [
@@ -45,7 +46,7 @@ def verdict_of(loss, against):
         for arm in (*against, loss)
     ]
     sentence = f"{loss} helped by 1.32 ± 0.32 points of top-1 over ce (3 seeds, p = 0.0021)."
-    return {"loss": loss, "seeds": SEEDS, "helped": True, "sentence": sentence, "tests": tests, "runs": runs}
+    return {"loss": loss, "seeds": list(SEEDS), "helped": True, "sentence": sentence, "tests": tests, "runs": runs}
 
 
 def record(loss="uskd", seed=1, **more):
@@ -255,7 +256,7 @@ def test_one_run_says_that_it_is_one():
     card = model_card(record(verdict=None))
     assert "One training run (seed 1): its figures have no error bar." in card
     assert "cannot be told" in card and "Did distillation help" not in card and "±" not in card
-    ce = model_card(record(verdict=None, loss={"name": "ce", "weight": 1.0}))
+    ce = model_card({**record(verdict=None), "loss": {"name": "ce", "weight": 1.0}})
     assert "One training run" in ce and "cannot be told" not in ce
     assert metadata_of(ce)["tags"] == ["hf_kd", "ce"]
 

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from local_hub import LocalHub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 TERMS = ("ce", "target", "non_target", "weak")
 STEPS = (2, 4, 6)
+TOKEN = "hf_" + "x" * 34
 
-# Runs in a process of its own, since trackio reads its folder on import. The audit hook sees every connection, every
+# In a process of its own, since trackio reads the environment on import. The audit hook sees every connection, every
 # look-up of a name, every new process, and every file that Python or sqlite opens to write.
 SCRIPT = """
 import json, os, sys
@@ -24,7 +26,7 @@ def hook(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
         seen["network"].append(str(args))
     elif event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
-        seen["processes"].append(str(args))
+        seen["processes"].append(str(args[:2]))
     elif event == "sqlite3.connect":
         seen["files"].append(os.path.realpath(args[0]))
     elif event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR):
@@ -35,21 +37,25 @@ from hf_kd.cli import main
 
 for run in json.loads(sys.argv[1]):
     assert main(run) == 0
+import psutil
 
-answer = {**seen, "trackio": {}}
-import trackio
+seen["children"] = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+print("ANSWER " + json.dumps(seen))
+"""
+# Afterwards, since trackio writes its last entries when the process ends.
+READ = """
+import json, trackio
 from trackio.sqlite_storage import SQLiteStorage
 
-for run in trackio.Api().runs("tiny"):
-    answer["trackio"][run.name] = SQLiteStorage.get_logs("tiny", run.name, run_id=run.id)
-    answer["config"] = run.config
-print("ANSWER " + json.dumps(answer, default=str))
+runs = list(trackio.Api().runs("tiny"))
+logs = [[run.name, run.config, SQLiteStorage.get_logs("tiny", run.name, run_id=run.id)] for run in runs]
+print("ANSWER " + json.dumps(logs, default=str))
 """
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """`(folder, answer)` of one USKD run for each tracker, as the command line runs it."""
+    """`(folder, seen, logs, hub)` of one USKD run for each tracker, as the command line runs it."""
     folder = tmp_path_factory.mktemp("trackers")
     common = "distill --student examples/quickstart/student --dataset quickstart --from_scratch --loss uskd".split()
     common += "--preset none --max_train_samples 96 --max_eval_samples 32 --per_device_train_batch_size 16".split()
@@ -63,18 +69,24 @@ def tracked(tmp_path_factory):
     places = {"HOME": "home", "HF_HOME": "hf", "TRACKIO_DIR": "tracks", "TMPDIR": "tmp", "MPLCONFIGDIR": "mpl"}
     for place in places.values():
         (folder / place).mkdir()
-    unset = ("HF_", "HUGGINGFACE", "TRACKIO_", "TENSORBOARD_", "XDG_", "PYTEST")
+    unset = ("HF_", "HUGGINGFACE", "TRACKIO_", "TENSORBOARD_", "XDG_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
-    env |= {key: str(folder / place) for key, place in places.items()}
-    # No HF_HUB_OFFLINE, but a token as after a login: whoever wanted to upload, would now.
-    env |= {"PYTHONDONTWRITEBYTECODE": "1", "HF_TOKEN": "hf_" + "x" * 34}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(runs)],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, start_new_session=True,
-    )  # fmt: skip
+    with LocalHub(folder / "hub") as hub:
+        # Logged in, and with a Hub that would take an upload.
+        hub.add_token(TOKEN, user="anna")
+        env |= hub.env(folder / "hf", TOKEN) | {key: str(folder / place) for key, place in places.items()}
+        env |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        seen = run_python(SCRIPT, json.dumps(runs), env=env)
+        logs = run_python(READ, env=env)
+        yield folder, seen, logs, hub
+
+
+def run_python(code, *argv, env):
+    """What the code prints behind ANSWER."""
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    answer = next(line for line in done.stdout.splitlines() if line.startswith("ANSWER "))
-    return folder, json.loads(answer.removeprefix("ANSWER "))
+    return json.loads(next(line[7:] for line in done.stdout.splitlines() if line.startswith("ANSWER ")))
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:
@@ -92,7 +104,7 @@ def logged(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def test_terms_reach_tensorboard(tracked):
-    folder, _ = tracked
+    folder, *_ = tracked
     wanted = logged(folder / "tensorboard")
     (run,) = (folder / "tensorboard" / "runs").iterdir()
     events = EventAccumulator(str(run))
@@ -106,23 +118,33 @@ def test_terms_reach_tensorboard(tracked):
 
 
 def test_terms_reach_trackio(tracked):
-    folder, answer = tracked
+    folder, _, logs, _ = tracked
     wanted = logged(folder / "trackio")
-    assert list(answer["trackio"]) == ["uskd-0"]  # one run, with the evaluation after training in it
-    entries = answer["trackio"]["uskd-0"]
+    ((name, _, entries),) = logs  # one run, with the evaluation after training in it
+    assert name == "uskd-0"
     for term in TERMS:
         key = f"train/loss_{term}"
         found = {entry["train/global_step"]: entry[key] for entry in entries if key in entry}
         assert found == pytest.approx(wanted[f"loss_{term}"], rel=1e-12)
     top1 = [(entry["train/global_step"], entry["eval/top1"]) for entry in entries if "eval/top1" in entry]
-    assert [step for step, _ in top1] == [3, 6, 6] and top1[-1][1] == wanted["eval_top1"][6]
+    assert [step for step, _ in top1] == [3, 6, 6]
+    assert top1[-1][1] == wanted["eval_top1"][6]
 
 
-def test_tracking_stays_on_this_machine_and_ends_with_the_run(tracked):
-    folder, answer = tracked
-    assert answer["network"] == []
-    assert answer["processes"] == []
-    outside = [path for path in answer["files"] if not path.startswith((str(folder.resolve()), "/dev/"))]
-    assert outside == []
-    assert any(path.endswith("tracks/tiny.db") for path in answer["files"])  # the hook sees sqlite
-    assert "x" * 34 not in json.dumps(answer)
+def test_tracking_stays_on_this_machine(tracked):
+    folder, seen, logs, hub = tracked
+    # trackio asks who is logged in, and huggingface_hub with the first request for a list of its own. Nothing is sent.
+    assert {method for method, _ in hub.requests} <= {"GET"}
+    assert {path for _, path in hub.requests} <= {"/api/whoami-v2", "/api/agent-harnesses"}
+    host, port = hub.endpoint.removeprefix("http://").split(":")
+    assert all(host in address and port in address for address in seen["network"])
+    assert TOKEN not in json.dumps(logs)
+
+
+def test_tracking_leaves_nothing_behind(tracked):
+    folder, seen, *_ = tracked
+    assert seen["children"] == []
+    started = " ".join(seen["processes"])  # others ask ldconfig, fc-list and the like
+    assert not [word for word in ("python", "trackio", "tensorboard") if word in started]
+    assert [p for p in seen["files"] if not p.startswith((str(folder.resolve()), "/dev/"))] == []
+    assert any(path.endswith("tracks/tiny.db") for path in seen["files"])  # the hook does see

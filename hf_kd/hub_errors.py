@@ -1,0 +1,184 @@
+"""What the errors of the Hub, the network and a full disk mean, and what to do about each."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+from collections.abc import Iterator
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+LOGIN = "`hf auth login`"
+UNREACHABLE = (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
+_DISK_FULL = re.compile(
+    "No space left on device|os error 28|Not enough disk space|Disk quota exceeded|PytorchStreamWriter failed writing"
+)
+_REVISION = re.compile("/(?:revision|resolve|commit|tree)/([^/?]+)")
+_IN_URL = re.compile(
+    "/api/(model|dataset)s/([^/?]+(?:/(?!revision/|tree/)[^/?]+)?)|/(datasets/)?([^/?]+(?:/[^/?]+)?)/resolve/"
+)
+_IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach) '([\w./-]+)'")
+
+
+def explain(error: BaseException) -> str | None:
+    """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
+
+    Looks through the errors that transformers and datasets have wrapped around it. For an id that is not there, it
+    asks the Hub for the nearest ones.
+    """
+    chain = list(_chain(error))
+    for each in chain:
+        if is_disk_full(each):
+            return _disk_full(each)
+    repo = _Repo(chain)
+    for each in chain:  # an answer of the Hub says more than what was raised because of it
+        if isinstance(each, HfHubHTTPError) and not isinstance(each, RemoteEntryNotFoundError):
+            return _answer(each, repo)
+    for each in chain:
+        text = str(each)
+        if "is a gated dataset on the Hub" in text:  # datasets drops the error that it comes from
+            return repo.gated()
+        if "doesn't exist on the Hub or cannot be accessed" in text:
+            return repo.missing()
+        if isinstance(each, UNREACHABLE) or re.match("Couldn't reach .* (on the|Face) Hub", text):
+            return _unreachable(repo)
+        if "trust_remote_code" in text:
+            return (
+                f"{repo} needs Python code from its repository, which is not run unless you ask for it: read that "
+                "code, then pass --trust_remote_code."
+            )
+    return None
+
+
+def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:
+    """Ids on the Hub that are spelt like this one, nearest first; [] if there are none or the Hub can't say."""
+    api = HfApi()
+    search = api.list_datasets if repo_type == "dataset" else api.list_models
+    words = repo_id.split("/")[-1]
+    found: dict[str, str] = {}
+    try:
+        while words and not found:  # "deit-tiny-patch16-242" is found by its part "deit-tiny-patch16"
+            found = {each.id.lower(): each.id for each in search(search=words, limit=100) if each.id != repo_id}
+            words = words.rpartition("-")[0] or words[: len(words) // 2]
+    except (HTTPError, OSError):
+        return []
+    return [found[each] for each in difflib.get_close_matches(repo_id.lower(), found, n=limit, cutoff=0.5)]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised from, also where `from None` hides them (as datasets does)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _url(error: BaseException) -> str:
+    """The address that was asked for, or ""."""
+    try:
+        return str(getattr(error, "response", error).request.url)
+    except (AttributeError, RuntimeError):  # httpx raises the latter where there was no request
+        return ""
+
+
+class _Repo:
+    """The repository that errors are about: its type ("model" or "dataset") and its id, if they tell."""
+
+    def __init__(self, chain: list[BaseException]):
+        self.type, self.id = "model", None
+        for found in filter(None, (_IN_URL.search(_url(each)) for each in chain)):
+            self.type = "dataset" if found[1] == "dataset" or found[3] else "model"
+            self.id = unquote(found[2] or found[4])
+            return
+        for found in filter(None, (_IN_TEXT.search(str(each)) for each in chain)):
+            self.type, self.id = "model" if found[1].lower() == "model" else "dataset", found[2]
+            return
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.id}" if self.id else "what is asked for"
+
+    @property
+    def page(self) -> str:
+        return f"{constants.ENDPOINT}/{'datasets/' if self.type == 'dataset' else ''}{self.id or ''}"
+
+    def gated(self) -> str:
+        return f"{self} is gated: accept its conditions on {self.page}, and log in as the same user with {LOGIN}."
+
+    def missing(self) -> str:
+        near = ", ".join(nearest_ids(self.id, self.type)) if self.id else ""
+        near = f" Did you mean {near}?" if near else ""
+        return (
+            f"there is no {self} on {constants.ENDPOINT}, or it is private.{near} If it is private, log in: {LOGIN}."
+        )
+
+
+def _answer(error: HfHubHTTPError, repo: _Repo) -> str:
+    status, said = error.response.status_code, (error.server_message or "").strip().rstrip(".")
+    said = f"{status}: {said}" if said else str(status)
+    what = str(repo) if repo.id else _url(error)
+    if isinstance(error, GatedRepoError):
+        return repo.gated()
+    if isinstance(error, RepositoryNotFoundError):
+        return repo.missing()
+    if isinstance(error, RevisionNotFoundError):
+        revision = _REVISION.search(_url(error))
+        name = f" {unquote(revision[1])!r}" if revision else ""
+        return f"{what} has no revision{name}. Its branches, tags and commits are on {repo.page}."
+    if status == 401:
+        return (
+            f"the Hub does not accept the token (401): it is revoked, expired or mistyped. Log in again with {LOGIN}; "
+            "a token in HF_TOKEN or --hub_token comes first, so renew or drop that one."
+        )
+    if status == 403:
+        return f"the token may not do this to {what} ({said}). Log in with one that may: {LOGIN}."
+    if status == 429:
+        headers = error.response.headers
+        limit = parse_ratelimit_headers(headers)
+        seconds = headers.get("Retry-After") or (limit and limit.reset_in_seconds)
+        anonymous = "authorization" not in error.response.request.headers
+        return (
+            f"too many requests to the Hub (429), the last one for {what}. Wait "
+            f"{f'{seconds} s' if seconds else 'some minutes'} and run this again"
+            f"{f'; who is logged in ({LOGIN}) may ask more often' if anonymous else ''}."
+        )
+    if status >= 500:
+        return f"the Hub has a fault of its own ({said}) and does not give {what}. Run this again in some minutes."
+    return f"the Hub refuses {error.response.request.method} {_url(error)} ({said})."
+
+
+def _unreachable(repo: _Repo) -> str:
+    cache = f"is not in the cache ({constants.HF_HUB_CACHE})"
+    if is_offline_mode():
+        return f"{repo} {cache}, and HF_HUB_OFFLINE forbids asking the Hub: unset it, or load it once with a network."
+    return (
+        f"{repo} {cache}, or not all of it, and the Hub can't be reached at {constants.ENDPOINT} or broke off: check "
+        "the network, proxies and HF_ENDPOINT, and run this again. What has been loaded once needs no network."
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says so, by its number or (those of safetensors, torch and datasets) only in its text."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))
+
+
+def _disk_full(error: BaseException) -> str:
+    where = getattr(error, "filename", None)
+    return (
+        f"the disk is full{f' ({where})' if where else ''}. What was complete is safe, the last whole checkpoint too: "
+        "make room, and go on with the same command and --resume_from_checkpoint last."
+    )
