@@ -73,7 +73,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
 
     Args:
         student: if it is a TimmWrapper, its config is changed.
-        processor: its image processor, or None to keep the preprocessing that its config has.
+        processor: its image processor, or None for the preprocessing of its config, or of its architecture.
         state_dict: the weights, where they have been gathered already.
     """
     if not isinstance(student, PreTrainedModel) and state_dict is None:
@@ -81,7 +81,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     if not hasattr(student, "timm_model"):
         return state_dict
     config, architecture = student.config, student.timm_model.pretrained_cfg
-    data = _timm_data(processor) if processor is not None else config.pretrained_cfg or {}
+    data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
     config.pretrained_cfg = known | {key: value for key, value in data.items() if key in _TIMM_DATA}

@@ -29,7 +29,8 @@ logger = logging.get_logger(__name__)
 # What is pushed of a run's folder, as patterns; nothing else ever is.
 PUSHED = (
     "config.json",
-    "model*.safetensors",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     "preprocessor_config.json",
     "README.md",
@@ -91,7 +92,7 @@ def check_push(
         raise ValueError(f"pushing to the Hub needs a token that may write, and there is none: log in with {LOGIN}.")
     api = HfApi(token=token)
     try:
-        me = api.whoami()
+        me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
         repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
         _check_namespace(me, repo_id.split("/")[0])
         try:
@@ -180,26 +181,24 @@ def _content(file: Path, token: str | None) -> str | bytes:
     """The path of a file to upload; of one that names folders of this machine or a token, the text without them."""
     if file.suffix not in (".json", ".md"):
         return str(file)
-    old = text = file.read_text()
-    places = {
-        str(file.parent.resolve()): ".",
-        str(file.parent.absolute()): ".",
-        os.getcwd(): ".",
-        str(Path.home()): "~",
-    }
-    for place in sorted(places, key=len, reverse=True):
-        if place != "/":
-            text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w.-])", places[place], text)
+    old = text = file.read_text("utf-8")
+    here = dict.fromkeys((str(file.parent.resolve()), str(file.parent.absolute()), os.getcwd()), ".")
+    places = {str(Path.home()): "~"} | here
+    for place in sorted(places.keys() - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w.-])", places[place], text)
     text = _TOKEN.sub("<redacted>", text.replace(token, "<redacted>") if token else text)
     if text == old:
         return str(file)
     logger.warning(f"{file.name}: what names folders of this machine, or a token, is left out of the push.")
-    return text.encode()
+    return text.encode("utf-8")
 
 
 class PushesWhenAsked:
-    """What replaces the Hub of `transformers.Trainer`, which creates the repository first, pushes every checkpoint, and
-    uploads all that is in the folder, its pickled arguments too."""
+    """The part of a trainer that pushes: a check before training, one commit when `push_to_hub` is called.
+
+    `transformers.Trainer` would create the repository first, push every checkpoint, and upload all that is in the
+    folder, its pickled arguments too.
+    """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""

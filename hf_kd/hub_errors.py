@@ -24,14 +24,17 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 LOGIN = "`hf auth login`"
 UNREACHABLE = (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
+# How safetensors, datasets, and torch.save (the last two: it only sees that fewer bytes were written) tell it.
 _DISK_FULL = re.compile(
-    "No space left on device|os error 28|Not enough disk space|Disk quota exceeded|PytorchStreamWriter failed writing"
+    "No space left on device|Not enough disk space|Disk quota exceeded|inline_container.*unexpected pos|"
+    "PytorchStreamWriter failed writing"
 )
 _REVISION = re.compile("/(?:revision|resolve|commit|tree)/([^/?]+)")
 _IN_URL = re.compile(
     "/api/(model|dataset)s/([^/?]+(?:/(?!revision/|tree/)[^/?]+)?)|/(datasets/)?([^/?]+(?:/[^/?]+)?)/resolve/"
 )
-_IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach) '([\w./-]+)'")
+_IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach)(?: for)? '([\w./-]+)'")
+_BROKEN = {"RemoteProtocolError", "ReadError", "ReadTimeout"}  # of httpx, of which the Hub's client uses a copy
 
 
 def explain(error: BaseException) -> str | None:
@@ -54,12 +57,19 @@ def explain(error: BaseException) -> str | None:
             return repo.gated()
         if "doesn't exist on the Hub or cannot be accessed" in text:
             return repo.missing()
+        if type(each).__name__ in _BROKEN and isinstance(each, HTTPError):
+            return f"the connection to the Hub broke off while {repo} was loaded: run this again."
         if isinstance(each, UNREACHABLE) or re.match("Couldn't reach .* (on the|Face) Hub", text):
             return _unreachable(repo)
-        if "trust_remote_code" in text:
+        if found := re.search("The repository (.+?) (?:contains|references) custom code", text):
             return (
-                f"{repo} needs Python code from its repository, which is not run unless you ask for it: read that "
-                "code, then pass --trust_remote_code."
+                f"{found[1]} needs Python code of its own, which is not run unless you ask for it: read that code, "
+                "then pass --trust_remote_code."
+            )
+        if "Dataset scripts are no longer supported" in text:
+            return (
+                "the data set is made by a program of its own, which is no longer run: try the copy that the Hub made "
+                "of it, --dataset_revision refs/convert/parquet."
             )
     return None
 
@@ -73,7 +83,7 @@ def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[
     try:
         while words and not found:  # "deit-tiny-patch16-242" is found by its part "deit-tiny-patch16"
             found = {each.id.lower(): each.id for each in search(search=words, limit=100) if each.id != repo_id}
-            words = words.rpartition("-")[0] or words[: len(words) // 2]
+            words = words.rpartition("-")[0] or words[: len(words) * 2 // 3]
     except (HTTPError, OSError):
         return []
     return [found[each] for each in difflib.get_close_matches(repo_id.lower(), found, n=limit, cutoff=0.5)]
@@ -162,23 +172,28 @@ def _answer(error: HfHubHTTPError, repo: _Repo) -> str:
 
 
 def _unreachable(repo: _Repo) -> str:
-    cache = f"is not in the cache ({constants.HF_HUB_CACHE})"
+    lacking = f"{repo} is not in the cache ({constants.HF_HUB_CACHE}), or not all of it"
     if is_offline_mode():
-        return f"{repo} {cache}, and HF_HUB_OFFLINE forbids asking the Hub: unset it, or load it once with a network."
+        return f"{lacking}, and HF_HUB_OFFLINE forbids asking the Hub: unset it, or load it once with a network."
     return (
-        f"{repo} {cache}, or not all of it, and the Hub can't be reached at {constants.ENDPOINT} or broke off: check "
-        "the network, proxies and HF_ENDPOINT, and run this again. What has been loaded once needs no network."
+        f"{lacking}, and the Hub can't be reached at {constants.ENDPOINT}: check the network, proxy and HF_ENDPOINT. "
+        "What has been loaded once needs no network."
     )
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says so, by its number or (those of safetensors, torch and datasets) only in its text."""
+    """Whether an error says so, by its number or only by its text."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))
 
 
 def _disk_full(error: BaseException) -> str:
     where = getattr(error, "filename", None)
+    if where:
+        return (
+            f"the disk is full: {where} could not be written. What was complete is safe, the last whole checkpoint "
+            "too: make room, and go on with the same command and --resume_from_checkpoint last."
+        )
     return (
-        f"the disk is full{f' ({where})' if where else ''}. What was complete is safe, the last whole checkpoint too: "
-        "make room, and go on with the same command and --resume_from_checkpoint last."
+        f"the disk is full. What was complete is safe: make room (downloads are in {constants.HF_HOME}; HF_HOME moves "
+        "them) and run the same command again, with --resume_from_checkpoint last if it trained already."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -92,14 +93,15 @@ def load_student(
         if from_scratch:
             module = build(config, trust_remote_code)
         else:
-            module, info = AutoModelForImageClassification.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,  # the default is that of the checkpoint, which may be too coarse to be trained
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **hub,
-            )
+            with without_load_report():
+                module, info = AutoModelForImageClassification.from_pretrained(
+                    name,
+                    config=config,
+                    dtype=torch.float32,  # the default is that of the checkpoint, which may be too coarse to train
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **hub,
+                )
             _check_loaded(module, name, info)
         processor = processor or processor_for(module, name, hub)
     processor = _with_size(processor, image_size, image_mean, image_std)
@@ -204,6 +206,21 @@ def _check_loaded(module, name: str, info: dict) -> None:
         )
     if new:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")
+
+
+@contextlib.contextmanager
+def without_load_report():
+    """Silences transformers' table of weights that are new or lost: those that may not be are errors here."""
+    log = logging.get_logger("transformers.modeling_utils")
+
+    def keep(record) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def loading_faults(info: dict) -> set[str]:

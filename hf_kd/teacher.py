@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import check_id, label_maps, load_config, loading_faults, processor_for
+from .student import check_id, label_maps, load_config, loading_faults, processor_for, without_load_report
 from .views import View
 from .weak_head import logits_of
 
@@ -188,7 +188,7 @@ def load_teacher(
     if not isinstance(model, nn.Module):
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with _outside_deepspeed():
+        with _outside_deepspeed(), without_load_report():
             module, info = AutoModelForImageClassification.from_pretrained(
                 name,
                 config=load_config(name, hub),
