@@ -107,11 +107,13 @@ class ScriptArguments:
                 raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {self.seeds[0]}.")
         if config.push_to_hub and not self.verdict and (self.compare is not None or len(self.seeds or ()) > 1):
             raise ValueError(
-                "--push_to_hub pushes one student, and here are several: drop it and afterwards push the one you want "
-                "with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
+                "--push_to_hub pushes one student, and here are several: drop it and push the one you want "
+                "afterwards, with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
             )
         if self.compare is not None and config.loss_kwargs:
-            raise ValueError("loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers.")
+            raise ValueError(
+                "loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers."
+            )
         for _, arm in self.arms(config):
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
             if LOSSES[arm.loss].needs_teacher or not (self.verdict or self.compare):
@@ -149,6 +151,7 @@ class ScriptArguments:
                     seed=seed,
                     data_seed=seed if config.data_seed == config.seed else config.data_seed,
                     output_dir=os.path.join(config.output_dir, *several),
+                    run_name="-".join([config.run_name or os.path.basename(config.output_dir), *several]),
                     push_to_hub=False,  # by the command line, once, after everything is saved
                 )
                 arms.append((name, arm))

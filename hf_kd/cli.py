@@ -26,13 +26,12 @@ from .data import ImageData, load_data
 from .losses import LOSSES
 from .model_card import write_card
 from .plots import plot_curves
-from .record import describe_model, make_record
+from .record import CURVES_FILE, RUN_FILE, describe_model, make_record, write_record
 from .student import load_student, student_config
 from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .verdict import verdicts
 
-RUN_FILE, CURVES_FILE = "run.json", "curves.png"
 logger = logging.get_logger(__name__)
 
 
@@ -89,8 +88,9 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     main_process = config.process_index == 0
     script.check(config)
     if config.output_dir == "trainer_output":  # transformers' default
-        config.output_dir = os.path.join("outputs", default_name(script, config) + ("-verdict" if script.verdict else ""))
-        config.hub_model_id = config.hub_model_id or default_name(script, config)
+        name = default_name(script, config)
+        config.output_dir = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
+        config.hub_model_id = config.hub_model_id or name
     repo_id = None
     if config.push_to_hub:
         repo_id = hub.check_push(
@@ -99,7 +99,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     resume = _resume(config, script)
     if not resume and main_process:  # another rank may come when this one writes already
         _check_free(config.output_dir)
-    preset, kind = _preset(script, config)
+    preset = _preset(script, config)
     if preset:
         config = presets.apply(preset["name"], config, script.given)
         if main_process:
@@ -141,7 +141,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             logger.warning(f"{name}: already finished, see {Path(arm.output_dir) / RUN_FILE}")
         else:
             measured = runs[0]["teacher_metrics"] if runs else None  # the same for all, so measured once
-            record = _run_arm(name, arm, script, data, teacher, measured, resume, {**known, "kind": kind})
+            record = _run_arm(name, arm, script, data, teacher, measured, resume, known)
         runs.append(record)
     if main_process:
         _report(runs, [Path(arm.output_dir) for _, arm in arms], Path(config.output_dir), script, command)
@@ -152,14 +152,14 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     return runs
 
 
-def _preset(script: ScriptArguments, config: DistillationConfig) -> tuple[dict | None, str]:
-    """Which preset is used, why, and what of it the user has set otherwise; and the student's kind."""
-    hub_options = {"revision": script.student_revision, "trust_remote_code": script.trust_remote_code}
-    kind = presets.kind_of(student_config(script.student, script.from_scratch, script.image_size, hub_options))
+def _preset(script: ScriptArguments, config: DistillationConfig) -> dict | None:
+    """Which preset is used, where it comes from, and what of it the user has set otherwise."""
     name = script.preset or "auto"
     if name == "none":
-        return None, kind
+        return None
     if name == "auto":
+        hub_options = {"revision": script.student_revision, "trust_remote_code": script.trust_remote_code}
+        kind = presets.kind_of(student_config(script.student, script.from_scratch, script.image_size, hub_options))
         name = presets.choose(kind, script.from_scratch, script.dataset)
     preset = presets.PRESETS[name]
     for key, value in preset.student.items():
@@ -174,7 +174,7 @@ def _preset(script: ScriptArguments, config: DistillationConfig) -> tuple[dict |
             text += f" {loss}: {values} ({presets.PAPER if loss != 'kd' else 'as published'}, {benchmark})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
-    return {"name": name, "source": preset.source, "changed": changed, "text": text + " (--preset none: without.)"}, kind
+    return {"name": name, "source": preset.source, "changed": changed, "text": text + " (--preset none: without.)"}
 
 
 def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: ScriptArguments, command: str) -> None:
@@ -191,8 +191,7 @@ def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: Scr
             if own != run.get("verdict"):
                 run["verdict"] = own
                 report.write_json(folder / RUN_FILE, run)
-    for folder in folders:
-        write_card(folder)
+                write_card(folder)
     print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
     for verdict in found:
         print(f"\n{verdict['sentence']}")
@@ -288,36 +287,14 @@ def _run_arm(
     skipped = tuple(sorted(set(gather_object(list(t)))) for t in (trainer.skipped, trainer.eval_skipped))
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
-    described = describe_model(student, script.student, trainer.view.size, known.pop("kind"))
-    run = make_record(
-        trainer,
-        metrics,
-        skipped,
-        name=name,
-        student={
-            **described,
-            "from_scratch": script.from_scratch,
-            "size_mb": sum(f.stat().st_size for f in Path(config.output_dir).glob("*.safetensors")) / 1e6,
-        },
-        data={
-            "id": data.name,
-            "revision": data.revision,
-            "train_split": data.train_split,
-            "eval_split": data.eval_split,
-            "train_size": len(data.train),
-            "eval_size": len(data.eval),
-            "classes": len(data.names),
-        },
-        settings=settings,
-        timings={
-            "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
-            "eval_seconds": evaluated - trained,
-            "total_seconds": time.perf_counter() - started,
-        },
-        **known,
-    )
-    report.write_json(Path(config.output_dir) / RUN_FILE, run)
-    plot_curves([run], Path(config.output_dir) / CURVES_FILE)
+    timings = {
+        "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
+        "eval_seconds": evaluated - trained,
+        "total_seconds": evaluated - started,
+    }
+    own = {"id": script.student, "from_scratch": script.from_scratch}
+    run = make_record(trainer, metrics, data, own, skipped, name=name, settings=settings, timings=timings, **known)
+    write_record(run, config.output_dir)
     return run
 
 

@@ -140,8 +140,8 @@ def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
 def apply(name: str, config: DistillationConfig, given: set[str]) -> DistillationConfig:
     """The config with a preset's values wherever `given` does not name the setting.
 
-    The batch is reached by accumulating micro-batches of at most 128 pictures a process; USKD's batch statistic is that
-    of a micro-batch.
+    The batch is reached by accumulating micro-batches of at most 128 pictures a process; USKD's batch statistic is
+    that of a micro-batch.
     """
     preset = PRESETS[name]
     values = {**_EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}

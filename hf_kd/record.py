@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from . import report
+from .data import ImageData
+from .model_card import write_card
+from .plots import plot_curves
+from .presets import kind_of
 from .student import commit_of
 from .weak_head import HEAD
 
 METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
+RUN_FILE, CURVES_FILE = "run.json", "curves.png"
 FORWARDS = 30
-logger = logging.get_logger(__name__)
 
 
-def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, int], kind: str | None = None) -> dict:
-    """What a record says of a model: id, revision, library, architecture, parameters, size and latency.
+def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, int]) -> dict:
+    """What a record says of a model: id, revision, library, kind, architecture, parameters, size and latency.
 
     Args:
         model: a classifier on any device.
         name: its Hub id or folder.
         size: height and width of its input in pixels.
-        kind: "vit" or "cnn".
     """
     own = [p for n, p in model.named_parameters() if not n.startswith(f"{HEAD}.")]
     config = getattr(model, "config", None)
-    library = "timm" if getattr(config, "model_type", "") == "timm_wrapper" else "transformers"
     return {
         "id": name,
         "revision": commit_of(model),
-        "library": library,
-        "kind": kind,
+        "library": "timm" if getattr(config, "model_type", "") == "timm_wrapper" else "transformers",
+        "kind": kind_of(model),
         "architecture": getattr(config, "architecture", None) or type(model).__name__,
         "parameters": sum(p.numel() for p in own),
         "size_mb": sum(v.numel() * v.element_size() for v in [*own, *model.buffers()]) / 1e6,
@@ -75,36 +77,78 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def make_record(trainer, metrics: dict, skipped: tuple[list, list], **known) -> dict:
-    """The record of a trained and evaluated student; see `hf_kd.report` for its keys.
+def make_record(
+    trainer,
+    metrics: dict | None = None,
+    data: ImageData | None = None,
+    student: dict | None = None,
+    skipped: tuple[list, list] | None = None,
+    **known,
+) -> dict:
+    """The record of a trained student; see `hf_kd.report` for its keys.
 
     Args:
         trainer: the `DistillationTrainer`, after training.
-        metrics: what `trainer.evaluate()` gave.
-        skipped: pictures that could not be decoded, of all processes: in training, in evaluation.
-        **known: further keys, or other values: name, student, teacher, data, command, settings, preset, ….
+        metrics: what `trainer.evaluate()` gave; default: the last that was logged, or a new evaluation.
+        data: what the data sets were loaded with; without it only their sizes are known.
+        student: further keys of the student's entry, or other values, such as id and from_scratch.
+        skipped: pictures that could not be decoded in training and in evaluation; default: those of this process.
+        **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
     """
-    args, history = trainer.args, trainer.state.log_history
+    args, history, model = trainer.args, trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
     logs = [entry for entry in history if "loss" in entry]
+    if metrics is None:
+        metrics = next((entry for entry in reversed(history) if "eval_top1" in entry), None) or trainer.evaluate()
+    seconds = [entry["seconds"] for entry in history if "seconds" in entry]
+    teacher = trainer.eval_teacher
+    if "teacher" not in known:
+        known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.view.size)
+    saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
+    sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
+    skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     record = {
         "name": args.loss,
         "loss": {"name": args.loss, **trainer.train_loss.numbers()},
+        "student": {
+            **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.view.size),
+            **({"size_mb": sum(saved)} if saved else {}),
+            **(student or {}),
+        },
+        "data": {
+            "id": data and data.name,
+            "revision": data and data.revision,
+            "train_split": data and data.train_split,
+            "eval_split": data and data.eval_split,
+            **sizes,
+            "classes": model.config.num_labels,
+            "skipped": {
+                "count": len(skipped[0]),
+                "examples": skipped[0][:100],
+                "eval_count": len(skipped[1]),
+                "eval_examples": skipped[1][:100],
+            },
+        },
         "seed": args.seed,
         "versions": report.collect_versions(),
+        "settings": args.to_dict(),
         "metrics": {k: v for name, v in metrics.items() if (k := name.removeprefix("eval_")) in METRICS},
         "teacher_metrics": trainer.teacher_metrics,
         "terms": {k: v for k, v in logs[-1].items() if k.startswith("loss")} if logs else {},
         "history": history,
+        "timings": {"train_seconds": seconds[-1] if seconds else None, "eval_seconds": metrics.get("eval_runtime")},
         "latency": {"how": f"median of {FORWARDS} forwards of one picture, 1 thread, {cpu_name()}"},
         "device": f"{args.device}, {torch.get_num_threads()} threads, {args.world_size} processes",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "preset": None,
+        "repo_id": None,
         "verdict": None,
         **known,
     }
-    record["data"]["skipped"] = {
-        "count": len(skipped[0]),
-        "examples": skipped[0][:100],
-        "eval_count": len(skipped[1]),
-        "eval_examples": skipped[1][:100],
-    }
     return report.redact(record)
+
+
+def write_record(record: dict, folder: str | os.PathLike) -> None:
+    """Writes a run's run.json, curves.png and card (README.md) into its folder."""
+    report.write_json(Path(folder) / RUN_FILE, record)
+    plot_curves([record], Path(folder) / CURVES_FILE)
+    write_card(folder)

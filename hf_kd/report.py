@@ -1,9 +1,9 @@
 """What is kept of a run and how runs are compared: run.json, and the table that says whether distillation helped.
 
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
-command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset (or
-None: name, source, what the user changed), latency (how it was measured), repo_id (or None), and verdict: None, or what
-`hf_kd.verdict.verdicts` says of its loss, with the metrics of all `runs`.
+command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
+(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), and verdict (None,
+or what `hf_kd.verdict.verdicts` says of its loss, with the metrics of all `runs`).
 """
 
 import math

@@ -47,7 +47,9 @@ def test_where_nothing_can_be_tested_nothing_is_claimed(differences):
 def test_help_is_a_paired_difference_and_not_a_bare_maximum():
     # The spread between seeds is large; the paired differences hardly differ.
     (found,) = verdicts(runs(ce=[40, 50, 60], nkd=[41.0, 51.1, 60.9]))
-    assert found["helped"] and found["sentence"].startswith("nkd helped by 1.00 ± 0.25 points of top-1 over ce (3 seeds")
+    assert found["helped"] and found["sentence"].startswith(
+        "nkd helped by 1.00 ± 0.25 points of top-1 over ce (3 seeds"
+    )
     # The best and the mean of the second are higher, but one pair says the opposite.
     (found,) = verdicts(runs(ce=[40, 50, 60], nkd=[44, 49, 64]))
     assert not found["helped"] and found["sentence"].startswith("nkd did not help: +2.33 ± ")
