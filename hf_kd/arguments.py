@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from .config import DistillationConfig, read_json
 from .losses import LOSSES
-from .presets import PRESETS, loss_numbers
+from .presets import EVERY_EPOCH, PRESETS, loss_numbers
 from .verdict import BASELINE, CONTROL
 
 
@@ -243,7 +243,11 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
     parser = make_parser(help_all="--help_all" in argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
+    first.add_argument("--preset")
+    early = first.parse_known_args(argv)[0]
+    path = early.config
+    if early.preset != "none" and not path:
+        parser.set_defaults(**EVERY_EPOCH)  # of all presets; else load_best_model_at_end would be refused before
     if path:
         values = _read_config(path, {action.dest: action for action in reversed(parser._actions)})
         parser.set_defaults(**values)

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .hub_errors import is_disk_full
+from .hub import is_disk_full
 from .views import View
 from .weak_head import HEAD
 
@@ -85,7 +85,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
     config.pretrained_cfg = known | {key: value for key, value in data.items() if key in _TIMM_DATA}
-    config.model_args = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
+    config.model_args = config.model_args or {}
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
     return {name.removeprefix("timm_model."): value for name, value in state_dict.items()}

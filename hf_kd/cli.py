@@ -24,10 +24,11 @@ from .checkpoints import last_checkpoint
 from .config import DistillationConfig
 from .data import ImageData, load_data
 from .losses import LOSSES
-from .model_card import write_card
+from .model_card import title, write_card
 from .plots import plot_curves
+from .push import check_push, publish
 from .record import CURVES_FILE, RUN_FILE, describe_model, make_record, write_record
-from .student import load_student, student_config
+from .student import kind_of, load_student, student_config
 from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .verdict import verdicts
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
             traceback = script.traceback
             distill(script, config, shlex.join([*_launcher(), *argv]))
     except KeyboardInterrupt as stop:
-        again = shlex.join([*_launcher(), *_resuming(argv)])
-        print(f"\n{str(stop) or 'stopped'}\nResume with (and your launcher's options): {again}", file=sys.stderr)
+        again = f"\nResume with (and your launcher's options): {shlex.join([*_launcher(), *_resuming(argv)])}"
+        print(f"\n{str(stop) or 'stopped'}{again if command == 'distill' else ''}", file=sys.stderr)
         return 130
     except Exception as error:
         message = hub.explain(error)
@@ -93,18 +94,19 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         config.hub_model_id = config.hub_model_id or name
     repo_id = None
     if config.push_to_hub:
-        repo_id = hub.check_push(
+        repo_id = check_push(
             config.hub_model_id, config.hub_token, private=config.hub_private_repo, folder=config.output_dir
         )
     resume = _resume(config, script)
     if not resume and main_process:  # another rank may come when this one writes already
         _check_free(config.output_dir)
-    preset = _preset(script, config)
+    _pin(script)
+    preset, changed = _preset(script), []
     if preset:
-        config = presets.apply(preset["name"], config, script.given)
-        if main_process:
-            print(preset["text"])
-    arms = script.arms(config, preset and preset["name"])
+        config, changed = presets.apply(preset, config, script.given)
+    arms = script.arms(config, preset)
+    if preset and main_process:
+        print(presets.describe(preset, changed, arms))
     finished = [_finished(arm, script) if resume is True else None for _, arm in arms]
     data = load_data(
         script.dataset,
@@ -121,8 +123,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     )
     known = {
         "command": command,
-        "preset": preset and {k: v for k, v in preset.items() if k != "text"},
-        "repo_id": repo_id,
+        "preset": preset and {"name": preset, "source": presets.PRESETS[preset].source, "changed": changed},
         "teacher": None,
     }
     teacher = None
@@ -134,7 +135,8 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             revision=script.teacher_revision,
             trust_remote_code=script.trust_remote_code,
         )
-        known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
+        if main_process:
+            known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
     runs: list[dict] = []
     for (name, arm), record in zip(arms, finished, strict=True):
         if record:
@@ -152,34 +154,38 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     return runs
 
 
-def _preset(script: ScriptArguments, config: DistillationConfig) -> dict | None:
-    """Which preset is used, where it comes from, and what of it the user has set otherwise."""
+def _pin(script: ScriptArguments) -> None:
+    """Makes each revision the commit that it stands for now: all arms, and a continuation, start from the same."""
+    for key, kind in (("student", "model"), ("teacher", "model"), ("dataset", "dataset")):
+        name = getattr(script, key)
+        scratch = key == "student" and script.from_scratch and name.startswith("timm/")
+        if name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name) and not scratch:
+            revision = hub.resolve(name, getattr(script, f"{key}_revision"), kind)
+            setattr(script, f"{key}_revision", revision.resolved)
+
+
+def _preset(script: ScriptArguments) -> str | None:
+    """The name of the preset in use; its arguments for the student are set."""
     name = script.preset or "auto"
     if name == "none":
         return None
     if name == "auto":
-        hub_options = {"revision": script.student_revision, "trust_remote_code": script.trust_remote_code}
-        kind = presets.kind_of(student_config(script.student, script.from_scratch, script.image_size, hub_options))
-        name = presets.choose(kind, script.from_scratch, script.dataset)
-    preset = presets.PRESETS[name]
-    for key, value in preset.student.items():
+        trust = script.trust_remote_code
+        hub_options = {"revision": script.student_revision, "trust_remote_code": trust}
+        config = student_config(script.student, script.from_scratch, script.image_size, hub_options)
+        name = presets.choose(kind_of(config, trust), script.from_scratch, script.dataset)
+    for key, value in presets.PRESETS[name].student.items():
         if key not in script.given:
             setattr(script, key, value)
-    changed = sorted({*preset.values, *preset.student} & script.given)
-    text = f"preset {name}: {preset.source}."
-    for loss in dict.fromkeys(arm.loss for _, arm in script.arms(config)):
-        numbers, benchmark = presets.loss_numbers(loss, name)
-        if numbers:
-            values = ", ".join(f"{key} {value:g}" for key, value in numbers.items())
-            text += f" {loss}: {values} ({presets.PAPER if loss != 'kd' else 'as published'}, {benchmark})."
-    if changed:
-        text += f" Not from it, but as you set them: {', '.join(changed)}."
-    return {"name": name, "source": preset.source, "changed": changed, "text": text + " (--preset none: without.)"}
+    return name
 
 
 def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: ScriptArguments, command: str) -> None:
-    """Writes what needs all runs, the comparison and the cards, and prints the table."""
+    """Prints the table and the verdicts, and writes what needs all runs: the comparison and the cards."""
     found = verdicts(runs)
+    print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
+    for verdict in found:
+        print(f"\n{verdict['sentence']}")
     if len(runs) > 1:
         comparison = {"command": command, "runs": runs, "verdicts": found}
         report.write_json(output_dir / RUN_FILE, report.redact(comparison))
@@ -191,18 +197,20 @@ def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: Scr
             if own != run.get("verdict"):
                 run["verdict"] = own
                 report.write_json(folder / RUN_FILE, run)
-                write_card(folder)
-    print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
-    for verdict in found:
-        print(f"\n{verdict['sentence']}")
+    for folder in folders:
+        write_card(folder)
     print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
 
 
 def _push(folder: str, repo_id: str, config: DistillationConfig) -> None:
     try:
-        url = _publish(folder, repo_id, config.hub_token, config.hub_private_repo)
+        url = publish(
+            folder, repo_id, token=config.hub_token, private=config.hub_private_repo, revision=config.hub_revision
+        )
     except Exception as error:  # the model is safe on disk, and nothing that the Hub answers may hide that
-        again = shlex.join(["hf-kd", "push", folder, repo_id, *(["--private"] if config.hub_private_repo else [])])
+        branch = ["--revision", config.hub_revision] if config.hub_revision else []
+        private = ["--private"] if config.hub_private_repo else []
+        again = shlex.join(["hf-kd", "push", folder, repo_id, *branch, *private])
         print(
             f"\nwarning: the push to {repo_id} failed: {hub.explain(error) or error}\n"
             f"The model is in {folder}. Push it with: {again}",
@@ -215,7 +223,8 @@ def _push(folder: str, repo_id: str, config: DistillationConfig) -> None:
 def push_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-kd push", description="Push a student that hf_kd has saved, with its card.")
     parser.add_argument("folder", help="The folder with the model, run.json and the card.")
-    parser.add_argument("repo_id", nargs="?", help="OWNER/NAME on the Hub. Default: the folder's name, as yours.")
+    parser.add_argument("repo_id", nargs="?", help="OWNER/NAME on the Hub. Default: the card's title, as yours.")
+    parser.add_argument("--revision", help="Branch to push to; made if there is none. Default: main.")
     parser.add_argument("--private", action="store_true", default=None, help="Make the new repository private.")
     parser.add_argument("--traceback", action="store_true", help="Show Python's traceback of an error.")
     return parser
@@ -223,18 +232,14 @@ def push_parser() -> argparse.ArgumentParser:
 
 def _push_command(argv: list[str]) -> None:
     given = push_parser().parse_args(argv)
-    repo_id = hub.check_push(given.repo_id, private=given.private, folder=given.folder)
-    print(f"Pushed to {_publish(given.folder, repo_id, None, given.private)}")
-
-
-def _publish(folder: str, repo_id: str, token: str | None, private: bool | None) -> str:
-    """Pushes a run's folder, whose record and card then name the repository; returns its address."""
-    file = Path(folder) / RUN_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {"repo_id": repo_id}
-    if record.get("repo_id") != repo_id:
-        report.write_json(file, {**record, "repo_id": repo_id})
-        write_card(folder)
-    return hub.push(folder, repo_id, token, private)
+    file = Path(given.folder) / RUN_FILE
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    if "runs" in record:
+        students = ", ".join(sorted({str(path.parent) for path in Path(given.folder).rglob("model.safetensors")})[:9])
+        raise ValueError(f"{given.folder} holds a comparison: push one of its students, such as {students}.")
+    name = given.repo_id or record.get("repo_id") or (title(record) if record else None)
+    repo_id = check_push(name, private=given.private, folder=given.folder)
+    print(f"Pushed to {publish(given.folder, repo_id, private=given.private, revision=given.revision)}")
 
 
 def _run_arm(
@@ -320,7 +325,8 @@ def _settings(config: DistillationConfig, script: ScriptArguments) -> dict:
 
 # Settings in which a run may differ from its continuation.
 _FREE = re.compile(
-    "(compare|seeds|verdict|preset|output_dir|traceback|disable_tqdm|num_train_epochs|max_steps|run_name)$|(re|log|sav|push|hub|dataloader)"
+    "(compare|seeds|verdict|preset|output_dir|traceback|disable_tqdm|num_train_epochs|max_steps|run_name)$"
+    "|(resume|report|log|sav|push|hub)|dataloader_(num_workers|pin|pers|pref)"
 )
 
 

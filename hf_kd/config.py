@@ -47,7 +47,7 @@ class DistillationConfig(TrainingArguments):
     loss: str = field(default="uskd", metadata={"help": f"What to train with: {', '.join(LOSSES)}."})
     loss_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: the paper's for ImageNet."},
+        metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
     )
     augment: str = field(
         default="resized_crop",

@@ -1,43 +1,40 @@
-"""The Hub: which commit an id is, what of a run is pushed and whether it may be; its errors are in `hub_errors`."""
+"""The Hub: which commit an id is, and what its errors, those of the network and of a full disk mean."""
 
 from __future__ import annotations
 
-import os
+import difflib
+import errno
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from urllib.parse import unquote
 
-import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub import HfApi, constants, is_offline_mode, resolve_revision
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import validate_repo_id
-from transformers.utils import logging
+from huggingface_hub.utils import parse_ratelimit_headers
 
-from .hub_errors import LOGIN, explain, nearest_ids
-from .model_card import write_card
-
-__all__ = ["PUSHED", "PushesWhenAsked", "check_push", "explain", "nearest_ids", "push", "resolve"]
-
-logger = logging.get_logger(__name__)
-
-# What is pushed of a run's folder, as patterns; nothing else ever is.
-PUSHED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-    "README.md",
-    "run.json",
-    "curves.png",
+LOGIN = "`hf auth login`"
+UNREACHABLE = (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
+# How safetensors, datasets, and torch.save (the last two: it only sees that fewer bytes were written) tell it.
+_DISK_FULL = re.compile(
+    "No space left on device|Not enough disk space|Disk quota exceeded|inline_container.*unexpected pos|"
+    "PytorchStreamWriter failed writing"
 )
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+_REVISION = re.compile("/(?:revision|resolve|commit|tree)/([^/?]+)")
+_IN_URL = re.compile(
+    "/api/(model|dataset)s/([^/?]+(?:/(?!revision/|tree/)[^/?]+)?)|/(datasets/)?([^/?]+(?:/[^/?]+)?)/resolve/"
+)
+_IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach)(?: for)? '([\w./-]+)'")
+_BROKEN = {"RemoteProtocolError", "ReadError", "ReadTimeout"}  # of httpx, of which the Hub's client uses a copy
 
 
 def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
@@ -48,198 +45,173 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
         revision, it makes all files of a load be of one commit, and serves those that are cached from there.
     """
     try:
-        return huggingface_hub.resolve_revision(repo_id, repo_type=repo_type, revision=revision)
+        return resolve_revision(repo_id, repo_type=repo_type, revision=revision)
     except HfHubHTTPError as error:
         if error.response.status_code != 429:
             raise
         try:  # however busy the Hub is with us, what is cached may be used
-            return huggingface_hub.resolve_revision(
-                repo_id, repo_type=repo_type, revision=revision, local_files_only=True
-            )
+            return resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=True)
         except RevisionResolutionError:
             raise error from None
 
 
-def check_push(
-    repo_id: str | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-    folder: str | os.PathLike = ".",
-) -> str:
-    """Whether a push would be allowed, found out before training and without creating anything.
+def explain(error: BaseException) -> str | None:
+    """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
 
-    Args:
-        repo_id: "owner/name", or "name" in the user's own namespace; default: the name of `folder`.
-        token: default: the one of `hf auth login` or HF_TOKEN.
-        private: what is asked of the repository; one that exists stays as it is.
-
-    Returns:
-        The full "owner/name".
-
-    Raises:
-        ValueError: no token, one that is not valid, or that may not write there; a name that can't be one; a public
-            repository where a private one is asked for; or a Hub that can't be asked. With the way out.
+    Looks through the errors that transformers and datasets have wrapped around it. For an id that is not there, it
+    asks the Hub for the nearest ones.
     """
-    repo_id = repo_id or Path(folder).resolve().name
+    chain = list(_chain(error))
+    for each in chain:
+        if is_disk_full(each):
+            return _disk_full(each)
+    repo = _Repo(chain)
+    for each in chain:  # an answer of the Hub says more than what was raised because of it
+        if isinstance(each, HfHubHTTPError) and not isinstance(each, RemoteEntryNotFoundError):
+            return _answer(each, repo)
+    for each in chain:
+        text = str(each)
+        if "is a gated dataset on the Hub" in text:  # datasets drops the error that it comes from
+            return repo.gated()
+        if "doesn't exist on the Hub or cannot be accessed" in text:
+            return repo.missing()
+        if type(each).__name__ in _BROKEN and isinstance(each, HTTPError):
+            return f"the connection to the Hub broke off while {repo} was loaded: run this again."
+        if isinstance(each, UNREACHABLE) or re.match("Couldn't reach .* (on the|Face) Hub", text):
+            return _unreachable(repo)
+        if found := re.search("The repository (.+?) (?:contains|references) custom code", text):
+            return (
+                f"{found[1]} needs Python code of its own, which is not run unless you ask for it: read that code, "
+                "then pass --trust_remote_code."
+            )
+        if "Dataset scripts are no longer supported" in text:
+            return (
+                "the data set is made by a program of its own, which is no longer run: try the copy that the Hub made "
+                "of it, --dataset_revision refs/convert/parquet."
+            )
+    return None
+
+
+def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:
+    """Ids on the Hub that are spelt like this one, nearest first; [] if there are none or the Hub can't say."""
+    api = HfApi()
+    search = api.list_datasets if repo_type == "dataset" else api.list_models
+    words = repo_id.split("/")[-1]
+    found: dict[str, str] = {}
     try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo_id!r} can't be pushed to: {error} Choose another --hub_model_id OWNER/NAME."
-        ) from error
-    token = token or huggingface_hub.get_token()
-    if not token:
-        raise ValueError(f"pushing to the Hub needs a token that may write, and there is none: log in with {LOGIN}.")
-    api = HfApi(token=token)
+        while words and not found:  # "deit-tiny-patch16-242" is found by its part "deit-tiny-patch16"
+            found = {each.id.lower(): each.id for each in search(search=words, limit=100) if each.id != repo_id}
+            words = words.rpartition("-")[0] or words[: len(words) * 2 // 3]
+    except (HTTPError, OSError):
+        return []
+    return [found[each] for each in difflib.get_close_matches(repo_id.lower(), found, n=limit, cutoff=0.5)]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised from, also where `from None` hides them (as datasets does)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _url(error: BaseException) -> str:
+    """The address that was asked for, or ""."""
     try:
-        me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
-        repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
-        _check_namespace(me, repo_id.split("/")[0])
-        try:
-            api.auth_check(repo_id, write=True)
-            exists = True
-        except RepositoryNotFoundError:
-            exists = False
-        _check_scopes(me, repo_id, exists)
-        if private and exists and not api.model_info(repo_id).private:
-            raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        raise ValueError(f"can't push to {repo_id}: {explain(error) or error}") from error
-    return repo_id
+        return str(getattr(error, "response", error).request.url)
+    except (AttributeError, RuntimeError):  # httpx raises the latter where there was no request
+        return ""
 
 
-def _check_namespace(me: dict, owner: str) -> None:
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
-        raise ValueError(
-            f"{me['name']}'s token may only read: log in with one that may write ({LOGIN}; make it on "
-            f"{constants.ENDPOINT}/settings/tokens)."
-        )
-    refused = ("read", "no_access")
-    allowed = [me["name"], *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
-    if owner not in allowed:
-        raise ValueError(f"{me['name']} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
+class _Repo:
+    """The repository that errors are about: its type ("model" or "dataset") and its id, if they tell."""
 
+    def __init__(self, chain: list[BaseException]):
+        self.type, self.id = "model", None
+        for found in filter(None, (_IN_URL.search(_url(each)) for each in chain)):
+            self.type = "dataset" if found[1] == "dataset" or found[3] else "model"
+            self.id = unquote(found[2] or found[4])
+            return
+        for found in filter(None, (_IN_TEXT.search(str(each)) for each in chain)):
+            self.type, self.id = "model" if found[1].lower() == "model" else "dataset", found[2]
+            return
 
-def _check_scopes(me: dict, repo_id: str, exists: bool) -> None:
-    """A fine-grained token must name the owner, or (where it need not be created) the repository."""
-    granted = ((me.get("auth") or {}).get("accessToken") or {}).get("fineGrained")
-    if granted is None:
-        return
-    scopes = {scope["entity"].get("name"): scope["permissions"] for scope in granted.get("scoped", ())}
-    owner = repo_id.split("/")[0]
-    if not any("repo.write" in scopes.get(name, ()) for name in ((owner, repo_id) if exists else (owner,))):
-        raise ValueError(
-            f"{me['name']}'s fine-grained token may not write to {repo_id}: give it write access to the repositories "
-            f"of {owner} on {constants.ENDPOINT}/settings/tokens, or log in with another ({LOGIN})."
+    def __str__(self) -> str:
+        return f"{self.type} {self.id}" if self.id else "what is asked for"
+
+    @property
+    def page(self) -> str:
+        return f"{constants.ENDPOINT}/{'datasets/' if self.type == 'dataset' else ''}{self.id or ''}"
+
+    def gated(self) -> str:
+        return f"{self} is gated: accept its conditions on {self.page}, and log in as the same user with {LOGIN}."
+
+    def missing(self) -> str:
+        near = ", ".join(nearest_ids(self.id, self.type)) if self.id else ""
+        near = f" Did you mean {near}?" if near else ""
+        return (
+            f"there is no {self} on {constants.ENDPOINT}, or it is private.{near} If it is private, log in: {LOGIN}."
         )
 
 
-def push(
-    folder: str | os.PathLike,
-    repo_id: str,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str = "Distilled with hf_kd",
-) -> str:
-    """Upload a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
-
-    Args:
-        folder: where the run was saved.
-        repo_id: "owner/name", or "name" in the user's own namespace; made if there is none.
-        token: default: the one of `hf auth login` or HF_TOKEN.
-        private: whether a new repository is private; default: as the owner's settings have it.
-        revision: branch; made if there is none. Default: main.
-        message: of the commit.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        ValueError: there is no model in `folder`.
-        HfHubHTTPError: the Hub refuses; see `explain`.
-    """
-    folder = Path(folder)
-    files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
-    names = [file.name for file in files]
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(
-            f"there is no model in {folder} (config.json and model.safetensors): give a run's own folder."
+def _answer(error: HfHubHTTPError, repo: _Repo) -> str:
+    status, said = error.response.status_code, (error.server_message or "").strip().rstrip(".")
+    said = f"{status}: {said}" if said else str(status)
+    what = str(repo) if repo.id else _url(error)
+    if isinstance(error, GatedRepoError):
+        return repo.gated()
+    if isinstance(error, RepositoryNotFoundError):
+        return repo.missing()
+    if isinstance(error, RevisionNotFoundError):
+        revision = _REVISION.search(_url(error))
+        name = f" {unquote(revision[1])!r}" if revision else ""
+        return f"{what} has no revision{name}. Its branches, tags and commits are on {repo.page}."
+    if status == 401:
+        return (
+            f"the Hub does not accept the token (401): it is revoked, expired or mistyped. Log in again with {LOGIN}; "
+            "a token in HF_TOKEN or --hub_token comes first, so renew or drop that one."
         )
-    token = token or huggingface_hub.get_token()
-    operations = [CommitOperationAdd(file.name, _content(file, token)) for file in files]
-    api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision:
-        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-    api.create_commit(url.repo_id, operations, commit_message=message, revision=revision)
-    return str(url)
+    if status == 403:
+        return f"the token may not do this to {what} ({said}). Log in with one that may: {LOGIN}."
+    if status == 429:
+        headers = error.response.headers
+        limit = parse_ratelimit_headers(headers)
+        seconds = headers.get("Retry-After") or (limit and limit.reset_in_seconds)
+        anonymous = "authorization" not in error.response.request.headers
+        return (
+            f"too many requests to the Hub (429), the last one for {what}. Wait "
+            f"{f'{seconds} s' if seconds else 'some minutes'} and run this again"
+            f"{f'; who is logged in ({LOGIN}) may ask more often' if anonymous else ''}."
+        )
+    if status >= 500:
+        return f"the Hub has a fault of its own ({said}) and does not give {what}. Run this again in some minutes."
+    return f"the Hub refuses {error.response.request.method} {_url(error)} ({said})."
 
 
-def _content(file: Path, token: str | None) -> str | bytes:
-    """The path of a file to upload; of one that names folders of this machine or a token, the text without them."""
-    if file.suffix not in (".json", ".md"):
-        return str(file)
-    old = text = file.read_text("utf-8")
-    here = dict.fromkeys((str(file.parent.resolve()), str(file.parent.absolute()), os.getcwd()), ".")
-    places = {str(Path.home()): "~"} | here
-    for place in sorted(places.keys() - {"/"}, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w.-])", places[place], text)
-    text = _TOKEN.sub("<redacted>", text.replace(token, "<redacted>") if token else text)
-    if text == old:
-        return str(file)
-    logger.warning(f"{file.name}: what names folders of this machine, or a token, is left out of the push.")
-    return text.encode("utf-8")
+def _unreachable(repo: _Repo) -> str:
+    lacking = f"{repo} is not in the cache ({constants.HF_HUB_CACHE}), or not all of it"
+    if is_offline_mode():
+        return f"{lacking}, and HF_HUB_OFFLINE forbids asking the Hub: unset it, or load it once with a network."
+    return (
+        f"{lacking}, and the Hub can't be reached at {constants.ENDPOINT}: check the network, proxy and HF_ENDPOINT. "
+        "What has been loaded once needs no network."
+    )
 
 
-class PushesWhenAsked:
-    """The part of a trainer that pushes: a check before training, one commit when `push_to_hub` is called.
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says so, by its number or only by its text."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))
 
-    `transformers.Trainer` would create the repository first, push every checkpoint, and upload all that is in the
-    folder, its pickled arguments too.
-    """
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
-        self.hub_model_id = self.push_in_progress = None
-        if self.is_world_process_zero():
-            self.hub_model_id = check_push(**self._to(token, private), folder=self.args.output_dir)
-
-    def _to(self, token: str | None, private: bool | None) -> dict:
-        args = self.args
-        private = args.hub_private_repo if private is None else private
-        return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing is pushed during training."""
-
-    def push_to_hub(
-        self,
-        commit_message: str = "Distilled with hf_kd",
-        *,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> str | None:
-        """Saves the student in `args.output_dir`, and pushes it from there; with a run.json, also that and its card.
-
-        Args:
-            commit_message: of the one commit.
-            token, revision, private: default: `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
-
-        Returns:
-            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
-
-        Raises:
-            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
-        """
-        self.save_model()
-        if not self.is_world_process_zero():
-            return None
-        folder = Path(self.args.output_dir)
-        if (folder / "run.json").is_file():
-            write_card(folder)
-        to = self._to(token, private)
-        to["repo_id"] = check_push(**to, folder=folder)
-        return push(folder, **to, revision=revision or self.args.hub_revision, message=commit_message)
+def _disk_full(error: BaseException) -> str:
+    where = getattr(error, "filename", None)
+    if where:
+        return (
+            f"the disk is full: {where} could not be written. What was complete is safe, the last whole checkpoint "
+            "too: make room, and go on with the same command and --resume_from_checkpoint last."
+        )
+    return (
+        f"the disk is full. What was complete is safe: make room (downloads are in {constants.HF_HOME}; HF_HOME moves "
+        "them) and run the same command again, with --resume_from_checkpoint last if it trained already."
+    )

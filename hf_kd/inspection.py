@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data import decode_rgb
 from .losses._common import find_targets
-from .losses.uskd import _soft_target, _zipf
+from .losses.uskd import soft_targets, zipf_weights
 from .metrics.classification import IGNORED_LABEL, expected_calibration_error
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def uskd_soft_labels(
         )
     student, weak = student_logits.detach().float(), weak_logits.detach().float()
     targets = find_targets(labels, student.dtype)
-    zipf = _zipf(student, weak, targets.index, target_in_rank)
-    soft = _soft_target(student.softmax(1).gather(1, targets.index), targets, None)
+    zipf = zipf_weights(student, weak, targets.index, target_in_rank)
+    soft = soft_targets(student.softmax(1).gather(1, targets.index), targets, None)
     return soft[:, 0], zipf / zipf.sum(1, keepdim=True)
 
 

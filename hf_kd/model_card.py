@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .losses import LOSSES
-from .report import MISSING, _layout, redact
+from .report import MISSING, layout, redact
 from .verdict import BASELINE, CONTROL
 
 HUB, FOLDER = "https://huggingface.co", "path/to/this/folder"
@@ -94,7 +94,7 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
         base_model_relation="finetune" if finetuned else None,
         datasets=[data["id"]] if _on_hub(data) else None,
         metrics=["accuracy"] if results else None,
-        model_name=_title(run) if results else None,
+        model_name=title(run) if results else None,
         eval_results=results or None,
     )
 
@@ -107,7 +107,7 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     start = {True: "architecture only, with random first weights", False: "with its weights"}
     taught = "taught the student" if _teaches(run) else "measured only; the student did not learn from it"
     return {
-        "title": _escape(_title(run)),
+        "title": _escape(title(run)),
         "what": _what(student, data),
         "from": _link(teacher),
         **{known: name == known for known in LOSSES},
@@ -177,7 +177,7 @@ def _table(run: Mapping[str, Any]) -> str:
         several = f", mean ± standard deviation of {len(metrics)} seeds" if len(metrics) > 1 else ""
         rows.append(_row(f"{role}{_code(name)}{several}", metrics, student))
     labels = ["", *RATES.values(), *(label for label, _ in SIZES.values())]
-    return _layout([labels, *rows], markdown=True)
+    return layout([labels, *rows], markdown=True)
 
 
 def _row(label: str, metrics: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> list[str]:
@@ -199,12 +199,8 @@ def _model(model: Mapping[str, Any], use: str | None) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    names = [_code(name) for name in data.get("names") or []]
-    listed = f" ({_join(names[:10])}{', …' if len(names) > 10 else ''})" if names else ""
     facts = [f"{_split(data, 'train')} for training", f"{_split(data, 'eval')} for evaluation"]
-    return _join(
-        [_link(data, "datasets/"), _commit(data), *facts, f"{_show(data.get('classes'), ',')} classes{listed}"]
-    )
+    return _join([_link(data, "datasets/"), _commit(data), *facts, f"{_show(data.get('classes'), ',')} classes"])
 
 
 def _split(data: Mapping[str, Any], part: str) -> str:
@@ -212,7 +208,7 @@ def _split(data: Mapping[str, Any], part: str) -> str:
     return f"{_show(data.get(f'{part}_size'), ',')} pictures{name}"
 
 
-def _title(run: Mapping[str, Any]) -> str:
+def title(run: Mapping[str, Any]) -> str:
     """The repository's name, or one made of student, loss and data."""
     ids = [_dict(run, "student").get("id"), _dict(run, "loss").get("name"), _dict(run, "data").get("id")]
     ids = [run["repo_id"]] if run.get("repo_id") else ids

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from .config import DistillationConfig
 from .losses import LOSSES
-from .student import build
 
 PAPER = "arXiv 2303.13005"
-_EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
+EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
 _DEIT = {
     "augment": "deit",
     "mixup_alpha": 0.8,
@@ -48,7 +46,8 @@ class Preset:
 
 PRESETS = {
     "vit_scratch": Preset(
-        f"how {PAPER} trains ViTs on ImageNet, which is DeiT's recipe (arXiv 2012.12877)",
+        f"how {PAPER} trains ViTs on ImageNet: after DeiT (arXiv 2012.12877), here without its repeated augmentation "
+        "and stochastic depth",
         1024,
         {**_DEIT, "learning_rate": 1e-3, "num_train_epochs": 300, "warmup_steps": 20 / 300},
     ),
@@ -107,25 +106,12 @@ PRESETS = {
 }
 
 
-def kind_of(model_or_config: Any) -> str:
-    """`"vit"` for a classifier with attention layers, else `"cnn"`.
-
-    Args:
-        model_or_config: a module, or a config from which one is built without memory.
-    """
-    model = model_or_config
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = build(model)
-    names = (name.rsplit(".", 1)[-1].lower() for name, _ in model.named_modules())
-    return "vit" if any(name.startswith(("attn", "attention", "self_attn")) for name in names) else "cnn"
-
-
 def choose(kind: str, from_scratch: bool, dataset: str) -> str:
-    """The name of the preset for a student's kind, its start, and the data."""
+    """The name of the preset for a student's kind ("vit" or "cnn"), its start, and the data."""
     if not from_scratch:
         return f"{kind}_finetune"
-    return "cnn_scratch_cifar" if kind == "cnn" and "cifar" in dataset.lower() else f"{kind}_scratch"
+    cifar = kind == "cnn" and "cifar" in Path(dataset).name.lower()
+    return "cnn_scratch_cifar" if cifar else f"{kind}_scratch"
 
 
 def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
@@ -137,23 +123,40 @@ def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
     return dict(published[benchmark]), benchmark
 
 
-def apply(name: str, config: DistillationConfig, given: set[str]) -> DistillationConfig:
-    """The config with a preset's values wherever `given` does not name the setting.
+def apply(name: str, config: DistillationConfig, given: set[str]) -> tuple[DistillationConfig, list[str]]:
+    """The config with a preset's values wherever `given` does not name the setting, and what of it was given.
 
-    The batch is reached by accumulating micro-batches of at most 128 pictures a process; USKD's batch statistic is
-    that of a micro-batch.
+    The batch is reached by accumulating micro-batches of at most 128 pictures a process (or of the size that is
+    given); USKD's batch statistic is that of a micro-batch.
     """
     preset = PRESETS[name]
-    values = {**_EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
-    each = max(1, preset.batch // config.world_size)
-    micro = min(128, each)
-    values |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": each // micro}
-    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & given:
-        del values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
-    if "lr_step_epochs" in values:  # a shorter run keeps the schedule's shape
+    values = {**EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
+    each = math.ceil(preset.batch / config.world_size)
+    most = config.per_device_train_batch_size if "per_device_train_batch_size" in given else 128
+    steps = math.ceil(each / most)
+    steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in given else steps
+    values |= {"gradient_accumulation_steps": steps, "per_device_train_batch_size": max(1, each // steps)}
+    if "lr_step_epochs" in given:
+        values["warmup_steps"] = 0
+    elif "lr_step_epochs" in values:  # a shorter run keeps the schedule's shape
         share = config.num_train_epochs / values["num_train_epochs"] if "num_train_epochs" in given else 1
         values["lr_step_epochs"] = [share * epoch for epoch in values["lr_step_epochs"]]
         if {"lr_scheduler_type", "max_steps", "warmup_steps"} & given:  # which steps do not go with
             del values["lr_step_epochs"]
             values["lr_scheduler_type"] = "cosine"
-    return dataclasses.replace(config, **{k: v for k, v in values.items() if k not in given})
+    changed = sorted({*values, *preset.student, "loss_kwargs"} & given)
+    return dataclasses.replace(config, **{k: v for k, v in values.items() if k not in given}), changed
+
+
+def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationConfig]]) -> str:
+    """One line: the preset, where it and the losses' numbers come from, and what is not from there."""
+    text = f"preset {name}: {PRESETS[name].source}."
+    for arm, config in dict(arms).items():
+        published, benchmark = loss_numbers(config.loss, name)
+        kept = [f"{key} {value:g}" for key, value in published.items() if config.loss_kwargs.get(key) == value]
+        if kept:
+            source = "as published" if config.loss == "kd" else PAPER
+            text += f" {arm}: {', '.join(kept)} ({source}, {benchmark})."
+    if changed:
+        text += f" Not from it, but as you set them: {', '.join(changed)}."
+    return f"{text} (--preset none: without.)"

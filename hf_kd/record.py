@@ -16,8 +16,7 @@ from . import report
 from .data import ImageData
 from .model_card import write_card
 from .plots import plot_curves
-from .presets import kind_of
-from .student import commit_of
+from .student import commit_of, kind_of
 from .weak_head import HEAD
 
 METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
@@ -77,6 +76,10 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def make_record(
     trainer,
     metrics: dict | None = None,
@@ -89,7 +92,7 @@ def make_record(
 
     Args:
         trainer: the `DistillationTrainer`, after training.
-        metrics: what `trainer.evaluate()` gave; default: the last that was logged, or a new evaluation.
+        metrics: what `trainer.evaluate()` gave; default: a new evaluation.
         data: what the data sets were loaded with; without it only their sizes are known.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
         skipped: pictures that could not be decoded in training and in evaluation; default: those of this process.
@@ -97,8 +100,7 @@ def make_record(
     """
     args, history, model = trainer.args, trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
     logs = [entry for entry in history if "loss" in entry]
-    if metrics is None:
-        metrics = next((entry for entry in reversed(history) if "eval_top1" in entry), None) or trainer.evaluate()
+    metrics = metrics or trainer.evaluate()
     seconds = [entry["seconds"] for entry in history if "seconds" in entry]
     teacher = trainer.eval_teacher
     if "teacher" not in known:
@@ -137,7 +139,7 @@ def make_record(
         "history": history,
         "timings": {"train_seconds": seconds[-1] if seconds else None, "eval_seconds": metrics.get("eval_runtime")},
         "latency": {"how": f"median of {FORWARDS} forwards of one picture, 1 thread, {cpu_name()}"},
-        "device": f"{args.device}, {torch.get_num_threads()} threads, {args.world_size} processes",
+        "device": f"{_device(args.device)}, {torch.get_num_threads()} threads, {args.world_size} processes",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "preset": None,
         "repo_id": None,

@@ -126,7 +126,7 @@ def comparison_table(
         size = _fixed(_mean(arm, "student", "size_mb"))
         mean_seconds = _fixed(statistics.fmean(seconds) if seconds else None)
         rows.append([str(name), *rates.values(), mean_seconds, size, describe(test) if test else MISSING])
-    return f"{_layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, arms)}"
+    return f"{layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, arms)}"
 
 
 def _mean(arm: Sequence[Mapping[str, Any]], *keys: str) -> float | None:
@@ -173,7 +173,7 @@ def _half_width(rate: float, n: int, z: float = 1.96) -> float:
     return 100 * z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
 
 
-def _layout(rows: list[list[str]], markdown: bool) -> str:
+def layout(rows: list[list[str]], markdown: bool) -> str:
     if markdown:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

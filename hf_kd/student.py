@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .hub import resolve
 from .views import View
@@ -93,6 +93,7 @@ def load_student(
         if from_scratch:
             module = build(config, trust_remote_code)
         else:
+            has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
             with without_load_report():
                 module, info = AutoModelForImageClassification.from_pretrained(
                     name,
@@ -208,6 +209,27 @@ def _check_loaded(module, name: str, info: dict) -> None:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")
 
 
+def kind_of(model_or_config, trust_remote_code: bool = False) -> str:
+    """`"vit"` for a classifier whose blocks have attention between positions, else `"cnn"`.
+
+    Args:
+        model_or_config: a module, or a config from which one is built without memory.
+        trust_remote_code: see `load_student`.
+    """
+    model = model_or_config
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = build(model, trust_remote_code)
+    # Linear layers tell it from the channel attention of CNNs; and one alone is attention pooling.
+    found = [
+        name
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1].lower().startswith(("attn", "attention", "self_attn"))
+        and any(isinstance(part, nn.Linear) for part in module.modules())
+    ]
+    return "vit" if len(found) > 1 else "cnn"
+
+
 @contextlib.contextmanager
 def without_load_report():
     """Silences transformers' table of weights that are new or lost: those that may not be are errors here."""
@@ -237,7 +259,7 @@ def processor_for(module, name: str, hub: dict):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
-    if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+    if any(has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
         return AutoImageProcessor.from_pretrained(name, **hub)
     from transformers import ViTImageProcessor
 
@@ -248,8 +270,11 @@ def processor_for(module, name: str, hub: dict):
     return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
-def _has_file(name: str, file: str, commit: str | None) -> bool:
-    """Whether a folder or repository has a file. Raises if that can't be known, where transformers would say no."""
+def has_file(name: str, file: str, commit: str | None) -> bool:
+    """Whether a folder or repository has a file, which then is in the cache.
+
+    Raises if that can't be known: transformers takes a file that the Hub fails to give for one that is not there.
+    """
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, file))
     known = try_to_load_from_cache(name, file, revision=commit)  # a path, a mark for "not there", or None

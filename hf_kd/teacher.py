@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .student import check_id, label_maps, load_config, loading_faults, processor_for, without_load_report
+from .student import check_id, has_file, label_maps, load_config, loading_faults, processor_for, without_load_report
 from .views import View
 from .weak_head import logits_of
 
@@ -188,10 +189,12 @@ def load_teacher(
     if not isinstance(model, nn.Module):
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = load_config(name, hub)
+        has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
         with _outside_deepspeed(), without_load_report():
             module, info = AutoModelForImageClassification.from_pretrained(
                 name,
-                config=load_config(name, hub),
+                config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **hub,

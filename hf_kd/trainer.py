@@ -27,9 +27,9 @@ from .checkpoints import (
 )
 from .config import DistillationConfig
 from .data import Mixer, PictureCollator, PictureDataset, build_transform
-from .hub import PushesWhenAsked
 from .inputs import aligned_teacher, as_pictures
 from .metrics import ClassificationMeter, sample_statistics
+from .push import PushesWhenAsked
 from .teacher import Teacher
 from .views import View
 from .weak_head import attach_weak_head, logits_of

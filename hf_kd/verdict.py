@@ -20,7 +20,7 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
         differences: one for each seed, in points.
 
     Returns:
-        differences, mean, half_width of the 95 % interval, p (two-sided), test. The last but one are None where
+        differences, mean, half_width of the 95 % interval, p (two-sided), test. half_width and p are None where
         nothing can be tested: with fewer than two seeds, or if all differences are equal (a tiny evaluation set).
     """
     differences = [float(d) for d in differences]
@@ -102,7 +102,9 @@ def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> st
     elif _above(first):
         text = f"{name} did not help beyond its control: {describe(first)} points of top-1 over {first['against']}"
     else:
-        text = f"{name} did not help: {describe(first)} points of top-1 against {first['against']}"
+        harmed = first["half_width"] is not None and first["mean"] < -first["half_width"]
+        told = "" if harmed else f", as far as {len(first['seeds'])} seeds can tell"
+        text = f"{name} did not help{told}: {describe(first)} points of top-1 against {first['against']}"
     text += f" ({proof(first)})"
     for test in controls:
         text += f", {describe(test)} against its control {test['against']} ({proof(test)})"

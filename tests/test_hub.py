@@ -31,7 +31,8 @@ from transformers import (
 from hf_kd import DistillationConfig, DistillationTrainer, load_student, load_teacher
 from hf_kd.checkpoints import HEAD_FILE, last_checkpoint
 from hf_kd.data import load_data
-from hf_kd.hub import check_push, explain, nearest_ids, push
+from hf_kd.hub import explain, nearest_ids
+from hf_kd.push import check_push, push
 from hf_kd.student import commit_of
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
@@ -102,10 +103,20 @@ def sources(kind, folder):
         model, processor = tiny("timm_vit")
         timm.models.save_for_hf(model.timm_model, folder, safe_serialization=True, data_config=processor.data_config)
         return load_student(folder, id2label=NAMES)
+    if kind == "timm/test_vit":  # at its own size, which is not the 224 px of most
+        return load_student(kind, NAMES, from_scratch=True)
+    if kind == "renamed":  # by transformers alone, which saves the old names
+        model, processor = tiny("timm_resnet")
+        model.save_pretrained(folder)
+        names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+        return AutoModelForImageClassification.from_pretrained(folder, **names), processor
     return load_student(kind, NAMES, from_scratch=True, image_size=48, image_mean=[0.5, 0.4, 0.3])
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "timm export", "timm/vit_tiny_patch16_224", "timm/test_resnet"])
+ORIGINS = (*KINDS, "timm export", "timm/vit_tiny_patch16_224", "timm/test_vit", "timm/test_resnet", "renamed")
+
+
+@pytest.fixture(scope="module", params=ORIGINS)
 def saved(request, tmp_path_factory):
     """`(folder, student, processor)` of a trained and saved student; the folder's name is its kind's."""
     folder = tmp_path_factory.mktemp(re.sub(r"\W", "-", request.param))
@@ -204,11 +215,13 @@ def test_only_what_belongs_to_a_student_is_pushed(hub, tmp_path, monkeypatch, ca
     (folder / "events.out.tfevents").write_bytes(b"log")
     (folder / "curves.png").write_bytes(b"PNG")
     command = (
-        f"hf-kd distill --output_dir {folder} --student {Path.home()}/x --hub_token {ANNA} --dataset {tmp_path}/data"
+        f"hf-kd distill --output_dir {folder} --student {Path.home()}/x --hub_token {ANNA} --dataset {tmp_path}/data "
+        "hf_short"
     )
     (folder / "run.json").write_text(json.dumps({"command": command, "student": {"id": "/m/0k4j"}}))
     (folder / "README.md").write_text(f"---\nlicense: mit\n---\n\n`{command}`\nhttps://example.org{folder}\n")
-    push(folder, "anna/student", token=ANNA, message="first")
+    hub.add_token("hf_short", user="anna")
+    push(folder, "anna/student", token="hf_short", message="first")
     pushed = hub.files("anna/student")
     assert pushed.keys() == {
         *(".gitattributes", "config.json", "model.safetensors"),  # the first is the Hub's own; a timm student's
@@ -220,7 +233,7 @@ def test_only_what_belongs_to_a_student_is_pushed(hub, tmp_path, monkeypatch, ca
     for place in (folder, tmp_path, Path.home()):
         assert f" {place}" not in text and f'"{place}' not in text
     assert json.loads(pushed["run.json"]) == {
-        "command": "hf-kd distill --output_dir . --student ~/x --hub_token <redacted> --dataset ./data",
+        "command": "hf-kd distill --output_dir . --student ~/x --hub_token <redacted> --dataset ./data <redacted>",
         "student": {"id": "/m/0k4j"},
     }
     assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
@@ -512,6 +525,8 @@ def test_nearest_ids(hub, deit):
         "facebook/deit-tiny"
     ]
     assert nearest_ids("facebook/deit-tiny", "dataset") == []
+    hub.add_repo("LAB/RESNET", {"README.md": ""})
+    assert nearest_ids("lab/resnet") == ["LAB/RESNET"]
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -521,6 +536,18 @@ def test_a_private_one_is_not_there_but_for_its_readers(kind, hub, deit, cifar, 
     assert "or it is private" in told(LOADERS[kind], repo_id)
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
     LOADERS[kind](repo_id)
+
+
+def test_what_datasets_itself_raises(hub, cifar):
+    """It drops the errors of the Hub's client, so only the text is left."""
+    hub.add_repo("own/gated", cifar, "dataset", gated=True)
+    hub.add_repo("own/cifar100", cifar, "dataset")
+    assert told(datasets.load_dataset, "own/gated").startswith("dataset own/gated is gated: accept")
+    message = told(datasets.load_dataset, "own/cifar-100")
+    assert message.startswith(f"there is no dataset own/cifar-100 on {hub.endpoint}") and "own/cifar100?" in message
+    hub.close()
+    message = told(datasets.load_dataset, "own/cifar100")
+    assert message.startswith("dataset own/cifar100 is not in the cache") and "can't be reached" in message
 
 
 @pytest.mark.parametrize("kind", LOADERS)

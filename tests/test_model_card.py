@@ -291,12 +291,6 @@ def test_origin_is_pinned_and_linked_only_on_the_hub():
     assert "measured only; the student did not learn from it" in local
 
 
-def test_class_names_are_named():
-    data = record()["data"] | {"names": [f"class_{i}" for i in range(12)]}
-    assert "99 classes (`class_0`, `class_1`" in model_card(record(data=data))
-    assert "`class_9`, …)" in model_card(record(data=data))
-
-
 def test_how_to_use_it():
     plain, timm = model_card(record()), model_card(record(student=timm_student()))
     unpushed = model_card(record(student=timm_student(), repo_id=None))
@@ -443,7 +437,6 @@ def test_names_cannot_break_the_card():
     run = record("nkd", repo_id=None, name=evil, device=evil, command=f"run '{evil}'")
     run["student"] |= {"id": evil, "architecture": evil}
     run["teacher"]["id"] = run["data"]["id"] = run["data"]["eval_split"] = evil
-    run["data"]["names"] = [evil, "`", "|"]
     run["preset"] = {"name": evil, "source": evil, "changed": [evil]}
     run["verdict"]["sentence"] = evil
     for arm in run["verdict"]["runs"]:
@@ -464,7 +457,7 @@ def test_names_cannot_break_the_card():
     links = [t.attrs["href"] for t in inline if t.type == "link_open"]
     assert links == ["run.json", "https://arxiv.org/abs/2303.13005"]
     codes = [t.content for t in inline if t.type == "code_inline"]
-    assert codes.count(flat) >= 6 and "`" in codes
+    assert codes.count(flat) >= 6
     texts = ["".join(child.content for child in t.children) for t in tokens if t.type == "inline"]
     assert any(flat in text and "Did distillation help" in text for text in texts)
     [command] = [t.content for t in tokens if t.type == "fence" and t.info == "bash"]

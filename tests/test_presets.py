@@ -2,17 +2,19 @@
 
 import pytest
 from tiny import KINDS, tiny, tiny_config
+from transformers import RegNetConfig, TimmWrapperConfig
 
 from hf_kd import presets
 from hf_kd.arguments import parse
 from hf_kd.losses import LOSSES
+from hf_kd.student import kind_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kind_is_seen_in_the_model_and_in_the_config_alone(kind):
     expected = "vit" if kind in ("vit", "deit", "timm_vit") else "cnn"
-    assert presets.kind_of(tiny_config(kind)) == expected
-    assert presets.kind_of(tiny(kind)[0]) == expected
+    assert kind_of(tiny_config(kind)) == expected
+    assert kind_of(tiny(kind)[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_choice(kind, scratch, data, name):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_preset_makes_a_valid_run_of_every_loss(name, loss):
     script, config = parse(["--student", "x", "--teacher", "y", "--loss", loss, "--use_cpu", "--compare", loss])
-    config = presets.apply(name, config, script.given)
+    config, _ = presets.apply(name, config, script.given)
     preset = presets.PRESETS[name]
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == preset.batch
     for key, value in preset.values.items():
@@ -54,17 +56,48 @@ def test_the_papers_numbers():
 def test_what_was_given_stays():
     argv = ["--student", "x", "--use_cpu", "--learning_rate=3e-4", "--per_device_train_batch_size", "8"]
     script, config = parse(argv)
-    config = presets.apply("vit_finetune", config, script.given)
+    config, changed = presets.apply("vit_finetune", config, script.given)
     assert (config.learning_rate, config.per_device_train_batch_size) == (3e-4, 8)
-    assert config.gradient_accumulation_steps == 1 and config.mixup_alpha == 0.8
+    assert config.gradient_accumulation_steps == 16 and config.mixup_alpha == 0.8  # in all the preset's batch
+    assert changed == ["learning_rate", "per_device_train_batch_size"]
 
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
     script, config = parse(["--student", "x", "--use_cpu", "--num_train_epochs", "10"])
-    assert presets.apply("cnn_scratch", config, script.given).lr_step_epochs == pytest.approx([3, 6, 9])
+    assert presets.apply("cnn_scratch", config, script.given)[0].lr_step_epochs == pytest.approx([3, 6, 9])
     script, config = parse(["--student", "x", "--use_cpu", "--max_steps", "10"])
-    config = presets.apply("cnn_scratch", config, script.given)
+    config, _ = presets.apply("cnn_scratch", config, script.given)
     assert config.lr_step_epochs is None and config.lr_scheduler_type == "cosine"
+
+
+def test_settings_that_do_not_go_with_the_preset_s_others():
+    script, config = parse(["--student", "x", "--use_cpu", "--lr_step_epochs", "10", "20"])
+    config, _ = presets.apply("cnn_finetune", config, script.given)
+    assert config.lr_step_epochs == [10, 20] and config.warmup_steps == 0
+    script, config = parse(["--student", "x", "--use_cpu", "--load_best_model_at_end", "true"])
+    assert presets.apply("vit_finetune", config, script.given)[0].load_best_model_at_end
+    script, config = parse(["--student", "x", "--use_cpu", "--gradient_accumulation_steps", "2"])
+    assert presets.apply("vit_scratch", config, script.given)[0].per_device_train_batch_size == 512
+
+
+def test_the_printed_line_says_what_is_used():
+    script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
+    config, changed = presets.apply("vit_finetune", config, script.given)
+    line = presets.describe("vit_finetune", changed, script.arms(config, "vit_finetune"))
+    assert "uskd: beta 0.1, mu 0.005 (arXiv 2303.13005, imagenet)" in line and "alpha" not in line
+    assert "as you set them: eval_strategy, loss_kwargs" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("repvgg_a0", "cnn"), ("resnet50_clip", "cnn"), ("seresnet18", "cnn"), ("swin_tiny_patch4_window7_224", "vit")],
+)
+def test_the_kind_of_what_has_attention_in_its_names_only(name, expected):
+    assert kind_of(TimmWrapperConfig(architecture=name)) == expected
+
+
+def test_the_squeeze_and_excitation_of_regnet_is_no_attention():
+    assert kind_of(RegNetConfig(layer_type="y", architectures=["RegNetForImageClassification"])) == "cnn"
 
 
 def test_a_config_file_is_a_recipe_of_its_own(tmp_path):
@@ -73,5 +106,5 @@ def test_a_config_file_is_a_recipe_of_its_own(tmp_path):
     script, _ = parse(["--config", str(file), "--use_cpu"])
     assert script.preset == "none"
     script, config = parse(["--config", str(file), "--use_cpu", "--preset", "cnn_scratch"])
-    config = presets.apply(script.preset, config, script.given)
+    config, _ = presets.apply(script.preset, config, script.given)
     assert config.learning_rate == 0.5 and config.weight_decay == 1e-4

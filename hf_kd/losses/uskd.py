@@ -72,11 +72,11 @@ def uskd_loss(
     warn_if_no_non_target(targets, student.shape[1])
 
     log_s = F.log_softmax(student, dim=1).gather(1, targets.index)
-    soft_target = _soft_target(log_s.detach().exp(), targets, reduce_mean)
+    soft_target = soft_targets(log_s.detach().exp(), targets, reduce_mean)
     if student.shape[1] == 2:
         non_target = (student * 0).sum()
     else:
-        zipf = _zipf(student.detach(), weak.detach(), targets.index, target_in_rank)
+        zipf = zipf_weights(student.detach(), weak.detach(), targets.index, target_in_rank)
         per_row = F.cross_entropy(drop_targets(student, targets.index), zipf, reduction="none")
         non_target = (per_row / zipf.sum(1)).mean()
     return {
@@ -86,7 +86,7 @@ def uskd_loss(
     }
 
 
-def _soft_target(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Tensor] | None) -> Tensor:
+def soft_targets(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Tensor] | None) -> Tensor:
     """P (B, K) from the student's target probabilities s (B, K); 0 where there is no second target."""
     square = s.square() * targets.active
     # Sums and fractions are averaged over ranks, then divided: exact however the two-hot rows are spread.
@@ -98,7 +98,7 @@ def _soft_target(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Te
     return torch.where(targets.active, targets.value + square - means, 0.0)
 
 
-def _zipf(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: bool) -> Tensor:
+def zipf_weights(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: bool) -> Tensor:
     """Z (B, C): 1 / position of each class by falling N(S) + N(W), 0 at the targets `index` (B, K)."""
 
     def log_n(logits: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""Pushing a student: whether it is allowed, what of a run's folder goes, and the trainer's part in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from .hub import LOGIN, explain
+from .model_card import write_card
+from .record import RUN_FILE, make_record, write_record
+from .report import write_json
+
+logger = logging.get_logger(__name__)
+
+# What is pushed of a run's folder, as patterns; nothing else ever is.
+PUSHED = (
+    "config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "README.md",
+    "run.json",
+    "curves.png",
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+
+def check_push(
+    repo_id: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    folder: str | os.PathLike = ".",
+) -> str:
+    """Whether a push would be allowed, found out before training and without creating anything.
+
+    Args:
+        repo_id: "owner/name", or "name" in the user's own namespace; default: the name of `folder`.
+        token: default: the one of `hf auth login` or HF_TOKEN.
+        private: what is asked of the repository; one that exists stays as it is.
+
+    Returns:
+        The full "owner/name".
+
+    Raises:
+        ValueError: no token, one that is not valid, or that may not write there; a name that can't be one; a public
+            repository where a private one is asked for; or a Hub that can't be asked. With the way out.
+    """
+    repo_id = repo_id or Path(folder).resolve().name
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repo_id!r} can't be pushed to: {error} Choose another --hub_model_id OWNER/NAME."
+        ) from error
+    token = token or huggingface_hub.get_token()
+    if not token:
+        raise ValueError(f"pushing to the Hub needs a token that may write, and there is none: log in with {LOGIN}.")
+    api = HfApi(token=token)
+    try:
+        me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
+        repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
+        _check_namespace(me, repo_id.split("/")[0])
+        try:
+            api.auth_check(repo_id, write=True)
+            exists = True
+        except RepositoryNotFoundError:
+            exists = False
+        _check_scopes(me, repo_id, exists)
+        if private and exists and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ValueError(f"can't push to {repo_id}: {explain(error) or error}") from error
+    return repo_id
+
+
+def _check_namespace(me: dict, owner: str) -> None:
+    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise ValueError(
+            f"{me['name']}'s token may only read: log in with one that may write ({LOGIN}; make it on "
+            f"{constants.ENDPOINT}/settings/tokens)."
+        )
+    refused = ("read", "no_access")
+    allowed = [me["name"], *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
+    if owner not in allowed:
+        raise ValueError(f"{me['name']} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
+
+
+def _check_scopes(me: dict, repo_id: str, exists: bool) -> None:
+    """A fine-grained token must name the owner, or (where it need not be created) the repository."""
+    granted = ((me.get("auth") or {}).get("accessToken") or {}).get("fineGrained")
+    if granted is None:
+        return
+    scopes = {scope["entity"].get("name"): scope["permissions"] for scope in granted.get("scoped", ())}
+    owner = repo_id.split("/")[0]
+    if not any("repo.write" in scopes.get(name, ()) for name in ((owner, repo_id) if exists else (owner,))):
+        raise ValueError(
+            f"{me['name']}'s fine-grained token may not write to {repo_id}: give it write access to the repositories "
+            f"of {owner} on {constants.ENDPOINT}/settings/tokens, or log in with another ({LOGIN})."
+        )
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Distilled with hf_kd",
+) -> str:
+    """Upload a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
+
+    Args:
+        folder: where the run was saved.
+        repo_id: "owner/name", or "name" in the user's own namespace; made if there is none.
+        token: default: the one of `hf auth login` or HF_TOKEN.
+        private: whether a new repository is private; default: as the owner's settings have it.
+        revision: branch; made if there is none. Default: main.
+        message: of the commit.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: there is no model in `folder`.
+        HfHubHTTPError: the Hub refuses; see `explain`.
+    """
+    folder = Path(folder)
+    files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
+    names = [file.name for file in files]
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"there is no model in {folder} (config.json and model.safetensors): give a run's own folder."
+        )
+    token = token or huggingface_hub.get_token()
+    operations = [CommitOperationAdd(file.name, _content(file, token)) for file in files]
+    api = HfApi(token=token)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision:
+        api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+    api.create_commit(url.repo_id, operations, commit_message=message, revision=revision)
+    return str(url)
+
+
+def _content(file: Path, token: str | None) -> str | bytes:
+    """The path of a file to upload; of one that names folders of this machine or a token, the text without them."""
+    if file.suffix not in (".json", ".md"):
+        return str(file)
+    old = text = file.read_text("utf-8")
+    here = dict.fromkeys((str(file.parent.resolve()), str(file.parent.absolute()), os.getcwd()), ".")
+    places = {str(Path.home()): "~"} | here
+    for place in sorted(places.keys() - {"/"}, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w.-])", places[place], text)
+    text = _TOKEN.sub("<redacted>", text.replace(token, "<redacted>") if token else text)
+    if text == old:
+        return str(file)
+    logger.warning(f"{file.name}: what names folders of this machine, or a token, is left out of the push.")
+    return text.encode("utf-8")
+
+
+def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
+    """`push`, after the run's record and card have been told where they go."""
+    file = Path(folder) / RUN_FILE
+    record = json.loads(file.read_text()) if file.is_file() else {"repo_id": repo_id}
+    if record.get("repo_id") != repo_id:
+        write_json(file, {**record, "repo_id": repo_id})
+        write_card(folder)
+    return push(folder, repo_id, **options)
+
+
+class PushesWhenAsked:
+    """The part of a trainer that pushes: a check before training, one commit when `push_to_hub` is called.
+
+    `transformers.Trainer` would create the repository first, push every checkpoint, and upload all that is in the
+    folder, its pickled arguments too.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
+        self.hub_model_id = self.push_in_progress = None
+        if self.is_world_process_zero():
+            self.hub_model_id = check_push(**self._to(token, private), folder=self.args.output_dir)
+
+    def _to(self, token: str | None, private: bool | None) -> dict:
+        args = self.args
+        private = args.hub_private_repo if private is None else private
+        return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing is pushed during training."""
+
+    def push_to_hub(
+        self,
+        commit_message: str = "Distilled with hf_kd",
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str | None:
+        """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
+
+        Where there is no run.json yet, it is made: with a new evaluation, and what a trainer knows. For more, such as
+        the data's name and revision, see `hf_kd.record`.
+
+        Args:
+            commit_message: of the one commit.
+            token, revision, private: default: `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+
+        Returns:
+            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+
+        Raises:
+            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
+        """
+        self.save_model()
+        record = None
+        if not (Path(self.args.output_dir) / RUN_FILE).is_file():
+            metrics = self.evaluate()  # on all ranks
+            record = make_record(self, metrics) if self.is_world_process_zero() else None
+        if not self.is_world_process_zero():
+            return None
+        folder, to = self.args.output_dir, self._to(token, private)
+        if record:
+            write_record(record, folder)
+        to["repo_id"] = check_push(**to, folder=folder)
+        return publish(folder, **to, revision=revision or self.args.hub_revision, message=commit_message)
