@@ -96,6 +96,9 @@ class ScriptArguments:
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(PRESETS)}.")
         if isinstance(self.class_map, str) and self.class_map.startswith("{"):
             self.class_map = read_json("class_map", self.class_map)
+        for seed in self.seeds or ():
+            if not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds {' '.join(map(str, self.seeds))} names a seed twice.")
         if self.verdict:
@@ -162,7 +165,10 @@ class ScriptArguments:
         if isinstance(given, str):
             given = read_json("compare", given) if given.lstrip().startswith("{") else given.split(",")
         if not isinstance(given, dict):
-            given = {str(name).strip(): {} for name in given}
+            names = [str(name).strip() for name in given]
+            given = dict.fromkeys(names, {})
+            if len(given) < len(names):
+                raise ValueError(f"--compare {','.join(names)} names a loss twice: as JSON, each has a name.")
         for name, numbers in given.items():
             if not isinstance(numbers or {}, dict):
                 raise ValueError(f"compare: {name} needs an object with the numbers of its loss, got {numbers!r}.")
@@ -251,7 +257,13 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
     if path:
         values = _read_config(path, {action.dest: action for action in reversed(parser._actions)})
         parser.set_defaults(**values)
-    script, config, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    script, config, _, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
+        raise ValueError(f"there is no argument {unknown[0]}. Nearest: {', '.join(near) or 'none; see --help'}.")
     options = {argument.split("=")[0] for argument in argv}
     script.given = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
     if path:

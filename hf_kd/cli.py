@@ -33,6 +33,12 @@ from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
 from .verdict import verdicts
 
+PINS_FILE = "revisions.json"
+# What a command says of pushing and resuming is not what another needs to reproduce its run.
+_NOT_THE_RUN = tuple(
+    f"--{name}"
+    for name in "resume_from_checkpoint push_to_hub hub_model_id hub_token hub_private_repo hub_revision".split()
+)
 logger = logging.get_logger(__name__)
 
 
@@ -56,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             script, config = parse(argv)
             traceback = script.traceback
-            distill(script, config, shlex.join([*_launcher(), *argv]))
+            distill(script, config, shlex.join([*_launcher(), *_without(argv, _NOT_THE_RUN)]))
     except KeyboardInterrupt as stop:
         again = f"\nResume with (and your launcher's options): {shlex.join([*_launcher(), *_resuming(argv)])}"
         print(f"\n{str(stop) or 'stopped'}{again if command == 'distill' else ''}", file=sys.stderr)
@@ -81,7 +87,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     Args:
         script: what to distil.
         config: how to train it; `output_dir` is where everything goes.
-        command: the command line, kept in run.json.
+        command: the command line, kept in run.json with the commits that it meant.
 
     Returns:
         One run record (see `hf_kd.report`) for each student.
@@ -100,7 +106,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     resume = _resume(config, script)
     if not resume and main_process:  # another rank may come when this one writes already
         _check_free(config.output_dir)
-    _pin(script)
+    command += _pin(script, config.output_dir if resume is True else None)
     preset, changed = _preset(script), []
     if preset:
         config, changed = presets.apply(preset, config, script.given)
@@ -137,6 +143,8 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         )
         if main_process:
             known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
+    if main_process:
+        _keep_pins(script, config.output_dir)
     runs: list[dict] = []
     for (name, arm), record in zip(arms, finished, strict=True):
         if record:
@@ -154,14 +162,29 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     return runs
 
 
-def _pin(script: ScriptArguments) -> None:
-    """Makes each revision the commit that it stands for now: all arms, and a continuation, start from the same."""
+def _pin(script: ScriptArguments, resumed: str | None) -> str:
+    """Makes each revision the commit that it stands for, and returns the options that say so.
+
+    All arms start from the same, and a continuation from what its run has started from, which its folder keeps.
+    """
+    file, options = Path(resumed or "") / PINS_FILE, ""
+    before = json.loads(file.read_text()) if resumed and file.is_file() else {}
     for key, kind in (("student", "model"), ("teacher", "model"), ("dataset", "dataset")):
-        name = getattr(script, key)
+        name, asked = getattr(script, key), getattr(script, f"{key}_revision")
         scratch = key == "student" and script.from_scratch and name.startswith("timm/")
         if name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name) and not scratch:
-            revision = hub.resolve(name, getattr(script, f"{key}_revision"), kind)
-            setattr(script, f"{key}_revision", revision.resolved)
+            commit = asked is None and before.get(key, {}).get(name) or hub.resolve(name, asked, kind).resolved
+            setattr(script, f"{key}_revision", commit)
+            options += f" --{key}_revision {commit}" if asked != commit else ""
+    return options
+
+
+def _keep_pins(script: ScriptArguments, output_dir: str) -> None:
+    pins = {
+        key: {getattr(script, key): getattr(script, f"{key}_revision")} for key in ("student", "teacher", "dataset")
+    }
+    if any(commit for pin in pins.values() for commit in pin.values()):
+        report.write_json(Path(output_dir) / PINS_FILE, pins)
 
 
 def _preset(script: ScriptArguments) -> str | None:
@@ -195,7 +218,7 @@ def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: Scr
             own = next((verdict for verdict in found if verdict["loss"] == run["name"]), None)
             own = own and {**own, "runs": brief}
             if own != run.get("verdict"):
-                run["verdict"] = own
+                run |= {"verdict": own, "command": report.redact({"command": command})["command"]}
                 report.write_json(folder / RUN_FILE, run)
     for folder in folders:
         write_card(folder)
@@ -238,8 +261,9 @@ def _push_command(argv: list[str]) -> None:
         students = ", ".join(sorted({str(path.parent) for path in Path(given.folder).rglob("model.safetensors")})[:9])
         raise ValueError(f"{given.folder} holds a comparison: push one of its students, such as {students}.")
     name = given.repo_id or record.get("repo_id") or (title(record) if record else None)
-    repo_id = check_push(name, private=given.private, folder=given.folder)
-    print(f"Pushed to {publish(given.folder, repo_id, private=given.private, revision=given.revision)}")
+    private = given.private or record.get("settings", {}).get("hub_private_repo")
+    repo_id = check_push(name, private=private, folder=given.folder)
+    print(f"Pushed to {publish(given.folder, repo_id, private=private, revision=given.revision)}")
 
 
 def _run_arm(
@@ -253,7 +277,6 @@ def _run_arm(
     known: dict,
 ) -> dict:
     """Train, evaluate and save one student; returns its run record."""
-    started = time.perf_counter()
     set_seed(config.seed)  # the same first weights for every arm
     student, processor = load_student(
         script.student,
@@ -295,7 +318,6 @@ def _run_arm(
     timings = {
         "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
         "eval_seconds": evaluated - trained,
-        "total_seconds": evaluated - started,
     }
     own = {"id": script.student, "from_scratch": script.from_scratch}
     run = make_record(trainer, metrics, data, own, skipped, name=name, settings=settings, timings=timings, **known)
@@ -376,8 +398,15 @@ def _launcher() -> list[str]:
 
 def _resuming(argv: list[str]) -> list[str]:
     """The arguments that go on with a run."""
-    option = "--resume_from_checkpoint"
-    kept = [
-        a for i, a in enumerate(argv) if a != option and not a.startswith(f"{option}=") and argv[i - 1 : i] != [option]
-    ]
-    return [*kept, option, "last"]
+    return [*_without(argv, ("--resume_from_checkpoint",)), "--resume_from_checkpoint", "last"]
+
+
+def _without(argv: list[str], options: tuple[str, ...]) -> list[str]:
+    """The arguments without these options and their values."""
+    kept, dropping = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            dropping = argument.split("=")[0] in options
+        if not dropping:
+            kept.append(argument)
+    return kept

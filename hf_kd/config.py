@@ -127,6 +127,8 @@ class DistillationConfig(TrainingArguments):
         if self.label_names is None:
             self.label_names = ["labels"]  # models with a distillation token hide theirs
         super().__post_init__()
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
         if self.device.type == "cpu":

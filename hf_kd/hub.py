@@ -185,7 +185,8 @@ def _answer(error: HfHubHTTPError, repo: _Repo) -> str:
             f"{f'; who is logged in ({LOGIN}) may ask more often' if anonymous else ''}."
         )
     if status >= 500:
-        return f"the Hub has a fault of its own ({said}) and does not give {what}. Run this again in some minutes."
+        did = "does not give" if error.response.request.method in ("GET", "HEAD") else "did not take what was sent for"
+        return f"the Hub has a fault of its own ({said}) and {did} {what}. Run this again in some minutes."
     return f"the Hub refuses {error.response.request.method} {_url(error)} ({said})."
 
 

@@ -21,7 +21,7 @@ HUB, FOLDER = "https://huggingface.co", "path/to/this/folder"
 TEMPLATE = Path(__file__).with_suffix(".md")
 RATES = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agreement %", "ece": "ECE %"}
 SIZES = {"parameters": ("parameters", ","), "size_mb": ("size MB", ",.1f"), "latency_ms": ("CPU latency ms", ",.2f")}
-TIMES = {"train_seconds": "training", "eval_seconds": "last evaluation", "total_seconds": "in all"}
+TIMES = {"train_seconds": "training", "eval_seconds": "last evaluation"}
 METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
 SETTINGS = (
     "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate optim "
@@ -104,6 +104,8 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     verdict, settings, preset, timings = (_dict(run, key) for key in ("verdict", "settings", "preset", "timings"))
     name, repo, skipped = loss.get("name"), _line(run.get("repo_id")), _dict(data, "skipped")
     best, sentence = settings.get("load_best_model_at_end"), _escape(verdict.get("sentence"))
+    # A number of steps, where it is given (-1: not), rules the number of epochs.
+    unused = ("num_train_epochs",) if (settings.get("max_steps") or -1) > 0 else ("max_steps",)
     start = {True: "architecture only, with random first weights", False: "with its weights"}
     taught = "taught the student" if _teaches(run) else "measured only; the student did not learn from it"
     return {
@@ -134,7 +136,7 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
         "seed": "" if run.get("seed") is None else _show(run["seed"]),
         "preset": preset and _join([_code(preset.get("name")), _escape(preset.get("source"))]),
         "changed": _join(_code(key) for key in preset.get("changed") or []),
-        "settings": _join(_pairs({key: settings.get(key) for key in SETTINGS if settings.get(key) != -1})),
+        "settings": _join(_pairs({key: settings.get(key) for key in SETTINGS if key not in unused})),
         "versions": _join(_pairs(_dict(run, "versions"))),
         "device": _escape(run.get("device")),
         "times": _join(f"{TIMES[k]} {_show(timings[k], ',.1f')} s" for k in TIMES if timings.get(k) is not None),

@@ -365,7 +365,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         metrics = known or self.measure_teacher(samples, self.teacher)
         top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
         if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
-            logger.warning(
+            logger.warning_once(
                 f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class "
                 "names, its preprocessing, and that it was trained for these classes."
             )

@@ -339,7 +339,12 @@ def test_the_trainer_pushes_when_it_is_asked_and_not_before(hub, tmp_path):
     url = trainer.push_to_hub(commit_message="done")
     assert url == f"{hub.endpoint}/anna/kd-run"
     assert hub.commits("anna/kd-run") == ["done", "initial commit"] and hub.repos["model", "anna/kd-run"].private
-    assert hub.files("anna/kd-run").keys() == {".gitattributes", "config.json", "model.safetensors"}
+    files = hub.files("anna/kd-run")
+    own = {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "curves.png", "README.md"}
+    assert files.keys() - {".gitattributes"} <= own and files.keys() >= own - {"preprocessor_config.json"}
+    record = json.loads(files["run.json"])
+    assert record["metrics"]["top1"] == trainer.evaluate()["eval_top1"] and record["repo_id"] == "anna/kd-run"
+    assert b"hf_hub:anna/kd-run" in files["README.md"].replace(b"hf-hub", b"hf_hub")
 
 
 def test_the_trainer_refuses_before_training(hub, tmp_path):

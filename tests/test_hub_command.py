@@ -1,10 +1,12 @@
 """The command line against a Hub: the command of the README as a user types it, what it pushes, and how it fails."""
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +87,10 @@ def test_the_literal_command(hub, tmp_path):
     out = tmp_path / "user" / "outputs" / "deit-tiny-patch16-224-uskd-cifar100"
     run = json.loads((out / "run.json").read_text())
     assert run["student"]["revision"] == hub.student_sha and run["data"]["revision"] == hub.data_sha
-    assert run["command"] == COMMAND and run["preset"]["name"] == "vit_finetune" and run["preset"]["changed"] == []
+    pins = f" --student_revision {hub.student_sha} --dataset_revision {hub.data_sha}"
+    assert (
+        run["command"] == COMMAND + pins and run["preset"]["name"] == "vit_finetune" and run["preset"]["changed"] == []
+    )
     expected = {"learning_rate": 1e-4, "mixup_alpha": 0.8, "augment": "deit", "num_train_epochs": 30}
     assert {key: run["settings"][key] for key in expected} == expected
     assert run["data"]["classes"] == 100 and run["history"][-1]["epoch"] == 30
@@ -250,6 +255,22 @@ def test_a_full_disk_loses_nothing(here, monkeypatch, capsys):
     assert mine["metrics"] == whole["metrics"]
 
 
+def test_a_continuation_starts_from_the_commits_of_its_run(here, served, tmp_path, capsys):
+    run = ["--seeds", "0", "1", "--output_dir", "mine"]
+    assert short(*run) == 0
+    shutil.rmtree("mine/uskd/seed-1")
+    moved = here.add_repo(STUDENT, deit_tiny(tmp_path / "other", seed=1))
+    assert short(*run, "--resume_from_checkpoint", "last") == 0
+    records = [json.loads(Path(f"mine/uskd/seed-{seed}/run.json").read_text()) for seed in (0, 1)]
+    assert {record["student"]["revision"] for record in records} == {here.student_sha} != {moved}
+    assert all(
+        "resume" not in r["command"] and f"--student_revision {here.student_sha}" in r["command"] for r in records
+    )
+    capsys.readouterr()
+    assert short(*run, "--resume_from_checkpoint", "last", "--student_revision", moved) == 1
+    assert f"student_revision ({here.student_sha} there, {moved} here)" in capsys.readouterr().err
+
+
 def test_foreign_code_is_not_run_unless_asked_for(here, tmp_path, capsys):
     model, processor = tiny("vit")
     model.save_pretrained(tmp_path / "own"), processor.save_pretrained(tmp_path / "own")
@@ -260,3 +281,6 @@ def test_foreign_code_is_not_run_unless_asked_for(here, tmp_path, capsys):
     here.add_repo("lab/own", tmp_path / "own")
     assert short("--student", "lab/own") == 1
     assert "--trust_remote_code" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+    with contextlib.suppress(Exception):  # of code that defines nothing
+        short("--student", "lab/own", "--trust_remote_code")
+    assert (tmp_path / "ran").exists()
