@@ -615,12 +615,17 @@ def test_load_what_save_to_disk_wrote(tmp_path):
 
 
 def test_load_from_the_hub_asks_for_the_right_thing(monkeypatch):
+    class Revision(str):
+        resolved = "c0ffee" * 6 + "abcd"
+
     asked, splits = [], datasets.DatasetDict(train=picture_table(9), validation=picture_table(3))
     splits["test"] = picture_table(3).select([])
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or splits)
+    monkeypatch.setattr(loading, "resolve", lambda name, revision, kind: Revision(f"{revision} of {kind} {name}"))
     data = load_data("owner/name", config_name="small", revision="v1")
-    assert asked == [(("owner/name", "small"), {"revision": "v1"})]
-    assert (len(data.train), len(data.eval), data.name, data.revision) == (9, 3, "owner/name", "v1")
+    assert asked == [(("owner/name", "small"), {"revision": "v1 of dataset owner/name"})]
+    assert (len(data.train), len(data.eval), data.name, data.revision) == (9, 3, "owner/name", Revision.resolved)
+    assert (data.train_split, data.eval_split) == ("train", "validation")
     with pytest.raises(ValueError, match=r"'test'.*empty.*train \(9\), validation \(3\), test \(0\)"):
         load_data("owner/name", eval_split="test")
 
