@@ -251,12 +251,10 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
     first.add_argument("--config")
     first.add_argument("--preset")
     early = first.parse_known_args(argv)[0]
-    path = early.config
-    if early.preset != "none" and not path:
-        parser.set_defaults(**EVERY_EPOCH)  # of all presets; else load_best_model_at_end would be refused before
-    if path:
-        values = _read_config(path, {action.dest: action for action in reversed(parser._actions)})
-        parser.set_defaults(**values)
+    values = _read_config(early.config, {a.dest: a for a in reversed(parser._actions)}) if early.config else {}
+    preset = early.preset or values.get("preset") or ("none" if early.config else "auto")
+    # What all presets set is known now; else load_best_model_at_end would be refused before they are applied.
+    parser.set_defaults(**({} if preset == "none" else EVERY_EPOCH) | values)
     script, config, _, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -266,9 +264,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
         raise ValueError(f"there is no argument {unknown[0]}. Nearest: {', '.join(near) or 'none; see --help'}.")
     options = {argument.split("=")[0] for argument in argv}
     script.given = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
-    if path:
-        script.given |= {*values}
-        script.preset = script.preset or "none"
+    script.given |= {*values}
+    script.preset = preset
     return script, config
 
 

@@ -106,7 +106,9 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     resume = _resume(config, script)
     if not resume and main_process:  # another rank may come when this one writes already
         _check_free(config.output_dir)
-    command += _pin(script, config.output_dir if resume is True else None)
+    pins = _pin(script, config.output_dir if resume else None)
+    if command:
+        command += "".join(f" --{key}_revision {pin['commit']}" for key, pin in pins.items())
     preset, changed = _preset(script), []
     if preset:
         config, changed = presets.apply(preset, config, script.given)
@@ -143,8 +145,8 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         )
         if main_process:
             known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
-    if main_process:
-        _keep_pins(script, config.output_dir)
+    if main_process and pins:
+        report.write_json(Path(config.output_dir) / PINS_FILE, pins)
     runs: list[dict] = []
     for (name, arm), record in zip(arms, finished, strict=True):
         if record:
@@ -162,29 +164,25 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     return runs
 
 
-def _pin(script: ScriptArguments, resumed: str | None) -> str:
-    """Makes each revision the commit that it stands for, and returns the options that say so.
+def _pin(script: ScriptArguments, resumed: str | None) -> dict[str, dict]:
+    """Makes each revision the commit that it stands for; returns those that were none, by argument.
 
     All arms start from the same, and a continuation from what its run has started from, which its folder keeps.
     """
-    file, options = Path(resumed or "") / PINS_FILE, ""
+    file, pins = Path(resumed or "") / PINS_FILE, {}
     before = json.loads(file.read_text()) if resumed and file.is_file() else {}
     for key, kind in (("student", "model"), ("teacher", "model"), ("dataset", "dataset")):
         name, asked = getattr(script, key), getattr(script, f"{key}_revision")
         scratch = key == "student" and script.from_scratch and name.startswith("timm/")
-        if name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not os.path.exists(name) and not scratch:
-            commit = asked is None and before.get(key, {}).get(name) or hub.resolve(name, asked, kind).resolved
+        on_hub = name and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name) and not os.path.exists(name)
+        if on_hub and not scratch:
+            pin, known = {"name": name, "asked": asked}, dict(before.get(key, {}))
+            commit = known.pop("commit", None)
+            commit = commit if known == pin else hub.resolve(name, asked, kind).resolved
             setattr(script, f"{key}_revision", commit)
-            options += f" --{key}_revision {commit}" if asked != commit else ""
-    return options
-
-
-def _keep_pins(script: ScriptArguments, output_dir: str) -> None:
-    pins = {
-        key: {getattr(script, key): getattr(script, f"{key}_revision")} for key in ("student", "teacher", "dataset")
-    }
-    if any(commit for pin in pins.values() for commit in pin.values()):
-        report.write_json(Path(output_dir) / PINS_FILE, pins)
+            if asked != commit:
+                pins[key] = {**pin, "commit": commit}
+    return pins
 
 
 def _preset(script: ScriptArguments) -> str | None:
@@ -377,7 +375,7 @@ def _finished(config: DistillationConfig, script: ScriptArguments) -> dict | Non
 
 def _check_free(output_dir: str) -> None:
     folder = Path(output_dir)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(file.name != PINS_FILE for file in folder.iterdir()):
         raise ValueError(
             f"output_dir {output_dir} is in use. Continue that run with --resume_from_checkpoint last, choose another "
             "--output_dir, or remove it."
@@ -406,7 +404,7 @@ def _without(argv: list[str], options: tuple[str, ...]) -> list[str]:
     kept, dropping = [], False
     for argument in argv:
         if argument.startswith("--"):
-            dropping = argument.split("=")[0] in options
+            dropping = argument.split("=")[0].replace("-", "_").replace("__", "--", 1) in options
         if not dropping:
             kept.append(argument)
     return kept

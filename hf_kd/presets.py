@@ -126,9 +126,15 @@ def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
 def apply(name: str, config: DistillationConfig, given: set[str]) -> tuple[DistillationConfig, list[str]]:
     """The config with a preset's values wherever `given` does not name the setting, and what of it was given.
 
-    The batch is reached by accumulating micro-batches of at most 128 pictures a process (or of the size that is
-    given); USKD's batch statistic is that of a micro-batch.
+    The batch is reached by accumulating micro-batches of at most 128 pictures a process, or of the size or number
+    that is given; USKD's batch statistic is that of a micro-batch.
+
+    Raises:
+        ValueError: a batch size or a number of accumulation steps below 1.
     """
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)} must be at least 1.")
     preset = PRESETS[name]
     values = {**EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
     each = math.ceil(preset.batch / config.world_size)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -195,6 +196,12 @@ class PushesWhenAsked:
         private = args.hub_private_repo if private is None else private
         return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
 
+    def _record_is_missing(self) -> bool:
+        """Whether run.json is not there, or is of an earlier state of the training."""
+        file = Path(self.args.output_dir) / RUN_FILE
+        history = json.loads(file.read_text()).get("history") if file.is_file() else None
+        return not history or history[-1].get("step", 0) < self.state.global_step
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing is pushed during training."""
 
@@ -208,8 +215,8 @@ class PushesWhenAsked:
     ) -> str | None:
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
-        Where there is no run.json yet, it is made: with a new evaluation, and what a trainer knows. For more, such as
-        the data's name and revision, see `hf_kd.record`.
+        Where there is no run.json of this training yet, it is made: with a new evaluation, and what a trainer knows.
+        For more, such as the data's name and revision, see `hf_kd.record`.
 
         Args:
             commit_message: of the one commit.
@@ -222,14 +229,13 @@ class PushesWhenAsked:
             ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
         """
         self.save_model()
-        record = None
-        if not (Path(self.args.output_dir) / RUN_FILE).is_file():
-            metrics = self.evaluate()  # on all ranks
-            record = make_record(self, metrics) if self.is_world_process_zero() else None
+        missing = [self.is_world_process_zero() and self._record_is_missing()]
+        broadcast_object_list(missing)
+        metrics = self.evaluate() if missing[0] else None  # on all ranks, as the first one has found
         if not self.is_world_process_zero():
             return None
         folder, to = self.args.output_dir, self._to(token, private)
-        if record:
-            write_record(record, folder)
+        if metrics:
+            write_record(make_record(self, metrics), folder)
         to["repo_id"] = check_push(**to, folder=folder)
         return publish(folder, **to, revision=revision or self.args.hub_revision, message=commit_message)

@@ -6,7 +6,7 @@ import contextlib
 import os
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -93,7 +93,8 @@ def load_student(
         if from_scratch:
             module = build(config, trust_remote_code)
         else:
-            has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
+            if not is_offline_mode():  # where transformers asks nobody
+                has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
             with without_load_report():
                 module, info = AutoModelForImageClassification.from_pretrained(
                     name,
@@ -210,7 +211,7 @@ def _check_loaded(module, name: str, info: dict) -> None:
 
 
 def kind_of(model_or_config, trust_remote_code: bool = False) -> str:
-    """`"vit"` for a classifier whose blocks have attention between positions, else `"cnn"`.
+    """`"vit"` for a classifier whose blocks have attention by linear layers, else (also by convolutions) `"cnn"`.
 
     Args:
         model_or_config: a module, or a config from which one is built without memory.

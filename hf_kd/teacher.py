@@ -7,6 +7,7 @@ import re
 from collections import Counter
 
 import torch
+from huggingface_hub import is_offline_mode
 from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
@@ -190,7 +191,8 @@ def load_teacher(
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = load_config(name, hub)
-        has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
+        if not is_offline_mode():  # where transformers asks nobody
+            has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
         with _outside_deepspeed(), without_load_report():
             module, info = AutoModelForImageClassification.from_pretrained(
                 name,

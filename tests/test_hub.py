@@ -365,7 +365,7 @@ def test_a_failed_push_leaves_the_student_on_disk(hub, tmp_path):
 
 
 def test_the_card_is_pushed_with_its_record(hub, tmp_path):
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / "cifar100-cpu" / "run.json"
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "quickstart" / "run.json"
     trainer = trainer_for(*tiny("vit", names=NAMES), tmp_path / "run", hub_token=ANNA)
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "run.json").write_text(json.dumps(json.loads(results.read_text())["runs"][0]))

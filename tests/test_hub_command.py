@@ -266,6 +266,8 @@ def test_a_continuation_starts_from_the_commits_of_its_run(here, served, tmp_pat
     assert all(
         "resume" not in r["command"] and f"--student_revision {here.student_sha}" in r["command"] for r in records
     )
+    shutil.rmtree("mine/uskd/seed-0")
+    assert short(*run, "--resume-from-checkpoint", "last", "--student_revision", "main") == 1  # asked for now: the new
     capsys.readouterr()
     assert short(*run, "--resume_from_checkpoint", "last", "--student_revision", moved) == 1
     assert f"student_revision ({here.student_sha} there, {moved} here)" in capsys.readouterr().err

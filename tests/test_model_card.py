@@ -121,7 +121,7 @@ def timm_student():
 
 
 def old_records():
-    for name in ("cifar100-cpu", "quickstart"):
+    for name in ("quickstart",):
         yield from json.loads((ROOT / "benchmarks" / "results" / name / "run.json").read_text())["runs"]
 
 

@@ -80,6 +80,14 @@ def test_settings_that_do_not_go_with_the_preset_s_others():
     assert presets.apply("vit_scratch", config, script.given)[0].per_device_train_batch_size == 512
 
 
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_of_nothing_is_refused(name):
+    script, config = parse(["--student", "x", "--use_cpu"])
+    setattr(config, name, 0)
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        presets.apply("vit_finetune", config, {name})
+
+
 def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
     config, changed = presets.apply("vit_finetune", config, script.given)
@@ -105,6 +113,7 @@ def test_a_config_file_is_a_recipe_of_its_own(tmp_path):
     file.write_text("student: x\nlearning_rate: 0.5\n")
     script, _ = parse(["--config", str(file), "--use_cpu"])
     assert script.preset == "none"
-    script, config = parse(["--config", str(file), "--use_cpu", "--preset", "cnn_scratch"])
+    file.write_text("student: x\nlearning_rate: 0.5\npreset: cnn_scratch\nload_best_model_at_end: true\n")
+    script, config = parse(["--config", str(file), "--use_cpu"])
     config, _ = presets.apply(script.preset, config, script.given)
     assert config.learning_rate == 0.5 and config.weight_decay == 1e-4
