@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +26,8 @@ from .losses import LOSSES
 from .model_card import title, write_card
 from .plots import plot_curves
 from .push import check_push, publish
-from .record import CURVES_FILE, RUN_FILE, describe_model, make_record, write_record
+from .record import describe_model, make_record, write_record
+from .report import CURVES_FILE, RUN_FILE
 from .student import kind_of, load_student, student_config
 from .teacher import Teacher, load_teacher
 from .trainer import DistillationTrainer
@@ -156,7 +156,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             record = _run_arm(name, arm, script, data, teacher, measured, resume, known)
         runs.append(record)
     if main_process:
-        _report(runs, [Path(arm.output_dir) for _, arm in arms], Path(config.output_dir), script, command)
+        _report(runs, [Path(arm.output_dir) for _, arm in arms], Path(config.output_dir), command)
         if repo_id:
             chosen = next(arm for name, arm in arms if name == config.loss)  # of the first seed, whatever came of it
             _push(chosen.output_dir, repo_id, config)
@@ -201,7 +201,7 @@ def _preset(script: ScriptArguments) -> str | None:
     return name
 
 
-def _report(runs: list[dict], folders: list[Path], output_dir: Path, script: ScriptArguments, command: str) -> None:
+def _report(runs: list[dict], folders: list[Path], output_dir: Path, command: str) -> None:
     """Prints the table and the verdicts, and writes what needs all runs: the comparison and the cards."""
     found = verdicts(runs)
     print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
@@ -307,18 +307,12 @@ def _run_arm(
         logger.warning(f"no checkpoint in {config.output_dir}: starting from the beginning")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
-    trained = time.perf_counter()
     metrics = trainer.evaluate()
-    evaluated = time.perf_counter()
     skipped = tuple(sorted(set(gather_object(list(t)))) for t in (trainer.skipped, trainer.eval_skipped))
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
-    timings = {
-        "train_seconds": [entry["seconds"] for entry in trainer.state.log_history if "seconds" in entry][-1],
-        "eval_seconds": evaluated - trained,
-    }
     own = {"id": script.student, "from_scratch": script.from_scratch}
-    run = make_record(trainer, metrics, data, own, skipped, name=name, settings=settings, timings=timings, **known)
+    run = make_record(trainer, metrics, data, own, skipped, name=name, settings=settings, **known)
     write_record(run, config.output_dir)
     return run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .data import decode_rgb
 from .losses._common import find_targets
 from .losses.uskd import soft_targets, zipf_weights
-from .metrics.classification import IGNORED_LABEL, expected_calibration_error
+from .metrics.classification import IGNORED_LABEL, calibration_bins, expected_calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,12 +240,10 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
     for i, (name, value) in enumerate(models.items()):
         ece = expected_calibration_error(value, labels, n_bins)  # and the checks
         kept = labels != IGNORED_LABEL
-        confidence, predicted = (x.numpy() for x in value[kept].double().softmax(1).max(1))
-        hit = predicted == labels[kept].numpy()
-        # The bins (b / M, (b + 1) / M] of the metric.
-        bins = (np.ceil(confidence * n_bins).astype(int) - 1).clip(0, n_bins - 1)
+        confidence, predicted = value[kept].double().softmax(1).max(1)
+        bins, hit = calibration_bins(confidence, n_bins).numpy(), (predicted == labels[kept]).numpy()
         count = np.bincount(bins, minlength=n_bins)
-        accuracy, mean = (np.bincount(bins, x, n_bins) / np.maximum(count, 1) for x in (hit, confidence))
+        accuracy, mean = (np.bincount(bins, x, n_bins) / np.maximum(count, 1) for x in (hit, confidence.numpy()))
         x, width = (np.arange(n_bins) + 0.5) / n_bins, 1 / n_bins
         above = figure.add_subplot(grid[0, i])
         above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)

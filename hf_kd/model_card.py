@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .losses import LOSSES
-from .report import MISSING, layout, redact
-from .verdict import BASELINE, CONTROL
+from .report import CARD_FILE, MISSING, RUN_FILE, layout, rate, redact
+from .verdict import BASELINE, CONTROL, points
 
 HUB, FOLDER = "https://huggingface.co", "path/to/this/folder"
 # A line stands if its fields, {name} and {?name}, are neither empty nor false; the second kind shows nothing.
@@ -37,8 +36,8 @@ def write_card(folder: str | os.PathLike) -> Path:
         OSError: there is no run.json in `folder`, or README.md cannot be written.
         ValueError: run.json is no record of one run.
     """
-    path = Path(folder) / "README.md"
-    card = model_card(json.loads((Path(folder) / "run.json").read_text("utf-8")))
+    path = Path(folder) / CARD_FILE
+    card = model_card(json.loads((Path(folder) / RUN_FILE).read_text("utf-8")))
     path.write_bytes(card.encode("utf-8", errors="replace"))  # of file names, run.json keeps bytes that are no UTF-8
     return path
 
@@ -183,15 +182,8 @@ def _table(run: Mapping[str, Any]) -> str:
 
 
 def _row(label: str, metrics: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> list[str]:
-    cells = [label]
-    for key in RATES:
-        values = [each.get(key) for each in metrics]
-        if None in values:
-            cells.append(MISSING)
-        else:
-            spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{100 * statistics.fmean(values):.2f}{spread}")
-    return cells + [_show(model.get(key), form) for key, (_, form) in SIZES.items()]
+    rates = [rate([each.get(key) for each in metrics]) for key in RATES]
+    return [label, *rates] + [_show(model.get(key), form) for key, (_, form) in SIZES.items()]
 
 
 def _model(model: Mapping[str, Any], use: str | None) -> str:
@@ -256,7 +248,7 @@ def _show(value: Any, form: str = "") -> str:
 
 
 def _points(value: float | None) -> str:
-    return MISSING if value is None else f"{round(value, 2) + 0.0:+.2f}"  # not −0.00
+    return MISSING if value is None else points(value)
 
 
 def _line(value: Any) -> str:

@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from .hub import LOGIN, explain
 from .model_card import write_card
-from .record import RUN_FILE, make_record, write_record
-from .report import write_json
+from .record import make_record, write_record
+from .report import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -28,11 +28,10 @@ PUSHED = (
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     "preprocessor_config.json",
-    "README.md",
-    "run.json",
-    "curves.png",
+    CARD_FILE,
+    RUN_FILE,
+    CURVES_FILE,
 )
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def check_push(
@@ -161,7 +160,7 @@ def _content(file: Path, token: str | None) -> str | bytes:
     places = {str(Path.home()): "~"} | here
     for place in sorted(places.keys() - {"/"}, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.~-]){re.escape(place)}(?![\w.-])", places[place], text)
-    text = _TOKEN.sub("<redacted>", text.replace(token, "<redacted>") if token else text)
+    text = re.sub(TOKEN, "<redacted>", text.replace(token, "<redacted>") if token else text)
     if text == old:
         return str(file)
     logger.warning(f"{file.name}: what names folders of this machine, or a token, is left out of the push.")
@@ -197,13 +196,12 @@ class PushesWhenAsked:
         return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
 
     def _record_is_missing(self) -> bool:
-        """Whether run.json is not there, or is of an earlier state of the training."""
+        """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict) or self.view is None:
+            return False
         file = Path(self.args.output_dir) / RUN_FILE
         history = json.loads(file.read_text()).get("history") if file.is_file() else None
         return not history or history[-1].get("step", 0) < self.state.global_step
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing is pushed during training."""
 
     def push_to_hub(
         self,
@@ -215,8 +213,8 @@ class PushesWhenAsked:
     ) -> str | None:
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
-        Where there is no run.json of this training yet, it is made: with a new evaluation, and what a trainer knows.
-        For more, such as the data's name and revision, see `hf_kd.record`.
+        Where there is no run.json of this training yet, it is made, if there is one evaluation set and a processor:
+        with a new evaluation, and what a trainer knows. For more, such as the data's name, see `hf_kd.record`.
 
         Args:
             commit_message: of the one commit.

@@ -20,7 +20,6 @@ from .student import commit_of, kind_of
 from .weak_head import HEAD
 
 METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
-RUN_FILE, CURVES_FILE = "run.json", "curves.png"
 FORWARDS = 30
 
 
@@ -151,6 +150,6 @@ def make_record(
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:
     """Writes a run's run.json, curves.png and card (README.md) into its folder."""
-    report.write_json(Path(folder) / RUN_FILE, record)
-    plot_curves([record], Path(folder) / CURVES_FILE)
+    report.write_json(Path(folder) / report.RUN_FILE, record)
+    plot_curves([record], Path(folder) / report.CURVES_FILE)
     write_card(folder)

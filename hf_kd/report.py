@@ -22,6 +22,7 @@ from .verdict import BASELINE, compare, describe
 
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 MISSING = "–"
+RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
 HEADER = (
     "student trained with",
     "top-1 %",
@@ -35,7 +36,8 @@ HEADER = (
 
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
-_SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(--?[\w-]*token[ =]+)(?!-)\S+")
+TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
+_SECRET_TEXT = re.compile(TOKEN + r"|(--?[\w-]*token[ =]+)(?!-)\S+")
 # A path from the root or a home folder tells of the machine; its last part is what a reader needs.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
 
@@ -114,30 +116,31 @@ def comparison_table(
     rows = []
     if teacher_row is not None:
         label = f"teacher {teacher_row['id']}" if teacher_row.get("id") else "teacher"
-        rates = [_percent(_number(teacher_row, key)) for key in ("top1", "top5")]
+        rates = [rate([_number(teacher_row, key)]) for key in ("top1", "top5")]
         size = _fixed(_number(teacher_row, "size_mb"))
-        rows.append([label, *rates, MISSING, _percent(_number(teacher_row, "ece")), MISSING, size, MISSING])
+        rows.append([label, *rates, MISSING, rate([_number(teacher_row, "ece")]), MISSING, size, MISSING])
     for name, arm in arms.items():
         test = compare(runs, name, BASELINE)
-        rates = {key: _percent(_mean(arm, "metrics", key)) for key in ("top1", "top5", "agreement", "ece")}
-        if len(arm) > 1 and (spread := _spread(arm)) is not None:
-            rates["top1"] += f" ± {spread:.2f}"
+        rates = [
+            rate([_number(run, "metrics", key) for run in arm], spread=key == "top1")
+            for key in ("top1", "top5", "agreement", "ece")
+        ]
         seconds = [value for run in arm if (value := _training_seconds(run)) is not None]
-        size = _fixed(_mean(arm, "student", "size_mb"))
+        size = _fixed(_number(arm[0], "student", "size_mb"))
         mean_seconds = _fixed(statistics.fmean(seconds) if seconds else None)
-        rows.append([str(name), *rates.values(), mean_seconds, size, describe(test) if test else MISSING])
+        rows.append([str(name), *rates, mean_seconds, size, describe(test) if test else MISSING])
     return f"{layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, arms)}"
 
 
-def _mean(arm: Sequence[Mapping[str, Any]], *keys: str) -> float | None:
-    """The mean over the seeds of an arm, None if one of them lacks it."""
-    values = [_number(run, *keys) for run in arm]
-    return None if None in values else statistics.fmean(values)
+def rate(values: Sequence[float | None], spread: bool = True) -> str:
+    """`33.34 ± 1.01`: the mean of rates in [0, 1] in percent and, of several, their standard deviation (n − 1).
 
-
-def _spread(arm: Sequence[Mapping[str, Any]]) -> float | None:
-    values = [_number(run, "metrics", "top1") for run in arm]
-    return None if None in values else 100 * statistics.stdev(values)
+    Without `spread` the mean alone; "–" if one of them is missing.
+    """
+    if None in values:
+        return MISSING
+    several = f" ± {100 * statistics.stdev(values):.2f}" if spread and len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.2f}{several}"
 
 
 def _training_seconds(run: Mapping[str, Any]) -> float | None:
@@ -197,10 +200,6 @@ def _number(mapping: Mapping[str, Any], *keys: str) -> float | None:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.2f}"
 
 
 def _fixed(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import torch
@@ -93,17 +92,8 @@ def load_student(
         if from_scratch:
             module = build(config, trust_remote_code)
         else:
-            if not is_offline_mode():  # where transformers asks nobody
-                has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
-            with without_load_report():
-                module, info = AutoModelForImageClassification.from_pretrained(
-                    name,
-                    config=config,
-                    dtype=torch.float32,  # the default is that of the checkpoint, which may be too coarse to train
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **hub,
-                )
+            # The default dtype is that of the checkpoint, which may be too coarse to train.
+            module, info = load_classifier(name, config, hub, dtype=torch.float32)
             _check_loaded(module, name, info)
         processor = processor or processor_for(module, name, hub)
     processor = _with_size(processor, image_size, image_mean, image_std)
@@ -231,9 +221,11 @@ def kind_of(model_or_config, trust_remote_code: bool = False) -> str:
     return "vit" if len(found) > 1 else "cnn"
 
 
-@contextlib.contextmanager
-def without_load_report():
-    """Silences transformers' table of weights that are new or lost: those that may not be are errors here."""
+def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
+    """A pretrained classifier of a config, and transformers' loading info: which of its weights may be new is for the
+    caller to say, so transformers' own table of them is silenced."""
+    if not is_offline_mode():  # where transformers asks nobody
+        _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
     log = logging.get_logger("transformers.modeling_utils")
 
     def keep(record) -> bool:
@@ -241,7 +233,9 @@ def without_load_report():
 
     log.addFilter(keep)
     try:
-        yield
+        return AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
+        )
     finally:
         log.removeFilter(keep)
 
@@ -260,7 +254,7 @@ def processor_for(module, name: str, hub: dict):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
-    if any(has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+    if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
         return AutoImageProcessor.from_pretrained(name, **hub)
     from transformers import ViTImageProcessor
 
@@ -271,7 +265,7 @@ def processor_for(module, name: str, hub: dict):
     return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
 
 
-def has_file(name: str, file: str, commit: str | None) -> bool:
+def _has_file(name: str, file: str, commit: str | None) -> bool:
     """Whether a folder or repository has a file, which then is in the cache.
 
     Raises if that can't be known: transformers takes a file that the Hub fails to give for one that is not there.

@@ -7,13 +7,10 @@ import re
 from collections import Counter
 
 import torch
-from huggingface_hub import is_offline_mode
 from torch import nn
-from transformers import AutoModelForImageClassification
 from transformers.integrations import deepspeed as _deepspeed
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .student import check_id, has_file, label_maps, load_config, loading_faults, processor_for, without_load_report
+from .student import check_id, label_maps, load_classifier, load_config, loading_faults, processor_for
 from .views import View
 from .weak_head import logits_of
 
@@ -190,17 +187,8 @@ def load_teacher(
     if not isinstance(model, nn.Module):
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = load_config(name, hub)
-        if not is_offline_mode():  # where transformers asks nobody
-            has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
-        with _outside_deepspeed(), without_load_report():
-            module, info = AutoModelForImageClassification.from_pretrained(
-                name,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **hub,
-            )
+        with _outside_deepspeed():
+            module, info = load_classifier(name, load_config(name, hub), hub)
         bad = sorted(loading_faults(info))
         if bad:
             raise ValueError(

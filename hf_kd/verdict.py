@@ -81,9 +81,14 @@ def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> lis
     return given
 
 
+def points(value: float, signed: bool = True) -> str:
+    """`+0.52`, and never −0.00."""
+    return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
+
+
 def describe(test: Mapping[str, Any], signed: bool = True) -> str:
     """`+0.52 ± 0.31`: the mean and, where there is one, the half-width of its 95 % interval, in points."""
-    mean = f"{round(test['mean'], 2) + 0.0:{'+' if signed else ''}.2f}"
+    mean = points(test["mean"], signed)
     return mean if test["half_width"] is None else f"{mean} ± {test['half_width']:.2f}"
 
 

@@ -154,9 +154,7 @@ class ClassificationMeter:
         stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
-        # Clamped after the cast: 0 belongs to the first bin, and the NaN of a diverged model must not index outside.
-        bins = ((confidence * self.n_bins).ceil().long() - 1).clamp(0, self.n_bins - 1)
-        self._gaps.index_add_(0, bins, hit - confidence)
+        self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
 
     def compute(self) -> dict[str, float]:
         """The metrics of all rows so far.
@@ -176,6 +174,12 @@ class ClassificationMeter:
         metrics = {"loss": mean["ce"], "top1": mean["top1"], "top5": mean["top5"]}
         metrics |= {"ece": self._gaps.abs().sum().item() / n, "n": n}
         return metrics | {name: mean[name] for name in TEACHER_COLUMNS if name in mean}
+
+
+def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
+    """The bin b of each confidence (B,) among (b/M, (b+1)/M], b = 0 … M−1."""
+    # Clamped after the cast: 0 belongs to the first bin, and the NaN of a diverged model must not index outside.
+    return ((confidence * n_bins).ceil().long() - 1).clamp(0, n_bins - 1)
 
 
 def _wide(logits: Tensor) -> Tensor:
