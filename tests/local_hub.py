@@ -26,6 +26,7 @@ does otherwise than the Hub:
 What `deit_tiny` and `cifar100` make has the real ones' files and forms, not their contents: their docstrings.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -83,10 +84,8 @@ class LocalHub:
         self.server.server_close()
         with self.lock:
             for connection in self.connections:
-                try:
+                with contextlib.suppress(OSError):  # its client may have been quicker
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # its client was quicker
 
     def env(self, cache_folder, token=None):
         """Variables to put over `os.environ` for a process that shall know this Hub alone; no token unless given."""

@@ -1,4 +1,4 @@
-"""The trainer against hand-written training, in one process on the CPU."""
+"""The trainer's steps against hand-written training, saving and resuming, in one process on the CPU."""
 
 import contextlib
 import copy
@@ -10,71 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from tiny import tiny
 from torch import nn
+from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.utils import logging
 
-from hf_kd import DistillationConfig, DistillationTrainer, load_teacher
+from hf_kd import DistillationTrainer, load_teacher
 from hf_kd.checkpoints import HEAD_FILE, last_checkpoint
 from hf_kd.losses import LOSSES
 from hf_kd.weak_head import logits_of
 
 FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
-NAMES = [f"class {i}" for i in range(6)]
-
-
-def rows(n=24, size=32, seed=0):
-    rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
-    return datasets.Dataset.from_dict({"image": pictures, "label": [i % 6 for i in range(n)]}, features=features)
-
-
-def config(folder, **kwargs):
-    settings = {
-        "loss": "ce",
-        "augment": "none",
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "max_steps": 3,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "seed": 3,
-    }
-    return DistillationConfig(output_dir=str(folder), **(settings | kwargs))
-
-
-def make_teacher(kind="resnet", seed=7, size=48, names=NAMES):
-    module, processor = tiny(kind, seed=seed, size=size, names=names)
-    return load_teacher(module, id2label=names, processor=processor)
-
-
-def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluation=None, collate=None, **kwargs):
-    student, processor = tiny(kind, names=NAMES)
-    teacher = teacher or (make_teacher() if LOSSES[loss].needs_teacher else None)
-    return DistillationTrainer(
-        student,
-        config(folder, loss=loss, **kwargs),
-        teacher=teacher,
-        train_dataset=rows() if train is None else train,
-        eval_dataset=evaluation,
-        processing_class=processor,
-        data_collator=collate,
-    )
 
 
 def freeze_batch_norm(model):
@@ -252,181 +201,6 @@ def test_a_step_reads_nothing_back_from_the_device(loss, tmp_path, monkeypatch):
     assert all(term.device.type == "meta" for term in trainer._terms.values())
     with pytest.raises(RuntimeError):  # the test can fail
         trainer._terms["ce"].item()
-
-
-# ---- data of every kind ----
-
-
-def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
-    train = rows(8)
-    student, processor = tiny("vit", names=NAMES)
-
-    def normalise(batch):
-        return {
-            "pixel_values": processor(list(batch["image"]), return_tensors="pt")["pixel_values"],
-            "labels": batch["label"],
-        }
-
-    class Pictures(torch.utils.data.Dataset):
-        def __init__(self, key):
-            self.key = key
-
-        def __len__(self):
-            return len(train)
-
-        def __getitem__(self, i):
-            picture = train[i]["image"]
-            if self.key == "pixels":
-                picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-            return {self.key: picture, "label": train[i]["label"]}
-
-    kinds = {
-        "rows": train,
-        "with_transform": train.with_transform(normalise),
-        "pixel_values": train.map(normalise, batched=True, remove_columns=["image", "label"]).with_format("torch"),
-        "torch pixels": Pictures("pixels"),
-        "torch image": Pictures("image"),
-        "renamed": train.rename_columns({"image": "img", "label": "fine_label"}),
-    }
-    losses = {}
-    for name, data in kinds.items():
-        trainer = trainer_for(tmp_path / name, loss="nkd", train=data, evaluation=data, label_column=None)
-        trainer.train()
-        metrics = trainer.evaluate()
-        losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e] + [metrics["eval_kl"]]
-    for name, values in losses.items():
-        # The teacher's picture passes through float instead of uint8 where the student's view had to be inverted.
-        assert values == pytest.approx(
-            losses["rows"], rel=2e-3 if "pixel_values" in name or "transform" in name else 1e-6
-        ), name
-
-
-def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
-    train = rows(40).cast_column("image", datasets.Image(decode=False))
-    broken = train.map(
-        lambda row, i: {"image": {"bytes": b"no picture", "path": None}} if i == 7 else row, with_indices=True
-    )
-    broken = broken.cast_column("image", datasets.Image())
-    trainer = trainer_for(
-        tmp_path, train=broken, evaluation=broken, max_steps=-1, num_train_epochs=2, max_skipped_fraction=0.05
-    )
-    trainer.train()
-    assert len(trainer.skipped) == 1
-    metrics = trainer.evaluate()
-    assert metrics["eval_skipped"] == 1
-    with pytest.raises(ValueError, match="1 of 40 pictures"):
-        trainer_for(
-            tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02
-        ).train()
-
-
-def test_a_batch_of_nothing_but_broken_pictures_gets_a_stand_in(tmp_path):
-    train = rows(12).cast_column("image", datasets.Image(decode=False))
-    train = train.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == 3 else row, with_indices=True)
-    train = train.cast_column("image", datasets.Image())
-    trainer = trainer_for(tmp_path, train=train, per_device_train_batch_size=1, max_steps=12, max_skipped_fraction=0.1)
-    trainer.train()
-    assert trainer.state.global_step == 12 and len(trainer.skipped) == 1
-
-
-def test_evaluation_on_the_training_pictures_is_not_augmented(tmp_path):
-    data = rows(24)
-    trainer = trainer_for(tmp_path, train=data, evaluation=data, augment="resized_crop", teacher_check_batches=1)
-    trainer.train()
-    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
-
-
-def test_view_size_is_the_size_of_the_shared_picture(tmp_path):
-    for augment in ("none", "resized_crop"):
-        trainer = trainer_for(tmp_path / augment, view_size=16, augment=augment)
-        assert next(iter(trainer.get_train_dataloader()))["pixels"].shape == (8, 3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train": rows(6).select([])}, "data set is empty"),
-        ({"train": rows(6).remove_columns("label")}, "image"),
-        ({"label_column": "nope"}, "nope"),
-        ({"train": rows(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))}, "another order"),
-        (
-            {"train": rows(3).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))},
-            "3 classes, the student 6",
-        ),
-        ({"train": rows(6).cast_column("label", datasets.Value("string"))}, "class_encode_column"),
-        ({"loss": "uskd", "teacher": True}, "uses no teacher"),
-        ({"loss": "nkd", "teacher": False}, "learns from a teacher"),
-    ],
-)
-def test_bad_input_is_refused_at_once(change, message, tmp_path):
-    student, processor = tiny("vit", names=NAMES)
-    change = dict(change)
-    teacher = make_teacher() if change.pop("teacher", False) else None
-    train = change.pop("train", rows(6))
-    with pytest.raises(ValueError, match=message):
-        DistillationTrainer(
-            student, config(tmp_path, **change), teacher=teacher, train_dataset=train, processing_class=processor
-        )
-
-
-def test_unknown_settings_are_refused_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match="nkd"):
-        config(tmp_path, loss="nkdd")
-    with pytest.raises(ValueError, match="gamma"):
-        config(tmp_path, loss="nkd", loss_kwargs={"gama": 1.0})
-    with pytest.raises(ValueError, match="pad_crop"):
-        config(tmp_path, augment="padcrop")
-
-
-# ---- evaluation ----
-
-
-def test_evaluation_equals_plain_formulas_and_keeps_no_logits(tmp_path, monkeypatch):
-    data = rows(21)
-    teacher = make_teacher()
-    trainer = trainer_for(tmp_path, loss="nkd", teacher=teacher, evaluation=data)
-    kept = []
-    original = trainer.gather_function
-    trainer.gather_function = lambda x, **kw: (kept.append(x.shape), original(x, **kw))[1]
-    metrics = trainer.evaluate()
-    student, processor = tiny("vit", names=NAMES)
-    pixels = processor(list(data["image"]), return_tensors="pt")["pixel_values"]
-    labels = torch.tensor(data["label"])
-    with torch.no_grad():
-        s = student.eval()(pixels).logits.double()
-        t = teacher.model(teacher.processor(list(data["image"]), return_tensors="pt")["pixel_values"]).logits.double()
-    expected = {
-        "eval_loss": F.cross_entropy(s, labels).item(),
-        "eval_top1": (s.argmax(1) == labels).double().mean().item(),
-        "eval_top5": (s.topk(5).indices == labels[:, None]).any(1).double().mean().item(),
-        "eval_agreement": (s.argmax(1) == t.argmax(1)).double().mean().item(),
-        "eval_teacher_top1": (t.argmax(1) == labels).double().mean().item(),
-        "eval_kl": F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=True, reduction="batchmean").item(),
-    }
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert 0 <= metrics["eval_ece"] <= 1
-    assert all(len(shape) == 1 or shape[1] != 6 for shape in kept)
-
-
-def test_distillation_token_models_are_evaluated(tmp_path):
-    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
-
-    names = dict(enumerate(NAMES))
-    student = DeiTForImageClassificationWithTeacher(
-        DeiTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                   patch_size=8, id2label=names, label2id={v: k for k, v in names.items()})
-    )  # fmt: skip
-    processor = tiny("deit", names=NAMES)[1]
-    trainer = DistillationTrainer(student, config(tmp_path), eval_dataset=rows(12), processing_class=processor)
-    assert {"eval_top1", "eval_loss"} <= trainer.evaluate().keys()
-
-
-def test_soft_labels_of_mixing_train_and_leave_the_config_alone(tmp_path):
-    for loss in LOSSES:
-        trainer = trainer_for(tmp_path / loss, loss=loss, mixup_alpha=0.8, cutmix_alpha=1.0)
-        trainer.train()
-        assert trainer.model.config.problem_type is None
 
 
 # ---- saving and resuming ----

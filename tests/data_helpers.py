@@ -1,0 +1,35 @@
+"""Pictures for the data tests, and the fixture and the mark that hold for all of them."""
+
+import io
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+# torchvision 0.29 announces the end of its decoders at each call; decode_rgb goes to Pillow where they fail.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """The same draws in every run; nothing that load_data converts stays behind, and nothing is asked of the Hub."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def photo(height=37, width=53, channels=3, seed=0):
+    """A smooth picture, which JPEG keeps well, without any symmetry."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, channels), dtype=np.uint8)
+    planes = [PIL.Image.fromarray(coarse[..., c]).resize((width, height), 3) for c in range(channels)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def encode(picture, kind="PNG", **options):
+    if not isinstance(picture, PIL.Image.Image):
+        picture = PIL.Image.fromarray(picture)
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()

@@ -1,0 +1,251 @@
+"""Loading students, against the plain models themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from student_helpers import NAMES, check_reopens, logits, picture
+from tiny import KINDS, MEAN, STD, tiny, tiny_config
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    DeiTConfig,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    ViTImageProcessor,
+)
+
+from hf_kd import View, load_student
+from hf_kd.student import build
+
+
+def saved(folder, kind, **kwargs):
+    """A tiny model with its processor in a folder, as transformers writes it."""
+    model, processor = tiny(kind, **kwargs)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pretrained_model_gets_a_new_head_and_keeps_the_rest(kind, tmp_path):
+    old, _ = saved(tmp_path / "old", kind)
+    student, processor = load_student(str(tmp_path / "old"), id2label=NAMES)
+    before, after = old.state_dict(), student.state_dict()
+    head = {k for k in before if before[k].shape != after[k].shape}
+    assert len(head) == 2 and all("classifier" in k or "fc." in k or "head." in k for k in head)
+    assert all(torch.equal(before[k], after[k]) for k in before.keys() - head)
+    assert student.config.num_labels == 3 and student.config.id2label == dict(enumerate(NAMES))
+    check_reopens(student, processor, tmp_path / "new", NAMES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_the_right_size_stays_and_its_classes_are_renamed(kind, tmp_path):
+    old, own = saved(tmp_path / "old", kind, num_labels=3)
+    student, processor = load_student(tmp_path / "old", id2label=dict(enumerate(NAMES)))
+    values = torch.as_tensor(own(images=[picture()], return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(logits(student, values), logits(old, values))
+    check_reopens(student, processor, tmp_path / "new", NAMES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_scratch_out_of_a_folder(kind, tmp_path):
+    tiny_config(kind).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    one, processor = load_student(str(tmp_path), id2label=NAMES, from_scratch=True)
+    other, _ = load_student(str(tmp_path), id2label=NAMES, from_scratch=True)
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert View(processor).size == (32, 32)
+    check_reopens(one, processor, tmp_path / "new", NAMES)
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/resnet18", 64), ("timm/vit_tiny_patch16_224", 32)])
+def test_from_scratch_out_of_timm(name, size, tmp_path):
+    student, processor = load_student(
+        name, NAMES, from_scratch=True, image_size=size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.21, 0.22]
+    )
+    expected = (torch.from_numpy(np.array(picture(size, size))).permute(2, 0, 1).double() / 255).numpy()
+    expected = (expected - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.21, 0.22])[:, None, None]
+    own = processor(images=[picture(size, size)], return_tensors="pt")["pixel_values"][0]
+    np.testing.assert_allclose(own.numpy(), expected, atol=1e-5)
+    assert student.config.id2label == dict(enumerate(NAMES))
+    check_reopens(student, processor, tmp_path, NAMES)
+    assert View(AutoImageProcessor.from_pretrained(tmp_path)) == View(processor)
+    assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, size, size]
+
+
+def test_timm_from_scratch_starts_with_timms_own_weights():
+    """transformers draws every convolution from normal(0, 0.02); timm's are scaled to their fan."""
+    torch.manual_seed(5)
+    student = build(tiny_config("timm_resnet"))
+    own = timm.create_model("resnet18", num_classes=6, layers=[1, 1, 1, 1], channels=[8, 16, 24, 32])
+    weights, expected = dict(student.timm_model.named_parameters()), dict(own.named_parameters())
+    assert weights.keys() == expected.keys()
+    for name in ("conv1.weight", "layer2.0.conv1.weight", "layer4.0.conv2.weight"):
+        assert weights[name].std().item() == pytest.approx(expected[name].std().item(), rel=0.15), name
+    assert (weights["layer1.0.bn2.weight"] == 0).all() and (expected["layer1.0.bn2.weight"] == 0).all()
+
+
+def test_a_config_without_architectures_is_built():
+    config = DeiTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, intermediate_size=64
+    )
+    assert config.architectures is None
+    assert type(build(config)).__name__ == "DeiTForImageClassification"
+
+
+def test_timms_own_export_is_opened(tmp_path):
+    own = timm.create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[8, 16, 24, 32]).eval()
+    timm.models.save_for_hf(own, tmp_path, model_config={"label_names": NAMES}, safe_serialization=True)
+    student, processor = load_student(tmp_path, id2label=["a", "b", "c", "d"])
+    body = {k: v for k, v in student.timm_model.state_dict().items() if not k.startswith("fc.")}
+    assert all(torch.equal(v, own.state_dict()[k]) for k, v in body.items())
+    check_reopens(student, processor, tmp_path / "new", ["a", "b", "c", "d"])
+
+
+def drop(folder, match):
+    """Remove the weights whose names contain a text from a saved model."""
+    state = load_file(folder / "model.safetensors")
+    gone = [k for k in state if match in k]
+    assert gone
+    save_file({k: v for k, v in state.items() if k not in gone}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "match", "named"),
+    [
+        ("vit", "layer.2.", "layers.2."),
+        ("resnet", "stages.1.", "stages.1."),
+        ("timm_resnet", "layer2.", "layer2."),
+        ("timm_vit", "blocks.1.mlp", "blocks.1.mlp"),
+        ("timm_resnet", "running_mean", "running_mean"),
+    ],
+)
+def test_missing_body_weights_are_refused_with_their_names(kind, match, named, tmp_path):
+    saved(tmp_path, kind)
+    drop(tmp_path, match)
+    with pytest.raises(ValueError, match=rf"weights besides the classification head.*{named}"):
+        load_student(str(tmp_path), id2label=NAMES)
+
+
+def test_a_body_layer_as_wide_as_the_classes_is_no_head(tmp_path):
+    """32 classes, and hidden layers of 32: the missing projection must not pass for a new classifier."""
+    saved(tmp_path, "vit")
+    drop(tmp_path, "layer.2.attention.output.dense")
+    with pytest.raises(ValueError, match="2 weights besides the classification head"):
+        load_student(str(tmp_path), id2label=[f"n{i}" for i in range(32)])
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_resnet"])
+def test_a_checkpoint_without_a_head_is_a_start(kind, tmp_path):
+    saved(tmp_path, kind)
+    drop(tmp_path, "classifier" if kind == "vit" else "fc.")
+    student, _ = load_student(str(tmp_path), id2label=NAMES)
+    assert student.config.num_labels == 3
+
+
+def test_students_are_float32_whatever_the_checkpoint(tmp_path):
+    model, processor = tiny("vit")
+    model.bfloat16().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    for scratch in (False, True):
+        student, _ = load_student(str(tmp_path), id2label=NAMES, from_scratch=scratch)
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit"])
+def test_image_size_is_refused_where_the_weights_do_not_allow_it(kind, tmp_path):
+    saved(tmp_path, kind)
+    with pytest.raises(ValueError, match="image_size=48"):
+        load_student(str(tmp_path), id2label=NAMES, image_size=48)
+    load_student(str(tmp_path), id2label=NAMES, image_size=32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_size_from_scratch_and_for_pretrained_cnns(kind, tmp_path):
+    saved(tmp_path / "old", kind)
+    scratch = "resnet" not in kind
+    student, processor = load_student(str(tmp_path / "old"), NAMES, image_size=48, from_scratch=scratch)
+    view = View(processor)
+    assert view.size == (48, 48)
+    torch.testing.assert_close(-view.offset.flatten() / view.scale.flatten(), torch.tensor(MEAN))  # kept
+    torch.testing.assert_close(1 / view.scale.flatten(), torch.tensor(STD))
+    check_reopens(student, processor, tmp_path / "new", NAMES)
+
+
+def test_other_statistics_leave_size_and_crop(tmp_path):
+    model, _ = tiny("resnet")
+    own = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    _, processor = load_student(model, processor=own, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    expected = BitImageProcessor(
+        size={"shortest_edge": 40},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.1, 0.2, 0.3],
+        image_std=[0.4, 0.5, 0.6],
+    )
+    a, b = (torch.as_tensor(p(images=[picture()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
+    torch.testing.assert_close(a, b)
+    assert own.image_mean != processor.image_mean
+
+
+def test_another_size_keeps_statistics_that_are_composed_of_several_attributes():
+    model, _ = tiny("resnet")
+    settings = {"include_top": True, "image_mean": [0.2] * 3, "image_std": [0.4, 0.5, 0.6]}
+    settings |= {"rescale_offset": True, "rescale_factor": 1 / 127.5}
+    own = EfficientNetImageProcessor(size={"height": 32, "width": 32}, **settings)
+    _, processor = load_student(model, processor=own, image_size=48)
+    expected = EfficientNetImageProcessor(size={"height": 48, "width": 48}, **settings)
+    a, b = (torch.as_tensor(p(images=[picture()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="swaps"):
+        load_student(model, processor=MobileViTImageProcessor(), image_size=48)
+
+
+def test_a_folder_without_a_processor_gets_a_stated_default(tmp_path, monkeypatch):
+    tiny("vit")[0].save_pretrained(tmp_path)
+    said = []
+    monkeypatch.setattr("hf_kd.student.logger.warning", said.append)
+    _, processor = load_student(str(tmp_path))
+    assert len(said) == 1 and "no image processor" in said[0]
+    assert View(processor).size == (32, 32)
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("model", ["./nope", "/nope/model", "~/nope", "examples/x/y", "../nope", "/"])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_a_folder_that_is_not_there_is_called_so(model, scratch):
+    with pytest.raises((ValueError, OSError), match="no such folder" if model != "/" else "config.json"):
+        load_student(model, from_scratch=scratch)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"model": "timm/resnt18", "from_scratch": True}, "has no 'resnt18'"),
+        ({"model": tiny("vit")[0], "from_scratch": True}, "from_scratch"),
+        ({"model": tiny("vit")[0]}, "processor"),
+        ({"model": tiny("vit")[0], "processor": tiny("vit")[1], "id2label": NAMES}, "6 classes, id2label 3"),
+        ({"model": tiny("vit")[0], "processor": tiny("vit")[1], "id2label": {1: "a", 2: "b"}}, "classes"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        load_student(**kwargs)
+    with pytest.raises(ValueError, match="from 0 on"):
+        load_student(tiny("vit", 2)[0], processor=tiny("vit")[1], id2label={1: "a", 2: "b"})
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit"])
+def test_a_module_gets_the_names_and_its_processor(kind, tmp_path):
+    model, processor = tiny(kind, 3)
+    student, same = load_student(model, id2label=NAMES, processor=processor)
+    assert student is model and same is processor
+    check_reopens(student, same, tmp_path, NAMES)
