@@ -141,7 +141,7 @@ def test_names_cannot_break_the_card():
 
 def test_neither_token_nor_machine_path():
     token, home = "hf_" + "aB3" * 12, Path("/", "home", "anna")
-    run = record(command=f"python {home}/work/run.py --hub_token {token}", device=f"cpu of {token}")
+    run = record(command=f"python {home / 'work' / 'run.py'} --hub_token {token}", device=f"cpu of {token}")
     run["student"] |= {"id": f"{home}/models/tiny", "revision": None}
     run["teacher"] |= {"id": "~/models/big", "revision": None}
     card = model_card(run)
