@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_kd import DistillationConfig, DistillationTrainer, View
-from hf_kd.data import PictureCollator, PictureDataset
-from hf_kd.report import collect_versions
+from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing
+from hf_kd.data import ImageCollator, ImageDataset
+from hf_kd.reporting.record import collect_versions
 
 CLASSES = 1000
 
@@ -43,9 +43,9 @@ def student(size: int) -> tuple[ResNetForImageClassification, ViTImageProcessor]
 
 def rows(n: int, size: int) -> datasets.Dataset:
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
+    images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)})
-    return datasets.Dataset.from_dict({"image": pictures, "label": list(range(n))}, features=features)
+    return datasets.Dataset.from_dict({"image": images, "label": list(range(n))}, features=features)
 
 
 class Clock(TrainerCallback):
@@ -82,20 +82,20 @@ def by_trainer(loss: str, args, data):
 
 
 def by_hand(args, data):
-    """The same work with nothing of the trainer: decode, view, forward, CE, backward, clip, step, schedule, log."""
+    """The same work without the trainer: decode, preprocess, forward, CE, backward, clip, step, schedule, log."""
     model, processor = student(args.size)
-    view = View(processor)
+    preprocessing = Preprocessing(processor)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     loader = DataLoader(
-        PictureDataset(data, "image", "label"), args.batch, shuffle=True, collate_fn=PictureCollator(size=args.size)
+        ImageDataset(data, "image", "label"), args.batch, shuffle=True, collate_fn=ImageCollator(size=args.size)
     )
 
     def run() -> list[float]:
         times, total = [], torch.tensor(0.0)
         for _, batch in zip(range(args.steps + 2), loader, strict=False):
-            loss = F.cross_entropy(model(view(batch["pixels"], framed=True)).logits, batch["labels"])
+            loss = F.cross_entropy(model(preprocessing(batch["pixels"], cropped=True)).logits, batch["labels"])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

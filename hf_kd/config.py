@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from .data.transforms import AUGMENTS
 from .losses import LOSSES, DistillationLoss, get_loss
 
+AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,21 +52,17 @@ class DistillationConfig(TrainingArguments):
     augment: str = field(
         default="resized_crop",
         metadata={
-            "help": f"Training augmentation of pictures that come without one: {', '.join(AUGMENTS)}. pad_crop is the "
+            "help": f"Training augmentation of images that come without one: {', '.join(AUGMENTS)}. pad_crop is the "
             "CIFAR standard, resized_crop ImageNet's, deit adds RandAugment and random erasing."
         },
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: off. DeiT uses 0.8."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off. DeiT uses 1.0."})
-    view_size: int | None = field(
+    train_image_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Side in pixels of the shared training picture. Default: the larger of student and teacher."
-        },
+        metadata={"help": "Side in pixels of the shared training image. Default: the larger of student and teacher."},
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the pictures. Default: found by type."}
-    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
     lr_step_epochs: list[float] | None = field(
         default=None,
@@ -76,10 +72,10 @@ class DistillationConfig(TrainingArguments):
     )
     lr_step_factor: float = field(default=0.1, metadata={"help": "See lr_step_epochs. The CIFAR standard is 0.2."})
     max_skipped_fraction: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the pictures can't be decoded."}
+        default=0.01, metadata={"help": "Stop when more than this share of the images can't be decoded."}
     )
     feature_module: str | None = field(
-        default=None, metadata={"help": "USKD: module of the student whose output feeds the weak head."}
+        default=None, metadata={"help": "USKD: module of the student whose output feeds the auxiliary head."}
     )
     teacher_dtype: str | None = field(
         default=None,
@@ -118,8 +114,8 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
         if self.lr_step_epochs and (self.max_steps > 0 or self.warmup_steps):
             raise ValueError("lr_step_epochs goes with num_train_epochs, not with max_steps or warmup_steps.")
-        if self.view_size is not None and self.view_size < 1:
-            raise ValueError(f"view_size={self.view_size} must be a positive number of pixels.")
+        if self.train_image_size is not None and self.train_image_size < 1:
+            raise ValueError(f"train_image_size={self.train_image_size} must be a positive number of pixels.")
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "top1"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ece")):

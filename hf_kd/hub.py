@@ -55,7 +55,7 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
             raise error from None
 
 
-def explain(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
 
     Looks through the errors that transformers and datasets have wrapped around it. For an id that is not there, it
@@ -86,7 +86,7 @@ def explain(error: BaseException) -> str | None:
             )
         if "Dataset scripts are no longer supported" in text:
             return (
-                "the data set is made by a program of its own, which is no longer run: try the copy that the Hub made "
+                "the dataset is made by a program of its own, which is no longer run: try the copy that the Hub made "
                 "of it, --dataset_revision refs/convert/parquet."
             )
     return None

@@ -14,10 +14,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .hub import LOGIN, explain
-from .model_card import write_card
-from .record import make_record, write_record
-from .report import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
+from .hub import LOGIN, user_message
+from .reporting.card import write_card
+from .reporting.collect import make_record, write_record
+from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +78,7 @@ def check_push(
         if private and exists and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise ValueError(f"can't push to {repo_id}: {explain(error) or error}") from error
+        raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}") from error
     return repo_id
 
 
@@ -197,7 +197,7 @@ class PushesWhenAsked:
 
     def _record_is_missing(self) -> bool:
         """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
-        if self.eval_dataset is None or isinstance(self.eval_dataset, dict) or self.view is None:
+        if self.eval_dataset is None or isinstance(self.eval_dataset, dict) or self.preprocessing is None:
             return False
         file = Path(self.args.output_dir) / RUN_FILE
         history = json.loads(file.read_text()).get("history") if file.is_file() else None
@@ -214,7 +214,8 @@ class PushesWhenAsked:
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
         Where there is no run.json of this training yet, it is made, if there is one evaluation set and a processor:
-        with a new evaluation, and what a trainer knows. For more, such as the data's name, see `hf_kd.record`.
+        with a new evaluation, and what a trainer knows. For more, such as the data's name, see
+        `hf_kd.reporting.collect`.
 
         Args:
             commit_message: of the one commit.

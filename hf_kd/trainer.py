@@ -15,9 +15,8 @@ from torchvision.transforms import v2
 from transformers import Trainer
 from transformers.utils import logging
 
-from .checkpoints import (
-    LogLastStep,
-    SaveOnInterrupt,
+from .callbacks import LogLastStep, SaveOnInterrupt
+from .checkpointing import (
     check_finite,
     full_disk_named,
     last_checkpoint,
@@ -26,13 +25,13 @@ from .checkpoints import (
     weights_to_save,
 )
 from .config import DistillationConfig
-from .data import Mixer, PictureCollator, PictureDataset, build_transform
-from .inputs import aligned_teacher, as_pictures
+from .data import ImageCollator, ImageDataset, Mixer, as_image_dataset, build_transform
 from .metrics import ClassificationMeter, sample_statistics
+from .models.auxiliary_head import add_auxiliary_head
+from .models.forward import logits_of
+from .models.preprocessing import Preprocessing
+from .models.teacher import Teacher, aligned_teacher
 from .push import PushesWhenAsked
-from .teacher import Teacher
-from .views import View
-from .weak_head import attach_weak_head, logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -47,18 +46,18 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             order by name. It stays outside the student: never trained, never saved, always in eval mode.
         eval_teacher: a teacher for the agreement metrics only; default: `teacher`.
         train_dataset, eval_dataset: a `datasets.Dataset` with an image column is decoded and, for training, augmented
-            (`args.augment`) here. Any other map-style data set is used as it is: its items are dicts with `pixels`,
-            `image` or `img` (a picture), or with `pixel_values` normalised for the student, and with `label` or
-            `labels`. With `pixel_values`, the student's view is inverted to show the teacher the picture.
-        processing_class: the student's image processor; its `View` is measured from it.
-        data_collator: default: a `PictureCollator`; one of your own must give the keys that it gives.
+            (`args.augment`) here. Any other map-style dataset is used as it is: its items are dicts with `pixels`,
+            `image` or `img` (an image), or with `pixel_values` normalised for the student, and with `label` or
+            `labels`. With `pixel_values`, the student's preprocessing is inverted to show the teacher the image.
+        processing_class: the student's image processor; its `Preprocessing` is measured from it.
+        data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
         callbacks, **kwargs: as in `Trainer`.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
 
     Attributes:
-        skipped, eval_skipped (`dict[str, None]`): the pictures that this process could not decode in training and in
+        skipped, eval_skipped (`dict[str, None]`): the images that this process could not decode in training and in
             evaluation, in order of appearance.
     """
 
@@ -90,15 +89,17 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
                 "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
             )
         args.check_teacher(teacher is not None)
-        self.view = View(processing_class) if processing_class is not None else None
+        self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        train_dataset = as_pictures(train_dataset, self._id2label(model), args)
-        eval_dataset = as_pictures(eval_dataset, self._id2label(model), args)
+        train_dataset = as_image_dataset(train_dataset, self._id2label(model), args)
+        eval_dataset = as_image_dataset(eval_dataset, self._id2label(model), args)
         given = functools.partial(aligned_teacher, model=model, id2label=self._id2label(model), args=args)
         self.teacher = given(teacher) if self.train_loss.needs_teacher else None
         self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
         if self.train_loss.needs_feature:
-            attach_weak_head(model, self._num_classes(model), self._need_view().size, args.feature_module, args.seed)
+            add_auxiliary_head(
+                model, self._num_classes(model), self._need_preprocessing().size, args.feature_module, args.seed
+            )
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self.teacher_metrics: dict[str, float] | None = None
@@ -139,55 +140,55 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             f"the student ({type(model).__name__}) has no config with num_labels and id2label; give it one."
         )
 
-    def _need_view(self) -> View:
-        if self.view is None:
+    def _need_preprocessing(self) -> Preprocessing:
+        if self.preprocessing is None:
             raise ValueError("the student's image processor is needed here: pass processing_class=.")
-        return self.view
+        return self.preprocessing
 
     # ---- data ----
 
     def _shared_size(self) -> int:
-        if self.args.view_size:
-            return self.args.view_size
-        views = [self._need_view(), *([self.teacher.view] if self.teacher else [])]
-        return max(max(view.size) for view in views)
+        if self.args.train_image_size:
+            return self.args.train_image_size
+        preprocessings = [self._need_preprocessing(), *([self.teacher.preprocessing] if self.teacher else [])]
+        return max(max(preprocessing.size) for preprocessing in preprocessings)
 
-    def _collator(self, training: bool) -> PictureCollator:
+    def _collator(self, training: bool) -> ImageCollator:
         args = self.args
         if training:
             mixer = None
             if args.mixup_alpha or args.cutmix_alpha:
                 mixer = Mixer(self._num_classes(self.model), args.mixup_alpha, args.cutmix_alpha)
-            size = self._shared_size() if self.view else None
-            return PictureCollator(size=size, mixer=mixer, label_column=args.label_column)
-        frame = self.view.frame if self.view else None
-        other = self.eval_teacher is not None and self.eval_teacher.view != self.view
-        teacher_frame = self.eval_teacher.view.frame if other else None
-        return PictureCollator(frame, teacher_frame, label_column=args.label_column, keep_skipped=True)
+            size = self._shared_size() if self.preprocessing else None
+            return ImageCollator(size=size, mixer=mixer, label_column=args.label_column)
+        frame = self.preprocessing.resize_and_crop if self.preprocessing else None
+        other = self.eval_teacher is not None and self.eval_teacher.preprocessing != self.preprocessing
+        teacher_frame = self.eval_teacher.preprocessing.resize_and_crop if other else None
+        return ImageCollator(frame, teacher_frame, label_column=args.label_column, keep_skipped=True)
 
     def _augmentation(self):
         size = self._shared_size() if self.args.augment in ("resized_crop", "deit") else None
         transform = build_transform(self.args.augment, size)
-        if self.args.view_size and size is None:
-            resize = v2.Resize((self.args.view_size,) * 2, v2.InterpolationMode.BICUBIC, antialias=True)
+        if self.args.train_image_size and size is None:
+            resize = v2.Resize((self.args.train_image_size,) * 2, v2.InterpolationMode.BICUBIC, antialias=True)
             transform = v2.Compose([transform, resize])
         return transform
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = as_pictures(dataset, self._id2label(self.model), self.args)
-        if is_training and isinstance(dataset, PictureDataset):
-            dataset = copy.copy(dataset)  # evaluation on the same data set must not see the augmentation
+        dataset = as_image_dataset(dataset, self._id2label(self.model), self.args)
+        if is_training and isinstance(dataset, ImageDataset):
+            dataset = copy.copy(dataset)  # evaluation on the same dataset must not see the augmentation
             dataset.transform = dataset.transform or self._augmentation()
-            dataset.stand_in = True
+            dataset.replacement = True
         if self._own_collator:
             self.data_collator = self._collator(is_training)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if given:  # transformers keeps one loader for all data sets that are given, where workers persist
+        if given:  # transformers keeps one loader for all datasets that are given, where workers persist
             kept, self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}), {}
         loader = super().get_eval_dataloader(eval_dataset)
         if given:
@@ -195,7 +196,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         return loader
 
     def _run_epoch(self, *args, epoch, **kwargs):
-        # accelerate forwards set_epoch to the data set only where the sampler takes none.
+        # accelerate forwards set_epoch to the dataset only where the sampler takes none.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
@@ -210,7 +211,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         skipped.update(dict.fromkeys(batch.pop("skipped", ())))
         if len(skipped) > self.args.max_skipped_fraction * total:
             raise ValueError(
-                f"{len(skipped)} of {total} pictures could not be decoded, more than "
+                f"{len(skipped)} of {total} images could not be decoded, more than "
                 f"max_skipped_fraction={self.args.max_skipped_fraction} allows. The first: {list(skipped)[:5]}."
             )
 
@@ -237,7 +238,9 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
 
     def _student_input(self, inputs: dict) -> torch.Tensor:
         values = (
-            inputs["pixel_values"] if "pixel_values" in inputs else self._need_view()(inputs["pixels"], framed=True)
+            inputs["pixel_values"]
+            if "pixel_values" in inputs
+            else self._need_preprocessing()(inputs["pixels"], cropped=True)
         )
         return values.to(next(self.model.parameters()).dtype)
 
@@ -246,16 +249,16 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             return None
         pixels = inputs.get("teacher_pixels", inputs.get("pixels"))
         if pixels is None:
-            pixels = self._need_view().invert(inputs["pixel_values"])
-        return teacher(pixels, framed=True)
+            pixels = self._need_preprocessing().invert(inputs["pixel_values"])
+        return teacher(pixels, cropped=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
-        # The wrapped model, with a hook's output where there is a weak head; never labels: transformers' models would
+        # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
         output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
-        weak = {"weak_logits": output["weak_logits"]} if self.train_loss.needs_feature else {}
+        weak = {"weak_logits": output["aux_logits"]} if self.train_loss.needs_feature else {}
         teacher_logits = self._teacher_logits(self.teacher, inputs)
         terms = self.train_loss(logits, labels, teacher_logits=teacher_logits, **weak)
         share = 1.0
@@ -296,7 +299,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             )
 
     def floating_point_ops(self, inputs) -> int:
-        return 0  # transformers estimates them from token counts, which pictures have none of
+        return 0  # transformers estimates them from token counts, which images have none of
 
     # ---- evaluation ----
 
@@ -322,7 +325,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         if self._meter is not None:
             self._note_skipped(inputs, self._skipped_now, self._evaluated)
         inputs = self._prepare_inputs(inputs)
-        labels = _hard(inputs["labels"])
+        labels = hard_labels(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(model(self._student_input(inputs))).float()
         statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
@@ -335,14 +338,14 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
 
         Args:
-            samples: measure on so many pictures, evenly spaced; default: on all, and keep it as `teacher_metrics`.
+            samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
             teacher: default: `eval_teacher`.
         """
         teacher = teacher or self.eval_teacher
         source = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         source = next(iter(source.values())) if isinstance(source, dict) else source
         part = source
-        if samples is not None and samples < len(source):  # spaced, since many data sets are sorted by class
+        if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
             part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
         meter = ClassificationMeter()
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
@@ -352,21 +355,23 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
                     inputs.pop("teacher_pixels", None)
                 inputs = self._prepare_inputs(inputs)
                 logits = self._teacher_logits(teacher, inputs)
-                meter.update(self.accelerator.gather_for_metrics(sample_statistics(logits, _hard(inputs["labels"]))))
+                meter.update(
+                    self.accelerator.gather_for_metrics(sample_statistics(logits, hard_labels(inputs["labels"])))
+                )
         metrics = meter.compute()
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
 
     def _check_teacher(self) -> None:
-        """A teacher near chance has the wrong classes, the wrong view or no training: say so before the run."""
+        """Warn before the run about a teacher near chance: wrong classes, wrong preprocessing or no training."""
         samples = self.args.teacher_check_batches * self.args.eval_batch_size * self.args.world_size
         known = self.teacher_metrics if self.teacher is self.eval_teacher else None
         metrics = known or self.measure_teacher(samples, self.teacher)
         top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
         if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
             logger.warning_once(
-                f"the teacher is right on {top1:.1%} of {n:.0f} pictures, chance is {chance:.1%}: check its class "
+                f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
                 "names, its preprocessing, and that it was trained for these classes."
             )
 
@@ -386,7 +391,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             self._check_teacher()
         self._started = time.perf_counter()
         if "torch._dynamo" in sys.modules:
-            # Dynamo does not guard on hooks: it would give a student with the weak head the code of one without.
+            # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
             torch.compiler.reset()
         try:
             result = super().train(resume_from_checkpoint, **kwargs)
@@ -416,7 +421,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student as a plain model, and the weak head beside it in checkpoints only. Pushes nothing."""
+        """Saves the student as a plain model, and the auxiliary head beside it in checkpoints only. Pushes nothing."""
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
         if _internal_call and self.args.should_save:
@@ -437,6 +442,6 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
 
-def _hard(labels: torch.Tensor) -> torch.Tensor:
+def hard_labels(labels: torch.Tensor) -> torch.Tensor:
     """Class indices (B,) of labels that may be one value a class, (B, C)."""
     return labels.argmax(-1) if labels.ndim == 2 else labels

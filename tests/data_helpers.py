@@ -1,4 +1,4 @@
-"""Pictures for the data tests, and the fixture and the mark that hold for all of them."""
+"""Images for the data tests, and the fixture and the mark that hold for all of them."""
 
 import io
 
@@ -21,15 +21,15 @@ def alone(tmp_path, monkeypatch):
 
 
 def photo(height=37, width=53, channels=3, seed=0):
-    """A smooth picture, which JPEG keeps well, without any symmetry."""
+    """A smooth image, which JPEG keeps well, without any symmetry."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, channels), dtype=np.uint8)
     planes = [PIL.Image.fromarray(coarse[..., c]).resize((width, height), 3) for c in range(channels)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
-def encode(picture, kind="PNG", **options):
-    if not isinstance(picture, PIL.Image.Image):
-        picture = PIL.Image.fromarray(picture)
+def encode(image, kind="PNG", **options):
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.fromarray(image)
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()

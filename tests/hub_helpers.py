@@ -9,7 +9,7 @@ from local_hub import LocalHub
 from PIL import Image
 
 from hf_kd import DistillationConfig, DistillationTrainer
-from hf_kd.hub import explain
+from hf_kd.hub import user_message
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 ANNA = "hf_" + "a" * 34
@@ -25,20 +25,18 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-def picture(height=50, width=70):
+def image(height=50, width=70):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def trainer_for(student, processor, folder, **settings):
     pixels = torch.randint(0, 256, (8, 3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pictures = [{"pixels": x, "labels": i % 6} for i, x in enumerate(pixels)]
+    images = [{"pixels": x, "labels": i % 6} for i, x in enumerate(pixels)]
     settings = {"loss": "uskd", "max_steps": 1, "save_strategy": "no"} | settings
     args = DistillationConfig(
         str(folder), per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True, **settings
     )
-    return DistillationTrainer(
-        student, args, train_dataset=pictures, eval_dataset=pictures, processing_class=processor
-    )
+    return DistillationTrainer(student, args, train_dataset=images, eval_dataset=images, processing_class=processor)
 
 
 def logits(model, values):
@@ -48,10 +46,10 @@ def logits(model, values):
 
 
 def told(call, *args, **kwargs):
-    """What `explain` says of the error that a call ends with."""
+    """What `user_message` says of the error that a call ends with."""
     with pytest.raises(Exception) as caught:
         call(*args, **kwargs)
-    message = explain(caught.value)
+    message = user_message(caught.value)
     assert message is not None, caught.value
     assert "\n" not in message and "Traceback" not in message
     return message

@@ -18,7 +18,7 @@ does otherwise than the Hub:
   .gitignore of a repository (whether a file is LFS follows from its suffix and size), names of repositories;
 - redirects of small files and of renamed repositories, compression, pages of long lists, sorting and filters other
   than `search` (all words must be in the id, where the Hub has an index), `author` and `limit`;
-- pull requests, discussions, git itself, web pages, the data set viewer and its parquet export;
+- pull requests, discussions, git itself, web pages, the dataset viewer and its parquet export;
 - access: a gated repository gives no file to whom it was not granted (`grant`, members of the owner), whatever a
   fine-grained token says of gated repositories; of its permissions only repo.content.read and repo.write count, for a
   user, an organisation or one repository; a member of an organisation has one role in all of its repositories.
@@ -266,7 +266,7 @@ def deit_tiny(folder, seed=0, layers=3):
     """A random facebook/deit-tiny-patch16-224 of hidden size 32 for 32 px; returns `folder`.
 
     Like the real one it is a ViT (`model_type` "vit") with ImageNet's 1000 classes, the same files, names of weights
-    and kind of processor. Unlike it, it has learnt nothing, and its width, depth, patches and pictures are small: what
+    and kind of processor. Unlike it, it has learnt nothing, and its width, depth, patches and images are small: what
     it scores, how long it takes and what it needs of memory say nothing about the real one.
     """
     import timm
@@ -300,9 +300,9 @@ def deit_tiny(folder, seed=0, layers=3):
 def cifar100(folder, n_train=200, n_test=100, seed=0):
     """A random uoft-cs/cifar100 with columns, features and files of the real one; returns `folder`.
 
-    Labels go round through the 100 classes; which coarse class a fine one belongs to is made up. A picture is noise
+    Labels go round through the 100 classes; which coarse class a fine one belongs to is made up. An image is noise
     around a colour that belongs to its class, so that a model can learn a little; scores say nothing about the real
-    pictures, of which there are none here.
+    images, of which there are none here.
     """
     import numpy as np
     import yaml

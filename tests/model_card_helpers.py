@@ -24,7 +24,7 @@ def metrics(arm, seed):
 
 
 def verdict_of(loss, against):
-    """What `hf_kd.verdict` writes, with means and intervals that are plain numbers here."""
+    """What `hf_kd.reporting.significance` writes, with means and intervals that are plain numbers here."""
     tests = []
     for i, other in enumerate(against):
         differences = [100 * (metrics(loss, s)["top1"] - metrics(other, s)["top1"]) + 0.13 * s for s in SEEDS]
@@ -80,7 +80,7 @@ def record(loss="uskd", seed=1, **more):
             "skipped": {"count": 129, "examples": [], "eval_count": 27, "eval_examples": []},
         },
         "preset": {"name": "vit_finetune", "source": "as arXiv 2303.13005 does", "changed": ["learning_rate"]},
-        "latency": {"how": "median of 30 forwards of one picture, 1 thread, Some CPU 7742"},
+        "latency": {"how": "median of 30 forwards of one image, 1 thread, Some CPU 7742"},
         "repo_id": "anna/deit-tiny-cifar100",
         "seed": seed,
         "command": "accelerate launch examples/run_distill.py --student facebook/deit-tiny-patch16-224 --loss uskd",

@@ -1,4 +1,4 @@
-"""What the tests of loading and of the weak head share: a picture, logits, and what transformers reopens."""
+"""What the tests of loading and of the auxiliary head share: an image, logits, and what transformers reopens."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 NAMES = ["tabby cat", "fire truck", "daisy"]
 
 
-def picture(height=41, width=57, seed=0):
+def image(height=41, width=57, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -19,17 +19,17 @@ def logits(model, values):
 
 
 def check_reopens(model, processor, folder, names):
-    """What transformers alone makes of the folder: the same logits for a picture, and the class names."""
+    """What transformers alone makes of the folder: the same logits for an image, and the class names."""
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
-    values = torch.as_tensor(processor(images=[picture()], return_tensors="pt")["pixel_values"])
+    values = torch.as_tensor(processor(images=[image()], return_tensors="pt")["pixel_values"])
     again, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    values_again = AutoImageProcessor.from_pretrained(folder)(images=[picture()], return_tensors="pt")["pixel_values"]
+    values_again = AutoImageProcessor.from_pretrained(folder)(images=[image()], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(torch.as_tensor(values_again), values)
     expected = logits(model, values)
     torch.testing.assert_close(logits(again, values), expected)
     assert again.config.id2label == dict(enumerate(names))
-    answer = pipeline("image-classification", model=str(folder))(picture(), top_k=len(names))
+    answer = pipeline("image-classification", model=str(folder))(image(), top_k=len(names))
     probabilities = dict(zip(names, expected.softmax(1)[0].tolist(), strict=True))
     assert {a["label"]: a["score"] for a in answer} == pytest.approx(probabilities, abs=1e-4)

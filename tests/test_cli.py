@@ -14,14 +14,14 @@ from PIL import Image
 from tiny import tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_kd.arguments import make_parser, parse
 from hf_kd.cli import main
+from hf_kd.cli.arguments import make_parser, parse
 
 NAMES = [f"class {i}" for i in range(6)]
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pictures(n, seed):
+def images(n, seed):
     """Each class is a colour, with noise: something that can be learned in a few steps."""
     rng = np.random.default_rng(seed)
     colours = np.random.default_rng(0).integers(40, 216, (6, 1, 1, 3))
@@ -32,14 +32,12 @@ def pictures(n, seed):
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """A folder with a data set (parquet), an architecture (`student`), a trained-looking `teacher`, and a config."""
+    """A folder with a dataset (parquet), an architecture (`student`), a trained-looking `teacher`, and a config."""
     folder = tmp_path_factory.mktemp("things")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     (folder / "data").mkdir()
     for split, n, seed in (("train", 48, 1), ("test", 24, 2)):
-        datasets.Dataset.from_dict(pictures(n, seed), features=features).to_parquet(
-            folder / "data" / f"{split}.parquet"
-        )
+        datasets.Dataset.from_dict(images(n, seed), features=features).to_parquet(folder / "data" / f"{split}.parquet")
     for name, kind, seed in (("student", "vit", 0), ("teacher", "resnet", 7)):
         model, processor = tiny(kind, seed=seed, names=NAMES)
         model.save_pretrained(folder / name)
@@ -63,7 +61,7 @@ def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(out)
     assert [model.config.id2label[i] for i in range(6)] == NAMES
     assert AutoImageProcessor.from_pretrained(out).size["height"] == 32
-    answers = pipeline("image-classification", model=str(out))(pictures(1, 3)["image"][0])
+    answers = pipeline("image-classification", model=str(out))(images(1, 3)["image"][0])
     assert answers[0]["label"] in NAMES
 
     run = json.loads((out / "run.json").read_text())
@@ -98,7 +96,7 @@ def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
     assert all("agreement" in run["metrics"] and run["teacher_metrics"]["top1"] is not None for run in runs)
     assert "difference to CE" in printed and "teacher" in printed
     assert (out / "curves.png").is_file() and (out / "nkd" / "model.safetensors").is_file()
-    assert not list(out.rglob("*kd_head*"))
+    assert not list(out.rglob("*aux_head*"))
 
 
 def test_verdict_trains_the_controls_over_seeds_and_tests_pairs(things, tmp_path, capsys):

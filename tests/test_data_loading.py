@@ -1,4 +1,4 @@
-"""Data sets and their epochs, batches, columns, and loading of local data."""
+"""Datasets and their epochs, batches, columns, and loading of local data."""
 
 import logging
 import pickle
@@ -16,9 +16,9 @@ from data_helpers import pytestmark as pytestmark
 from torch.utils.data import DataLoader
 
 from hf_kd.data import (
+    ImageCollator,
+    ImageDataset,
     Mixer,
-    PictureCollator,
-    PictureDataset,
     build_transform,
     class_names,
     find_columns,
@@ -27,10 +27,10 @@ from hf_kd.data import (
 )
 from hf_kd.data.columns import encode_labels
 
-# ---- data set
+# ---- dataset
 
 
-def picture_table(count=12, broken=(), size=16):
+def image_table(count=12, broken=(), size=16):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     data = [encode(photo(size, size, seed=i)) for i in range(count)]
     data = [
@@ -42,7 +42,7 @@ def picture_table(count=12, broken=(), size=16):
 class EveryRng(torch.nn.Module):
     """Draws from the three generators, as RandAugment and torchvision do between them."""
 
-    def forward(self, picture):
+    def forward(self, image):
         draws = [random.randrange(256), int(np.random.randint(256)), int(torch.randint(256, ()))]
         return torch.tensor(draws, dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
 
@@ -53,31 +53,29 @@ def epoch_of(loader, dataset, epoch):
 
 
 def test_items_depend_on_seed_epoch_and_index_alone():
-    table = picture_table()
-    plain = PictureDataset(table, "image", "label", EveryRng(), seed=5)
+    table = image_table()
+    plain = ImageDataset(table, "image", "label", EveryRng(), seed=5)
     expected = {}
     for epoch in (0, 1):
         plain.set_epoch(epoch)
         expected[epoch] = torch.stack([plain[i]["pixels"] for i in reversed(range(12))]).flip(0)
     assert len({tuple(x[:, 0, 0].tolist()) for epoch in (0, 1) for x in expected[epoch]}) == 24  # all differ
-    other = PictureDataset(table, "image", "label", EveryRng(), seed=6)
+    other = ImageDataset(table, "image", "label", EveryRng(), seed=6)
     assert not torch.equal(other[0]["pixels"], expected[0][0])
 
     for workers, persistent in ((0, False), (2, False), (2, True)):
-        dataset = PictureDataset(table, "image", "label", EveryRng(), seed=5)
-        loader = DataLoader(
-            dataset, 5, collate_fn=PictureCollator(), num_workers=workers, persistent_workers=persistent
-        )
+        dataset = ImageDataset(table, "image", "label", EveryRng(), seed=5)
+        loader = DataLoader(dataset, 5, collate_fn=ImageCollator(), num_workers=workers, persistent_workers=persistent)
         for epoch in (0, 1, 0):
             assert torch.equal(epoch_of(loader, dataset, epoch), expected[epoch]), (workers, persistent, epoch)
 
 
 def test_spawned_workers_see_the_epoch():
-    dataset = PictureDataset(picture_table(4), "image", "label", build_transform("pad_crop"), seed=5)
+    dataset = ImageDataset(image_table(4), "image", "label", build_transform("pad_crop"), seed=5)
     loader = DataLoader(
         dataset,
         4,
-        collate_fn=PictureCollator(),
+        collate_fn=ImageCollator(),
         num_workers=1,
         persistent_workers=True,
         multiprocessing_context="spawn",
@@ -87,8 +85,8 @@ def test_spawned_workers_see_the_epoch():
 
 
 def test_dataset_and_mixing_leave_the_callers_generators_alone():
-    dataset = PictureDataset(picture_table(), "image", "label", build_transform("deit", 16))
-    collator = PictureCollator(mixer=Mixer(3, 0.8, 1.0))
+    dataset = ImageDataset(image_table(), "image", "label", build_transform("deit", 16))
+    collator = ImageCollator(mixer=Mixer(3, 0.8, 1.0))
 
     def draws():
         return random.random(), np.random.random(), float(torch.rand(()))
@@ -107,9 +105,9 @@ def test_dataset_and_mixing_leave_the_callers_generators_alone():
     assert not torch.equal(batch["labels"], collator([dataset[i] for i in range(4)])["labels"])
 
 
-def test_items_and_undecodable_pictures():
-    table = picture_table(broken=(1,))
-    dataset = pickle.loads(pickle.dumps(PictureDataset(table, "image", "label")))
+def test_items_and_undecodable_images():
+    table = image_table(broken=(1,))
+    dataset = pickle.loads(pickle.dumps(ImageDataset(table, "image", "label")))
     assert len(dataset) == 12
     item = dataset[2]
     assert set(item) == {"pixels", "labels", "seed"} and item["labels"] == 2 and isinstance(item["seed"], int)
@@ -118,7 +116,7 @@ def test_items_and_undecodable_pictures():
     with pytest.raises(IndexError):
         dataset[12]
     with pytest.raises(ValueError, match="image.*label"):
-        PictureDataset(table, "img", "label")
+        ImageDataset(table, "img", "label")
 
 
 # ---- collator
@@ -130,73 +128,73 @@ def test_collator_accepts_every_kind_of_item():
     for key in ("pixels", "image", "img"):
         kinds = [pixels, rgb, PIL.Image.fromarray(rgb), {"bytes": encode(rgb), "path": None}]
         for label_key in ("labels", "label", "kind"):
-            batch = PictureCollator(label_column="kind")([{key: x, label_key: i} for i, x in enumerate(kinds)])
+            batch = ImageCollator(label_column="kind")([{key: x, label_key: i} for i, x in enumerate(kinds)])
             assert torch.equal(batch["pixels"], torch.stack([pixels] * 4)) and batch["pixels"].is_contiguous()
             assert set(batch) == {"pixels", "labels"}
             assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [0, 1, 2, 3]
     values = torch.randn(2, 3, 8, 8)
-    batch = PictureCollator()([{"pixel_values": values[i], "label": [0.25, 0.75]} for i in range(2)])
+    batch = ImageCollator()([{"pixel_values": values[i], "label": [0.25, 0.75]} for i in range(2)])
     assert torch.equal(batch["pixel_values"], values) and "pixels" not in batch
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [[0.25, 0.75]] * 2
-    batch = PictureCollator()([{"pixel_values": values[i].numpy(), "labels": np.int64(i)} for i in range(2)])
+    batch = ImageCollator()([{"pixel_values": values[i].numpy(), "labels": np.int64(i)} for i in range(2)])
     assert torch.equal(batch["pixel_values"], values) and batch["labels"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="image, kind"):
-        PictureCollator()([{"image": rgb, "kind": 1}])
-    with pytest.raises(ValueError, match="picture, label"):
-        PictureCollator()([{"picture": rgb, "label": 1}])
+    with pytest.raises(ValueError, match="photo, kind"):
+        ImageCollator()([{"photo": rgb, "kind": 1}])
+    with pytest.raises(ValueError, match="photo, label"):
+        ImageCollator()([{"photo": rgb, "label": 1}])
 
 
 def test_collator_shapes_and_frames():
     items = [{"image": photo(20 + i, 30), "label": i} for i in range(3)]
     with pytest.raises(ValueError, match="size"):
-        PictureCollator()(items)
-    batch = PictureCollator(size=16)(items)
+        ImageCollator()(items)
+    batch = ImageCollator(size=16)(items)
     assert batch["pixels"].shape == (3, 3, 16, 16) and batch["pixels"].dtype == torch.uint8
     for item, pixels in zip(items, batch["pixels"], strict=True):
         expected = np.asarray(PIL.Image.fromarray(item["image"]).resize((16, 16), PIL.Image.BICUBIC))
         assert np.abs(pixels.permute(1, 2, 0).int().numpy() - expected.astype(int)).max() <= 2
-    assert PictureCollator(size=16)(items[:1])["pixels"].shape == (1, 3, 20, 30)
+    assert ImageCollator(size=16)(items[:1])["pixels"].shape == (1, 3, 20, 30)
 
     def frame(side):
-        return lambda pictures: torch.stack([picture[:, :side, :side] for picture in pictures])
+        return lambda images: torch.stack([image[:, :side, :side] for image in images])
 
-    batch = PictureCollator(frame=frame(4), teacher_frame=frame(8))(items)
+    batch = ImageCollator(frame=frame(4), teacher_frame=frame(8))(items)
     assert batch["pixels"].shape == (3, 3, 4, 4) and batch["teacher_pixels"].shape == (3, 3, 8, 8)
     assert torch.equal(batch["teacher_pixels"][:, :, :4, :4], batch["pixels"])
     for wrong in ({"teacher_frame": frame(4)}, {"keep_skipped": True}):
         with pytest.raises(ValueError, match="mixer"):
-            PictureCollator(mixer=Mixer(3, 1.0), **wrong)
+            ImageCollator(mixer=Mixer(3, 1.0), **wrong)
 
 
 def test_collator_drops_or_keeps_what_cannot_be_decoded():
-    dataset = PictureDataset(picture_table(broken=(0, 2)), "image", "label")
+    dataset = ImageDataset(image_table(broken=(0, 2)), "image", "label")
     items = [dataset[i] for i in range(4)] + [{"image": b"broken", "label": 1}]
-    batch = PictureCollator()(items)
+    batch = ImageCollator()(items)
     assert batch["pixels"].shape == (2, 3, 16, 16) and batch["labels"].tolist() == [1, 0]
     assert [text.split(":")[0] for text in batch["skipped"]] == [
         "0",
         "2",
-        "no picture file that Pillow knows; it begins with b'broken'",
+        "no image file that Pillow knows; it begins with b'broken'",
     ]
-    kept = PictureCollator(keep_skipped=True)(items)
+    kept = ImageCollator(keep_skipped=True)(items)
     assert kept["labels"].tolist() == [-100, 1, -100, 0, -100] and kept["skipped"] == batch["skipped"]
     assert kept["pixels"].shape == (5, 3, 16, 16) and kept["pixels"][[0, 2, 4]].sum() == 0
     assert torch.equal(kept["pixels"][[1, 3]], batch["pixels"])
 
     soft = [{"image": photo(8, 8), "label": [0.5, 0.5]}, {"skipped": "x"}]
-    assert PictureCollator(keep_skipped=True)(soft)["labels"].tolist() == [[0.5, 0.5], [-100, -100]]
+    assert ImageCollator(keep_skipped=True)(soft)["labels"].tolist() == [[0.5, 0.5], [-100, -100]]
     lost = [{"skipped": "a.png: truncated"}, {"skipped": "b.png: empty"}]
-    for collator in (PictureCollator(), PictureCollator(keep_skipped=True)):
+    for collator in (ImageCollator(), ImageCollator(keep_skipped=True)):
         with pytest.raises(ValueError, match="a.png: truncated; b.png: empty"):
             collator(lost)
-    for options in ({"size": 6}, {"frame": lambda pictures: torch.stack([x[:, :6, :6] for x in pictures])}):
-        batch = PictureCollator(keep_skipped=True, **options)(lost)
+    for options in ({"size": 6}, {"frame": lambda images: torch.stack([x[:, :6, :6] for x in images])}):
+        batch = ImageCollator(keep_skipped=True, **options)(lost)
         assert batch["pixels"].shape == (2, 3, 6, 6) and batch["labels"].tolist() == [-100, -100]
 
 
 def test_collator_mixes_last():
     items = [{"pixels": photo(8, 8, seed=i), "labels": i, "seed": 7} for i in range(4)]
-    batch = PictureCollator(mixer=Mixer(4, mixup_alpha=1.0))(items)
+    batch = ImageCollator(mixer=Mixer(4, mixup_alpha=1.0))(items)
     pixels = torch.stack([torch.from_numpy(item["pixels"]).permute(2, 0, 1) for item in items]) / 255
     expected = torch.einsum("bc,chwd->bhwd", batch["labels"], pixels)
     assert 0 < batch["labels"].max() < 1 and torch.allclose(batch["pixels"], expected, atol=1e-5)
@@ -217,7 +215,7 @@ def test_find_columns():
     assert found("photo", "x", x=text, photo=image, img=image, label=label) == ("photo", "x")
     raw = {"bytes": datasets.Value("binary"), "path": text}
     assert found(img=raw, labels=datasets.Value("int64")) == ("img", "labels")
-    assert find_columns(picture_table(3)) == ("image", "label")
+    assert find_columns(image_table(3)) == ("image", "label")
     for given, features, message in (
         ((), {"a": image, "b": image, "label": label}, "several.*a, b.*--image_column"),
         ((), {"image": image, "p": label, "q": label}, "several.*p, q.*--label_column"),
@@ -228,19 +226,19 @@ def test_find_columns():
     ):
         with pytest.raises(ValueError, match=message):
             found(*given, **features)
-    assert class_names(picture_table(3), "label") == ["a", "b", "c"]
+    assert class_names(image_table(3), "label") == ["a", "b", "c"]
     with pytest.raises(ValueError, match="label"):
         class_names(datasets.Dataset.from_dict({"label": [1]}), "label")
 
 
-def write_parquet(folder, labels_of, column="label", image="img", picture=True):
+def write_parquet(folder, labels_of, column="label", image="img", with_images=True):
     folder.mkdir(exist_ok=True, parents=True)
     for split, labels in labels_of.items():
         columns = {column: labels}
-        if picture:
+        if with_images:
             columns[image] = [{"bytes": encode(photo(8, 8, seed=i)), "path": None} for i in range(len(labels))]
         table = datasets.Dataset.from_dict(columns)
-        if picture:
+        if with_images:
             table = table.cast_column(image, datasets.Image())
         table.to_parquet(folder / f"{split}.parquet")
     return str(folder)
@@ -268,7 +266,7 @@ def test_load_text_labels_the_same_way_in_both_splits(tmp_path):
 
 
 def test_load_holds_out_the_same_stratified_part(tmp_path, caplog):
-    path = write_parquet(tmp_path / "d", {"pictures": [0] * 50 + [1] * 30 + [2] * 20}) + "/pictures.parquet"
+    path = write_parquet(tmp_path / "d", {"images": [0] * 50 + [1] * 30 + [2] * 20}) + "/images.parquet"
     with caplog.at_level(logging.WARNING, logger=loading.__name__):
         data = load_data(path, eval_fraction=0.2)
     assert len([r for r in caplog.records if r.name == loading.__name__]) == 1 and "held out" in caplog.text
@@ -336,7 +334,7 @@ def test_load_image_folder_with_an_unlabelled_test_set(tmp_path, caplog):
 
 
 def test_load_what_save_to_disk_wrote(tmp_path):
-    datasets.DatasetDict(train=picture_table(9), test=picture_table(3)).save_to_disk(str(tmp_path / "d"))
+    datasets.DatasetDict(train=image_table(9), test=image_table(3)).save_to_disk(str(tmp_path / "d"))
     data = load_data(str(tmp_path / "d"))
     assert (len(data.train), len(data.eval), data.names) == (9, 3, ["a", "b", "c"])
 
@@ -345,8 +343,8 @@ def test_load_from_the_hub_asks_for_the_right_thing(monkeypatch):
     class Revision(str):
         resolved = "c0ffee" * 6 + "abcd"
 
-    asked, splits = [], datasets.DatasetDict(train=picture_table(9), validation=picture_table(3))
-    splits["test"] = picture_table(3).select([])
+    asked, splits = [], datasets.DatasetDict(train=image_table(9), validation=image_table(3))
+    splits["test"] = image_table(3).select([])
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or splits)
     monkeypatch.setattr(loading, "resolve", lambda name, revision, kind: Revision(f"{revision} of {kind} {name}"))
     data = load_data("owner/name", config_name="small", revision="v1")
@@ -392,7 +390,7 @@ def test_load_errors_say_what_there_is_and_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="none.*kind.*img.*--label_column"):
         load_data(write_parquet(tmp_path / "nolabel", {"train": [0, 1]}, column="kind"))
     with pytest.raises(ValueError, match="none.*--image_column"):
-        load_data(write_parquet(tmp_path / "nopicture", {"train": [0, 1]}, picture=False))
+        load_data(write_parquet(tmp_path / "no_images", {"train": [0, 1]}, with_images=False))
     pq.write_table(pq.read_table(f"{good}/train.parquet").slice(0, 0), tmp_path / "good" / "validation.parquet")
     with pytest.raises(ValueError, match="validation.parquet.*empty"):
         load_data(good)
@@ -407,8 +405,8 @@ def test_load_errors_say_what_there_is_and_the_way_out(tmp_path, monkeypatch):
 
 
 def test_labels_beyond_the_names(tmp_path):
-    features = picture_table(3).features
-    table = picture_table(3).cast_column("label", datasets.Value("int64"))
+    features = image_table(3).features
+    table = image_table(3).cast_column("label", datasets.Value("int64"))
     table = datasets.Dataset(table.data.table.set_column(1, "label", [[0, 1, 7]]))
     table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=features))
     with pytest.raises(ValueError, match=r"1 of the 3 labels.*\[7\]"):

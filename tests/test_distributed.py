@@ -78,7 +78,7 @@ def launch(folder: Path, loss: str, processes: int) -> dict:
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
 def test_two_processes_equal_one(loss, tmp_path):
-    """48 pictures: the last optimizer step has half as many, and the evaluation set (21) is odd."""
+    """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = (launch(tmp_path / str(n), loss, n) for n in (1, 2))
     assert len(one["history"]) == len(two["history"])
     for a, b in zip(one["history"], two["history"], strict=True):
@@ -90,10 +90,10 @@ def test_two_processes_equal_one(loss, tmp_path):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert not (tmp_path / "2" / "_kd_head.safetensors").exists()
+    assert not (tmp_path / "2" / "aux_head.safetensors").exists()
 
 
-def test_a_picture_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
+def test_a_image_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
     one, two = (launch(tmp_path / str(n), "skip", n) for n in (1, 2))
     for a, b in zip(one["history"], two["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)

@@ -29,7 +29,7 @@ PUSHED = {"README.md", "config.json", "curves.png", "model.safetensors", "prepro
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Folders with the student and the data set that the command names."""
+    """Folders with the student and the dataset that the command names."""
     folder = tmp_path_factory.mktemp("served")
     return deit_tiny(folder / "deit"), cifar100(folder / "cifar100", 40, 20)
 

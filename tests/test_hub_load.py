@@ -9,7 +9,7 @@ import hub_helpers
 import pytest
 import timm
 import torch
-from hub_helpers import ANNA, NAMES, logits, picture, told, trainer_for
+from hub_helpers import ANNA, NAMES, image, logits, told, trainer_for
 from huggingface_hub import constants
 from local_hub import cifar100, deit_tiny
 from safetensors import SafetensorError
@@ -18,10 +18,10 @@ from tiny import tiny
 from transformers import AutoModelForImageClassification
 
 from hf_kd import load_student, load_teacher
-from hf_kd.checkpoints import last_checkpoint
+from hf_kd.checkpointing import last_checkpoint
 from hf_kd.data import load_data
-from hf_kd.hub import explain, nearest_ids
-from hf_kd.student import commit_of
+from hf_kd.hub import nearest_ids, user_message
+from hf_kd.models.loading import commit_of
 
 hub = hub_helpers.hub
 
@@ -87,8 +87,8 @@ def test_timm_repositories_of_either_layout_load(by_timm, hub, tmp_path):
     sha = hub.add_repo("timm/resnet18.a1_in1k", tmp_path)
     student, its_processor = load_student("timm/resnet18.a1_in1k")
     teacher = load_teacher("timm/resnet18.a1_in1k", id2label=NAMES)
-    values = torch.as_tensor(processor(images=[picture()], return_tensors="pt")["pixel_values"])
-    torch.testing.assert_close(its_processor(images=[picture()], return_tensors="pt")["pixel_values"], values)
+    values = torch.as_tensor(processor(images=[image()], return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(its_processor(images=[image()], return_tensors="pt")["pixel_values"], values)
     torch.testing.assert_close(logits(student, values), logits(model, values))
     torch.testing.assert_close(logits(teacher.model, values), logits(model, values))
     assert student.config.id2label == dict(enumerate(NAMES)) and commit_of(student) == commit_of(teacher.model) == sha
@@ -358,4 +358,4 @@ def test_the_disk_is_full_when_the_student_is_saved(tmp_path, monkeypatch):
     "error", [ValueError("loss='x' is unknown"), KeyError("img"), ConnectionRefusedError(111, "no")]
 )
 def test_other_errors_are_not_explained(error):
-    assert explain(error) is None
+    assert user_message(error) is None

@@ -25,7 +25,7 @@ from model_card_helpers import (
 )
 
 from hf_kd.losses import LOSSES
-from hf_kd.model_card import model_card
+from hf_kd.reporting.card import model_card
 
 
 def section(card, heading):
@@ -167,7 +167,7 @@ def test_origin_is_pinned_and_linked_only_on_the_hub():
     assert "with its weights" in student and "224 × 208 px" in student
     assert f"[`timm/resnet50.a1_in1k`]({url}/timm/resnet50.a1_in1k), at `{TEACHER_COMMIT}`, taught" in teacher
     assert f"[`uoft-cs/cifar100`]({url}/datasets/uoft-cs/cifar100), at `{DATA_COMMIT}`" in data
-    assert "49,871 pictures (split `train`) for training, 9,973 pictures (split `test`) for evaluation, 99" in data
+    assert "49,871 images (split `train`) for training, 9,973 images (split `test`) for evaluation, 99" in data
     run = record()
     for key in ("student", "teacher", "data"):
         run[key]["revision"] = None

@@ -22,7 +22,7 @@ from model_card_helpers import (
     tokens_of,
 )
 
-from hf_kd.model_card import TEMPLATE, model_card, write_card
+from hf_kd.reporting.card import TEMPLATE, model_card, write_card
 
 
 def smaller(value):

@@ -26,8 +26,8 @@ from hf_kd.data import load_data
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 NKD, USKD = "1_nkd_with_a_teacher.ipynb", "2_uskd_without_a_teacher.ipynb"
 TOKEN = "hf_" + "n" * 34
-# What a cell ends with that must show a picture.
-PLOTS = ("show_pictures", "plot_soft_labels", "plot_uskd_labels", "Image", "plot_confusions", "plot_reliability")
+# What a cell ends with that must show an image.
+PLOTS = ("show_images", "plot_soft_labels", "plot_uskd_labels", "Image", "plot_confusions", "plot_reliability")
 
 
 def execute(name, folder, monkeypatch, settings, scrape="{}", **env):
@@ -60,7 +60,7 @@ def execute(name, folder, monkeypatch, settings, scrape="{}", **env):
     return book, scraped
 
 
-def pictures_of(cell):
+def images_of(cell):
     found = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in found]
 
@@ -72,8 +72,8 @@ def plots(book):
         last = ast.parse(cell.source).body[-1] if cell.cell_type == "code" and "%" not in cell.source[:1] else None
         name = getattr(getattr(getattr(last, "value", None), "func", None), "id", None)
         if name in PLOTS:
-            (picture,) = pictures_of(cell)
-            assert min(picture.shape[:2]) > 150 and picture.std() > 10, name
+            (image,) = images_of(cell)
+            assert min(image.shape[:2]) > 150 and image.std() > 10, name
             names.append(name)
     return names
 
@@ -88,27 +88,27 @@ def check_outputs(book):
 
 
 def top1(folder, data):
-    """Of a saved model, with transformers alone, on pictures as they are."""
+    """Of a saved model, with transformers alone, on images as they are."""
     model = AutoModelForImageClassification.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     right = []
     for row in data:
-        picture = next(value for value in row.values() if isinstance(value, Image.Image)).convert("RGB")
+        image = next(value for value in row.values() if isinstance(value, Image.Image)).convert("RGB")
         with torch.no_grad():
-            logits = model(**processor(picture, return_tensors="pt")).logits[0]
+            logits = model(**processor(image, return_tensors="pt")).logits[0]
         right.append(int(logits.argmax()) == row.get("fine_label", row.get("label")))
     return sum(right) / len(right)
 
 
 def test_nkd_with_a_teacher(tmp_path, monkeypatch):
-    settings = "TRAIN_PICTURES, EVAL_PICTURES = 384, 200\nTRAINING['num_train_epochs'] = 2"
+    settings = "TRAIN_IMAGES, EVAL_IMAGES = 384, 200\nTRAINING['num_train_epochs'] = 2"
     scrape = "{'same': [sum(p.sum().item() for p in new_student()[0].parameters()) for _ in 'ab']}"
     env = {"HF_KD_SMALL": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     book, scraped = execute(NKD, tmp_path, monkeypatch, settings, scrape, **env)
     check_outputs(book)
     assert plots(book) == [
-        "show_pictures",
-        "show_pictures",
+        "show_images",
+        "show_images",
         "plot_soft_labels",
         "Image",
         "plot_confusions",
@@ -142,13 +142,13 @@ def test_uskd_from_the_hub_to_the_hub(tmp_path, monkeypatch):
         hub.add_repo("facebook/deit-tiny-patch16-224", deit_tiny(tmp_path / "deit"))
         hub.add_repo("uoft-cs/cifar100", cifar100(tmp_path / "cifar100"), repo_type="dataset")
         hub.add_token(TOKEN, user="anna")
-        settings = "EVAL_PICTURES, PUSH = 60, True\nTRAINING['num_train_epochs'] = 1"
+        settings = "EVAL_IMAGES, PUSH = 60, True\nTRAINING['num_train_epochs'] = 1"
         env = hub.env(tmp_path / "cache", TOKEN)
         book, scraped = execute(USKD, tmp_path, monkeypatch, settings, **env)
         files = hub.files("anna/deit-tiny-cifar100-uskd")
     check_outputs(book)
     assert plots(book) == [
-        "show_pictures",
+        "show_images",
         "plot_uskd_labels",
         "plot_uskd_labels",
         "Image",

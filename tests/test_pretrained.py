@@ -1,4 +1,4 @@
-"""A real teacher on real photographs: EfficientNet-Lite0 (18 MB, from a package), foolbox's 20 ImageNet pictures."""
+"""A real teacher on real photographs: EfficientNet-Lite0 (18 MB, from a package), foolbox's 20 ImageNet images."""
 
 from pathlib import Path
 
@@ -60,16 +60,16 @@ def folder(tmp_path_factory, names):
 
 
 def right(teacher, photographs):
-    """How many photographs it is right on, each through the whole view: resize, crop, statistics."""
-    pictures, labels = photographs
-    logits = torch.cat([teacher(picture[None]) for picture in pictures])
+    """How many photographs it is right on, each through the whole preprocessing: resize, crop, statistics."""
+    images, labels = photographs
+    logits = torch.cat([teacher(image[None]) for image in images])
     assert logits.shape == (20, 1000)
     return int((logits.argmax(1) == labels).sum())
 
 
 def test_a_teacher_out_of_a_folder_knows_the_photographs(folder, photographs, names):
     teacher = load_teacher(folder, id2label=dict(enumerate(names)))
-    assert teacher.view.size == (224, 224)
+    assert teacher.preprocessing.size == (224, 224)
     assert right(teacher, photographs) >= 18
 
 
@@ -80,23 +80,23 @@ def test_a_module_with_its_processor_knows_them_too(folder, photographs):
 
 def test_a_batch_of_frames_gives_the_same(folder, photographs):
     teacher = load_teacher(folder)
-    pictures, labels = photographs
-    logits = teacher(teacher.view.frame(pictures), framed=True)
+    images, labels = photographs
+    logits = teacher(teacher.preprocessing.resize_and_crop(images), cropped=True)
     assert int((logits.argmax(1) == labels).sum()) >= 18
-    alone = torch.cat([teacher(picture[None]) for picture in pictures[:4]])
+    alone = torch.cat([teacher(image[None]) for image in images[:4]])
     torch.testing.assert_close(logits[:4], alone, rtol=0, atol=1e-3)
 
 
 def test_classes_in_another_order_are_found_by_name(folder, photographs, names):
     """ImageNet's names in the student's order: aligned, the labels of that order are hit; unaligned, none are."""
-    pictures, labels = photographs
+    images, labels = photographs
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
     shuffled = [names[i] for i in order]
     position = order.argsort()  # of each of timm's classes in the student's order
     aligned = load_teacher(folder, id2label=shuffled)
-    assert right(aligned, (pictures, position[labels])) >= 18
-    assert right(load_teacher(folder), (pictures, position[labels])) < 3
-    assert right(load_teacher(folder, id2label=shuffled, class_map="by_index"), (pictures, position[labels])) < 3
+    assert right(aligned, (images, position[labels])) >= 18
+    assert right(load_teacher(folder), (images, position[labels])) < 3
+    assert right(load_teacher(folder, id2label=shuffled, class_map="by_index"), (images, position[labels])) < 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""run.json is strict and holds no secret, the table says what it knows, the picture is a picture."""
+"""run.json is strict and holds no secret, the table says what it knows, the image is an image."""
 
 import json
 import math
@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_kd.plots import plot_curves
-from hf_kd.report import collect_versions, comparison_table, redact, teacher_row_of, write_json
+from hf_kd.reporting.curves import plot_curves
+from hf_kd.reporting.record import collect_versions, redact, write_json
+from hf_kd.reporting.tables import comparison_table, teacher_row_of
 
 HUB_TOKEN = "hf_" + "aB3" * 12
 
@@ -184,14 +185,14 @@ def test_sampling_error_of_few_images(right, n, expected):
     assert f"from {n} images: ±{expected} points" in line
 
 
-def picture(path):
+def read_image(path):
     with Image.open(path) as image:
         image.load()
         return image.format, image.convert("RGB")
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_curves_are_a_picture(tmp_path, count):
+def test_curves_are_an_image(tmp_path, count):
     runs = [
         make_run("nkd", 0.71, ("ce", "target", "non_target"), teacher=True),
         make_run("ce", 0.7),
@@ -200,7 +201,7 @@ def test_curves_are_a_picture(tmp_path, count):
     path = tmp_path / "new" / "curves.png"
     pyplot_before = "matplotlib.pyplot" in sys.modules  # another test's library may have imported it
     plot_curves(runs[:count], path)
-    kind, image = picture(path)
+    kind, image = read_image(path)
     assert kind == "PNG"
     assert 800 <= image.width <= 2400 and 600 <= image.height <= 2400
     assert len(image.getcolors(maxcolors=2**24)) > 100, "more than an empty frame"
@@ -211,7 +212,7 @@ def test_curves_without_history_or_values(tmp_path):
     broken = {"loss": math.nan, "loss_ce": None, "loss_target": 1.0, "step": 1}
     runs = [{"name": "a", "history": []}, {"name": "b"}, {"name": "c", "history": [broken, {"step": 2}]}]
     plot_curves(runs, tmp_path / "curves.png")
-    assert picture(tmp_path / "curves.png")[0] == "PNG"
+    assert read_image(tmp_path / "curves.png")[0] == "PNG"
     with pytest.raises(ValueError, match="no runs"):
         plot_curves([], tmp_path / "none.png")
 

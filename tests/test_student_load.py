@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from student_helpers import NAMES, check_reopens, logits, picture
+from student_helpers import NAMES, check_reopens, image, logits
 from tiny import KINDS, MEAN, STD, tiny, tiny_config
 from transformers import (
     AutoImageProcessor,
@@ -18,8 +18,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_kd import View, load_student
-from hf_kd.student import build
+from hf_kd import Preprocessing, load_student
+from hf_kd.models.loading import build
 
 
 def saved(folder, kind, **kwargs):
@@ -49,7 +49,7 @@ def test_a_pretrained_model_gets_a_new_head_and_keeps_the_rest(kind, tmp_path):
 def test_a_head_of_the_right_size_stays_and_its_classes_are_renamed(kind, tmp_path):
     old, own = saved(tmp_path / "old", kind, num_labels=3)
     student, processor = load_student(tmp_path / "old", id2label=dict(enumerate(NAMES)))
-    values = torch.as_tensor(own(images=[picture()], return_tensors="pt")["pixel_values"])
+    values = torch.as_tensor(own(images=[image()], return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(logits(student, values), logits(old, values))
     check_reopens(student, processor, tmp_path / "new", NAMES)
 
@@ -62,7 +62,7 @@ def test_from_scratch_out_of_a_folder(kind, tmp_path):
     one, processor = load_student(str(tmp_path), id2label=NAMES, from_scratch=True)
     other, _ = load_student(str(tmp_path), id2label=NAMES, from_scratch=True)
     assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    assert View(processor).size == (32, 32)
+    assert Preprocessing(processor).size == (32, 32)
     check_reopens(one, processor, tmp_path / "new", NAMES)
 
 
@@ -71,13 +71,13 @@ def test_from_scratch_out_of_timm(name, size, tmp_path):
     student, processor = load_student(
         name, NAMES, from_scratch=True, image_size=size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.21, 0.22]
     )
-    expected = (torch.from_numpy(np.array(picture(size, size))).permute(2, 0, 1).double() / 255).numpy()
+    expected = (torch.from_numpy(np.array(image(size, size))).permute(2, 0, 1).double() / 255).numpy()
     expected = (expected - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.2, 0.21, 0.22])[:, None, None]
-    own = processor(images=[picture(size, size)], return_tensors="pt")["pixel_values"][0]
+    own = processor(images=[image(size, size)], return_tensors="pt")["pixel_values"][0]
     np.testing.assert_allclose(own.numpy(), expected, atol=1e-5)
     assert student.config.id2label == dict(enumerate(NAMES))
     check_reopens(student, processor, tmp_path, NAMES)
-    assert View(AutoImageProcessor.from_pretrained(tmp_path)) == View(processor)
+    assert Preprocessing(AutoImageProcessor.from_pretrained(tmp_path)) == Preprocessing(processor)
     assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, size, size]
 
 
@@ -174,10 +174,12 @@ def test_image_size_from_scratch_and_for_pretrained_cnns(kind, tmp_path):
     saved(tmp_path / "old", kind)
     scratch = "resnet" not in kind
     student, processor = load_student(str(tmp_path / "old"), NAMES, image_size=48, from_scratch=scratch)
-    view = View(processor)
-    assert view.size == (48, 48)
-    torch.testing.assert_close(-view.offset.flatten() / view.scale.flatten(), torch.tensor(MEAN))  # kept
-    torch.testing.assert_close(1 / view.scale.flatten(), torch.tensor(STD))
+    preprocessing = Preprocessing(processor)
+    assert preprocessing.size == (48, 48)
+    torch.testing.assert_close(
+        -preprocessing.offset.flatten() / preprocessing.scale.flatten(), torch.tensor(MEAN)
+    )  # kept
+    torch.testing.assert_close(1 / preprocessing.scale.flatten(), torch.tensor(STD))
     check_reopens(student, processor, tmp_path / "new", NAMES)
 
 
@@ -191,7 +193,7 @@ def test_other_statistics_leave_size_and_crop(tmp_path):
         image_mean=[0.1, 0.2, 0.3],
         image_std=[0.4, 0.5, 0.6],
     )
-    a, b = (torch.as_tensor(p(images=[picture()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
+    a, b = (torch.as_tensor(p(images=[image()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
     torch.testing.assert_close(a, b)
     assert own.image_mean != processor.image_mean
 
@@ -203,7 +205,7 @@ def test_another_size_keeps_statistics_that_are_composed_of_several_attributes()
     own = EfficientNetImageProcessor(size={"height": 32, "width": 32}, **settings)
     _, processor = load_student(model, processor=own, image_size=48)
     expected = EfficientNetImageProcessor(size={"height": 48, "width": 48}, **settings)
-    a, b = (torch.as_tensor(p(images=[picture()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
+    a, b = (torch.as_tensor(p(images=[image()], return_tensors="pt")["pixel_values"]) for p in (processor, expected))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="swaps"):
         load_student(model, processor=MobileViTImageProcessor(), image_size=48)
@@ -212,10 +214,10 @@ def test_another_size_keeps_statistics_that_are_composed_of_several_attributes()
 def test_a_folder_without_a_processor_gets_a_stated_default(tmp_path, monkeypatch):
     tiny("vit")[0].save_pretrained(tmp_path)
     said = []
-    monkeypatch.setattr("hf_kd.student.logger.warning", said.append)
+    monkeypatch.setattr("hf_kd.models.student.logger.warning", said.append)
     _, processor = load_student(str(tmp_path))
     assert len(said) == 1 and "no image processor" in said[0]
-    assert View(processor).size == (32, 32)
+    assert Preprocessing(processor).size == (32, 32)
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
 
 

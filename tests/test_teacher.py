@@ -13,26 +13,26 @@ from torch import nn
 from transformers import BitImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
 from hf_kd import Teacher, load_teacher
+from hf_kd.labels import match_classes
 from hf_kd.losses import nkd_loss
-from hf_kd.teacher import match_classes
 
 NAMES = ["tabby cat", "fire truck", "daisy", "great white shark", "golf ball", "moped"]
 
 
-def pictures(n=4, height=50, width=70, seed=0):
+def make_images(n=4, height=50, width=70, seed=0):
     return [
         Image.fromarray(np.random.default_rng(seed + i).integers(0, 256, (height, width, 3), np.uint8))
         for i in range(n)
     ]
 
 
-def pixels_of(images):
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+def pixels_of(batch):
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in batch])
 
 
-def own_logits(model, processor, images):
+def own_logits(model, processor, batch):
     """The model alone, as transformers' own documentation runs it."""
-    values = torch.as_tensor(processor(images=images, return_tensors="pt")["pixel_values"])
+    values = torch.as_tensor(processor(images=batch, return_tensors="pt")["pixel_values"])
     with torch.no_grad():
         return model.eval()(values).logits
 
@@ -52,13 +52,13 @@ def test_logits_are_those_of_the_teacher_alone(kind, tmp_path):
     """Another size (48) than the student's, its own statistics, and a crop: none of it is the data side's business."""
     model, processor = save(tmp_path, kind, size=48)
     teacher = load_teacher(str(tmp_path))
-    images = pictures()
-    expected = own_logits(model, processor, images)
-    pixels = pixels_of(images)
+    batch = make_images()
+    expected = own_logits(model, processor, batch)
+    pixels = pixels_of(batch)
     for given in (pixels, pixels.float() / 255):
         torch.testing.assert_close(teacher(given), expected, rtol=0, atol=1e-4)
-    frames = teacher.view.frame(list(pixels))
-    torch.testing.assert_close(teacher(frames, framed=True), expected, rtol=0, atol=1e-4)
+    frames = teacher.preprocessing.resize_and_crop(list(pixels))
+    torch.testing.assert_close(teacher(frames, cropped=True), expected, rtol=0, atol=1e-4)
     assert teacher.name == str(tmp_path) and teacher.id2label == dict(enumerate(NAMES))
 
 
@@ -67,11 +67,11 @@ def test_half_mean_and_a_crop_are_the_teachers_own():
     processor = BitImageProcessor(
         size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    images = pictures()
-    logits = load_teacher(model, processor=processor)(pixels_of(images))
-    torch.testing.assert_close(logits, own_logits(model, processor, images), rtol=0, atol=1e-4)
+    batch = make_images()
+    logits = load_teacher(model, processor=processor)(pixels_of(batch))
+    torch.testing.assert_close(logits, own_logits(model, processor, batch), rtol=0, atol=1e-4)
     imagenet = BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
-    assert (logits - own_logits(model, imagenet, images)).abs().max() > 1e-2  # it would have been noticed
+    assert (logits - own_logits(model, imagenet, batch)).abs().max() > 1e-2  # it would have been noticed
 
 
 def test_a_distilled_teacher_has_logits():
@@ -80,9 +80,9 @@ def test_a_distilled_teacher_has_logits():
     )
     model = DeiTForImageClassificationWithTeacher(config)
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    images = pictures()
-    expected = own_logits(model, processor, images)
-    torch.testing.assert_close(load_teacher(model, processor=processor)(pixels_of(images)), expected)
+    batch = make_images()
+    expected = own_logits(model, processor, batch)
+    torch.testing.assert_close(load_teacher(model, processor=processor)(pixels_of(batch)), expected)
 
 
 def test_timms_own_modules_and_exports_teach(tmp_path):
@@ -98,14 +98,14 @@ def test_timms_own_modules_and_exports_teach(tmp_path):
         expected = own(torch.as_tensor((pixels - torch.tensor([0.5, 0.45, 0.4]).view(3, 1, 1)) / torch.tensor(
             [0.25, 0.24, 0.23]).view(3, 1, 1)))  # fmt: skip
     raw = load_teacher(own, processor=processor)
-    torch.testing.assert_close(raw(pixels, framed=True), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(raw(pixels, cropped=True), expected, rtol=0, atol=1e-4)
     timm.models.save_for_hf(own, tmp_path, model_config={"label_names": NAMES}, safe_serialization=True)
     exported = load_teacher(tmp_path, processor=processor, id2label=NAMES[::-1])
-    torch.testing.assert_close(exported(pixels, framed=True), expected.flip(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(exported(pixels, cropped=True), expected.flip(1), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="LABEL_0"):  # a bare module names no classes
         raw.align(NAMES)
     raw.align(NAMES, "by_index")
-    torch.testing.assert_close(raw(pixels, framed=True), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(raw(pixels, cropped=True), expected, rtol=0, atol=1e-4)
 
 
 # ---- whose class is whose ----
@@ -121,7 +121,7 @@ def test_a_teacher_whose_classes_are_permuted_teaches_the_same():
     with torch.no_grad():
         shuffled.classifier.weight.copy_(model.classifier.weight[ORDER])
         shuffled.classifier.bias.copy_(model.classifier.bias[ORDER])
-    pixels, labels = pixels_of(pictures()), torch.tensor([0, 3, 5, 1])
+    pixels, labels = pixels_of(make_images()), torch.tensor([0, 3, 5, 1])
     student = torch.randn(4, 6)
     one, other = (load_teacher(m, id2label=NAMES, processor=processor) for m in (model, shuffled))
     torch.testing.assert_close(one(pixels), other(pixels))
@@ -145,7 +145,7 @@ def test_a_class_map_is_kept_for_later():
 def test_align_again_starts_from_the_teachers_own_order():
     model, processor = tiny("vit", names=NAMES)
     teacher = load_teacher(model, processor=processor)
-    pixels = pixels_of(pictures())
+    pixels = pixels_of(make_images())
     plain = teacher(pixels)
     for order in (ORDER, ORDER[::-1], list(range(6))):
         assert load_teacher(teacher, id2label={i: NAMES[j] for i, j in enumerate(order)}) is teacher
@@ -251,8 +251,8 @@ def test_counts_of_batches_may_be_missing(tmp_path):
     model, processor = save(tmp_path, "timm_resnet")
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if "num_batches" not in k}, file, {"format": "pt"})
-    images = pictures()
-    torch.testing.assert_close(load_teacher(tmp_path)(pixels_of(images)), own_logits(model, processor, images))
+    batch = make_images()
+    torch.testing.assert_close(load_teacher(tmp_path)(pixels_of(batch)), own_logits(model, processor, batch))
 
 
 @pytest.mark.parametrize("model", ["./nope", "/nope/model", "~/nope", "outputs/x/y"])
@@ -286,10 +286,10 @@ def test_nothing_in_the_teacher_ever_changes(kind):
     teacher.train()
     assert not any(m.training for m in teacher.modules()) and wrapper.training
     pixels = torch.rand(4, 3, 40, 40, requires_grad=True)
-    output = teacher(pixels, framed=True)
+    output = teacher(pixels, cropped=True)
     assert not output.requires_grad and output.grad_fn is None
     assert not any(p.requires_grad for p in wrapper.parameters())
-    again = teacher(pixels, framed=True)
+    again = teacher(pixels, cropped=True)
     assert torch.equal(output, again)  # no dropout, no batch statistics
     after = teacher.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -301,7 +301,7 @@ def test_a_compute_type_is_used_under_autocast_and_logits_are_float32(dtype):
     model, processor = tiny("vit", names=NAMES)
     seen = []
     model.vit.layers[0].mlp.fc1.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
-    pixels = pixels_of(pictures())
+    pixels = pixels_of(make_images())
     exact = load_teacher(model, processor=processor)(pixels)
     low = load_teacher(model, processor=processor, dtype=dtype)(pixels)
     assert seen == [torch.float32, dtype]
@@ -313,7 +313,7 @@ def test_a_compute_type_is_used_under_autocast_and_logits_are_float32(dtype):
 def test_without_a_compute_type_an_autocast_around_it_does_not_reach_the_teacher():
     model, processor = tiny("vit", names=NAMES)
     teacher = load_teacher(model, processor=processor)
-    pixels = pixels_of(pictures())
+    pixels = pixels_of(make_images())
     expected = teacher(pixels)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(teacher(pixels), expected)
@@ -324,5 +324,5 @@ def test_weights_of_lower_precision_are_used_as_they_are(tmp_path):
     model.bfloat16().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     teacher = load_teacher(tmp_path)
-    logits = teacher(pixels_of(pictures()))
+    logits = teacher(pixels_of(make_images()))
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16} and logits.dtype is torch.float32

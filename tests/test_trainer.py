@@ -19,9 +19,9 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.utils import logging
 
 from hf_kd import DistillationTrainer, load_teacher
-from hf_kd.checkpoints import HEAD_FILE, last_checkpoint
+from hf_kd.checkpointing import HEAD_FILE, last_checkpoint
 from hf_kd.losses import LOSSES
-from hf_kd.weak_head import logits_of
+from hf_kd.models.forward import logits_of
 
 FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
 
@@ -90,10 +90,10 @@ def test_first_step_is_the_hand_written_one(tmp_path):
     teacher, teacher_processor = tiny("resnet", seed=7, size=48, names=NAMES)
     trainer.train()
 
-    pictures, labels = train["image"], torch.tensor(train["label"])
-    s = student.train()(processor(list(pictures), return_tensors="pt")["pixel_values"]).logits
+    images, labels = train["image"], torch.tensor(train["label"])
+    s = student.train()(processor(list(images), return_tensors="pt")["pixel_values"]).logits
     with torch.no_grad():
-        t = teacher.eval()(teacher_processor(list(pictures), return_tensors="pt")["pixel_values"]).logits
+        t = teacher.eval()(teacher_processor(list(images), return_tensors="pt")["pixel_values"]).logits
     ps, pt = s.softmax(1), t.softmax(1)
     loss = 0.0
     for i, y in enumerate(labels):
@@ -231,7 +231,7 @@ def test_resume_gives_bit_identical_weights(kind, tmp_path):
     assert resumed.state.global_step == 7
     expected, got = whole.model.state_dict(), resumed.model.state_dict()
     assert expected.keys() == got.keys()
-    assert any(k.startswith("kd_head.") for k in got)
+    assert any(k.startswith("aux_head.") for k in got)
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
 

@@ -24,7 +24,7 @@ def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
             "labels": batch["label"],
         }
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __init__(self, key):
             self.key = key
 
@@ -32,17 +32,17 @@ def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
             return len(train)
 
         def __getitem__(self, i):
-            picture = train[i]["image"]
+            image = train[i]["image"]
             if self.key == "pixels":
-                picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-            return {self.key: picture, "label": train[i]["label"]}
+                image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return {self.key: image, "label": train[i]["label"]}
 
     kinds = {
         "rows": train,
         "with_transform": train.with_transform(normalise),
         "pixel_values": train.map(normalise, batched=True, remove_columns=["image", "label"]).with_format("torch"),
-        "torch pixels": Pictures("pixels"),
-        "torch image": Pictures("image"),
+        "torch pixels": Images("pixels"),
+        "torch image": Images("image"),
         "renamed": train.rename_columns({"image": "img", "label": "fine_label"}),
     }
     losses = {}
@@ -52,16 +52,16 @@ def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
         metrics = trainer.evaluate()
         losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e] + [metrics["eval_kl"]]
     for name, values in losses.items():
-        # The teacher's picture passes through float instead of uint8 where the student's view had to be inverted.
+        # The teacher's image passes through float, not uint8, where the student's preprocessing had to be inverted.
         assert values == pytest.approx(
             losses["rows"], rel=2e-3 if "pixel_values" in name or "transform" in name else 1e-6
         ), name
 
 
-def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
+def test_undecodable_images_are_skipped_and_counted_up_to_the_cap(tmp_path):
     train = rows(40).cast_column("image", datasets.Image(decode=False))
     broken = train.map(
-        lambda row, i: {"image": {"bytes": b"no picture", "path": None}} if i == 7 else row, with_indices=True
+        lambda row, i: {"image": {"bytes": b"no image", "path": None}} if i == 7 else row, with_indices=True
     )
     broken = broken.cast_column("image", datasets.Image())
     trainer = trainer_for(
@@ -71,13 +71,13 @@ def test_undecodable_pictures_are_skipped_and_counted_up_to_the_cap(tmp_path):
     assert len(trainer.skipped) == 1
     metrics = trainer.evaluate()
     assert metrics["eval_skipped"] == 1
-    with pytest.raises(ValueError, match="1 of 40 pictures"):
+    with pytest.raises(ValueError, match="1 of 40 images"):
         trainer_for(
             tmp_path / "cap", train=broken, max_steps=-1, num_train_epochs=1, max_skipped_fraction=0.02
         ).train()
 
 
-def test_a_batch_of_nothing_but_broken_pictures_gets_a_stand_in(tmp_path):
+def test_a_batch_of_nothing_but_broken_images_gets_a_stand_in(tmp_path):
     train = rows(12).cast_column("image", datasets.Image(decode=False))
     train = train.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == 3 else row, with_indices=True)
     train = train.cast_column("image", datasets.Image())
@@ -86,23 +86,23 @@ def test_a_batch_of_nothing_but_broken_pictures_gets_a_stand_in(tmp_path):
     assert trainer.state.global_step == 12 and len(trainer.skipped) == 1
 
 
-def test_evaluation_on_the_training_pictures_is_not_augmented(tmp_path):
+def test_evaluation_on_the_training_images_is_not_augmented(tmp_path):
     data = rows(24)
     trainer = trainer_for(tmp_path, train=data, evaluation=data, augment="resized_crop", teacher_check_batches=1)
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
-def test_view_size_is_the_size_of_the_shared_picture(tmp_path):
+def test_view_size_is_the_size_of_the_shared_image(tmp_path):
     for augment in ("none", "resized_crop"):
-        trainer = trainer_for(tmp_path / augment, view_size=16, augment=augment)
+        trainer = trainer_for(tmp_path / augment, train_image_size=16, augment=augment)
         assert next(iter(trainer.get_train_dataloader()))["pixels"].shape == (8, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": rows(6).select([])}, "data set is empty"),
+        ({"train": rows(6).select([])}, "dataset is empty"),
         ({"train": rows(6).remove_columns("label")}, "image"),
         ({"label_column": "nope"}, "nope"),
         ({"train": rows(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))}, "another order"),

@@ -1,4 +1,4 @@
-"""Tiny data sets, teachers and trainers on the CPU."""
+"""Tiny datasets, teachers and trainers on the CPU."""
 
 import datasets
 import numpy as np
@@ -13,9 +13,9 @@ NAMES = [f"class {i}" for i in range(6)]
 
 def rows(n=24, size=32, seed=0):
     rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
+    images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(n)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
-    return datasets.Dataset.from_dict({"image": pictures, "label": [i % 6 for i in range(n)]}, features=features)
+    return datasets.Dataset.from_dict({"image": images, "label": [i % 6 for i in range(n)]}, features=features)
 
 
 def config(folder, **kwargs):

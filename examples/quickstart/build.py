@@ -1,10 +1,10 @@
-"""Rebuild the quickstart: its pictures, its architectures and its teacher.
+"""Rebuild the quickstart: its images, its architectures and its teacher.
 
     apt-get install dataset-fashion-mnist            # Debian's package (MIT), the only thing needed from outside
     python examples/quickstart/build.py --work_dir outputs/quickstart-build
 
 Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747). `train.parquet` and `test.parquet` get 600 and 200
-pictures of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the
+images of each class; the teacher is trained by hf_kd itself (`--loss ce`) on the whole 60,000, and measured on the
 whole 10,000 of the test set.
 """
 
@@ -34,26 +34,26 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(sizes)
 
 
-def as_dataset(pictures: np.ndarray, labels: np.ndarray, **encoding) -> Dataset:
-    def encode(picture):
+def as_dataset(images: np.ndarray, labels: np.ndarray, **encoding) -> Dataset:
+    def encode(image):
         file = io.BytesIO()
-        PILImage.fromarray(picture).save(file, **encoding)
+        PILImage.fromarray(image).save(file, **encoding)
         return {"bytes": file.getvalue(), "path": None}
 
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    return Dataset.from_dict({"image": [encode(p) for p in pictures], "label": labels.tolist()}, features=features)
+    return Dataset.from_dict({"image": [encode(p) for p in images], "label": labels.tolist()}, features=features)
 
 
-def subset(pictures: np.ndarray, labels: np.ndarray, per_class: int, seed: int = 0) -> Dataset:
+def subset(images: np.ndarray, labels: np.ndarray, per_class: int, seed: int = 0) -> Dataset:
     rng = np.random.default_rng(seed)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in range(len(NAMES))])
     chosen = rng.permutation(chosen)
     # Lossless WebP is a third smaller than PNG, and a hundred times slower to write.
-    return as_dataset(pictures[chosen], labels[chosen], format="WEBP", lossless=True, quality=100, method=6)
+    return as_dataset(images[chosen], labels[chosen], format="WEBP", lossless=True, quality=100, method=6)
 
 
 def architecture(folder: Path, hidden_sizes: list[int], depths: list[int]) -> None:
-    """A small ResNet (transformers) and how it looks at a picture: `--from_scratch` reads nothing else."""
+    """A small ResNet (transformers) and how it looks at an image: `--from_scratch` reads nothing else."""
     names = dict(enumerate(NAMES))
     ResNetConfig(
         architectures=["ResNetForImageClassification"],
@@ -72,8 +72,8 @@ def architecture(folder: Path, hidden_sizes: list[int], depths: list[int]) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--work_dir", type=Path, required=True, help="for the whole data set and the teacher's run")
-    parser.add_argument("--no_teacher", action="store_true", help="build the pictures and the architectures only")
+    parser.add_argument("--work_dir", type=Path, required=True, help="for the whole dataset and the teacher's run")
+    parser.add_argument("--no_teacher", action="store_true", help="build the images and the architectures only")
     args = parser.parse_args()
     parts = {
         split: [read_idx(args.source / f"{stem}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
@@ -84,9 +84,9 @@ def main() -> None:
     architecture(HERE / "student", [16, 32, 64], [1, 1, 1])
     whole = args.work_dir / "fashion-mnist"
     whole.mkdir(parents=True, exist_ok=True)
-    for split, (pictures, labels) in parts.items():
+    for split, (images, labels) in parts.items():
         if not (whole / f"{split}.parquet").exists():
-            as_dataset(pictures, labels, format="PNG").to_parquet(whole / f"{split}.parquet")
+            as_dataset(images, labels, format="PNG").to_parquet(whole / f"{split}.parquet")
     architecture(args.work_dir / "architecture", [16, 32, 64, 128], [2, 2, 2, 2])
     if args.no_teacher:
         return

@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the pictures and the labels, and labels of any kind as classes."""
+"""Which columns of a dataset hold the images and the labels, and labels of any kind as classes."""
 
 from typing import Any
 
@@ -12,26 +12,24 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
     """The names of the image and the label column.
 
     Args:
-        features: `datasets.Features`, or a data set that has them.
-        image_column: taken if given; else the column of pictures ("image" or "img" if there are several).
+        features: `datasets.Features`, or a dataset that has them.
+        image_column: taken if given; else the column of images ("image" or "img" if there are several).
         label_column: taken if given; else "labels", "label" or "fine_label", else the only ClassLabel column.
 
     Raises:
         ValueError: a given column that is not there, or none or several to choose from; lists the columns.
     """
     features = getattr(features, "features", features) or {}
-    pictures = [name for name, feature in features.items() if _holds_pictures(feature)]
+    images = [name for name, feature in features.items() if _holds_images(feature)]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     named = [name for name in ("labels", "label", "fine_label") if name in features]
     return (
-        _choose(
-            "image_column", image_column, [n for n in ("image", "img") if n in pictures][:1] or pictures, features
-        ),
+        _choose("image_column", image_column, [n for n in ("image", "img") if n in images][:1] or images, features),
         _choose("label_column", label_column, named[:1] or classes, features),
     )
 
 
-def _holds_pictures(feature: Any) -> bool:
+def _holds_images(feature: Any) -> bool:
     # A struct with bytes is what parquet files written without datasets' metadata give.
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
@@ -68,7 +66,7 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
         raise ValueError(f"the splits disagree about column {label_column!r}: {features}")
-    # Through arrow: no picture is read, and nothing is copied to the cache as `cast` would do with the whole data set.
+    # Through arrow: no image is read, and nothing is copied to the cache as `cast` would do with the whole dataset.
     tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}
     labels = {split: table[label_column] for split, table in tables.items()}
     dtype = getattr(feature, "dtype", "")

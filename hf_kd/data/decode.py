@@ -1,4 +1,4 @@
-"""One function that turns anything that holds a picture into a uint8 RGB tensor."""
+"""One function that turns anything that holds an image into a uint8 RGB tensor."""
 
 from io import BytesIO
 from pathlib import Path
@@ -17,18 +17,18 @@ _JPEG_ORIENTATION = b"tiff:Orientation"
 
 
 class UndecodableImage(ValueError):
-    """The picture is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
+    """The image is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
 
 
 def decode_rgb(source: Any) -> Tensor:
-    """Decodes a picture to RGB, upright (its EXIF orientation is applied).
+    """Decodes an image to RGB, upright (its EXIF orientation is applied).
 
     The result is what Pillow gives (open, `exif_transpose`, convert to RGB), except that 16-bit greys are scaled to
     8 bits where Pillow clips them. Transparency is dropped, not blended.
 
     Args:
         source: encoded bytes (any format Pillow reads), a dict with "bytes" or "path" as `Image(decode=False)` of
-            datasets gives, a path, a PIL picture, a numpy array (H, W[, C]) of uint8, or of uint16 if grey, or a
+            datasets gives, a path, a PIL image, a numpy array (H, W[, C]) of uint8, or of uint16 if grey, or a
             tensor (C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1].
 
     Returns:
@@ -54,14 +54,14 @@ def decode_rgb(source: Any) -> Tensor:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their format made them trip over
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error
-    raise UndecodableImage(f"no picture in a value of type {type(source).__name__}")
+    raise UndecodableImage(f"no image in a value of type {type(source).__name__}")
 
 
 def _read(path: str) -> bytes:
-    if "://" in path:  # as streamed data sets give: hf://…, zip://…::https://…
+    if "://" in path:  # as streamed datasets give: hf://…, zip://…::https://…
         import fsspec
 
-        with fsspec.open(path, "rb") as file:  # lets its errors pass: a failing network is no broken picture
+        with fsspec.open(path, "rb") as file:  # lets its errors pass: a failing network is no broken image
             return file.read()
     try:
         return Path(path).read_bytes()
@@ -69,15 +69,15 @@ def _read(path: str) -> bytes:
         raise UndecodableImage(f"cannot read the file: {error}") from error
 
 
-def _from_tensor(picture: Tensor) -> Tensor:
-    if picture.is_floating_point() and picture.numel() and 0 <= picture.min() and picture.max() <= 1:
-        picture = (picture * 255).round().to(torch.uint8)
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] not in (1, 3, 4):
-        shape = tuple(picture.shape)
+def _from_tensor(image: Tensor) -> Tensor:
+    if image.is_floating_point() and image.numel() and 0 <= image.min() and image.max() <= 1:
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
+        shape = tuple(image.shape)
         raise UndecodableImage(
-            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {picture.dtype} of {shape}"
+            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {image.dtype} of {shape}"
         )
-    return picture.expand(3, -1, -1) if picture.shape[0] == 1 else picture[:3]
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 
 
 def _from_bytes(data: bytes) -> Tensor:
@@ -90,10 +90,10 @@ def _from_bytes(data: bytes) -> Tensor:
         except (ImportError, RuntimeError, Warning):  # Pillow may know better, or has the better reason
             pass
     try:
-        picture = PIL.Image.open(BytesIO(data))
+        image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO
-        raise UndecodableImage(f"no picture file that Pillow knows; it begins with {data[:8]!r}") from error
-    return _from_pil(picture)
+        raise UndecodableImage(f"no image file that Pillow knows; it begins with {data[:8]!r}") from error
+    return _from_pil(image)
 
 
 def _torchvision_agrees(data: bytes) -> bool:
@@ -106,16 +106,16 @@ def _torchvision_agrees(data: bytes) -> bool:
     return data[:4] == b"RIFF" and data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
 
-def _from_pil(picture: PIL.Image.Image) -> Tensor:
-    picture = PIL.ImageOps.exif_transpose(picture)  # loads the pixels, so it also finds a truncated file
-    if picture.mode == "F":
-        raise UndecodableImage("floating-point pixels have no defined range: convert the picture to 8 bits")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
+def _from_pil(image: PIL.Image.Image) -> Tensor:
+    image = PIL.ImageOps.exif_transpose(image)  # loads the pixels, so it also finds a truncated file
+    if image.mode == "F":
+        raise UndecodableImage("floating-point pixels have no defined range: convert the image to 8 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips these at 255. The high byte undoes both usual widenings, x·256 and x·257.
-        values = np.asarray(picture)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UndecodableImage(f"pixels of {values.min()} to {values.max()} do not fit 16 bits")
-        picture = PIL.Image.fromarray((values >> 8).astype(np.uint8))
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # the same colours, without Pillow's warning
-    return pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))

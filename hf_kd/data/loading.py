@@ -1,4 +1,4 @@
-"""Finds, reads and checks a data set: two splits of pictures with labels in [0, C) and the names of the C classes."""
+"""Finds, reads and checks a dataset: two splits of images with labels in [0, C) and the names of the C classes."""
 
 import logging
 from dataclasses import dataclass
@@ -48,23 +48,23 @@ def load_data(
     max_eval_samples: int | None = None,
     seed: int = 0,
 ) -> ImageData:
-    """Loads an image classification data set and checks every label of it.
+    """Loads an image classification dataset and checks every label of it.
 
     Args:
         name: "quickstart" (bundled with the repository), a local folder of parquet files, or of images in a folder for
             each class (with or without train/ and test/, val/, valid/ or validation/ above them), a local parquet
-            file, a folder that `save_to_disk` wrote, or the id of a data set on the Hub. What starts with ".", "/" or
+            file, a folder that `save_to_disk` wrote, or the id of a dataset on the Hub. What starts with ".", "/" or
             "~", ends with ".parquet", or exists is local and never looked for on the Hub.
-        config_name: of the data set, if it has several.
+        config_name: of the dataset, if it has several.
         revision: commit, tag or branch on the Hub.
         train_split: None: "train", or the only split there is.
         eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
-            itself, a part of the training split is held out: the same pictures for the same seed, each class in
+            itself, a part of the training split is held out: the same images for the same seed, each class in
             proportion.
         image_column, label_column: see `find_columns`. Labels that are texts become classes in sorted order; integers
             without names become the classes "0" to the largest of both splits.
         eval_fraction: of the training split to hold out, between 0 and 1.
-        max_train_samples, max_eval_samples: at most so many pictures, drawn at random.
+        max_train_samples, max_eval_samples: at most so many images, drawn at random.
         seed: of the hold-out and of these draws.
 
     Raises:
@@ -86,7 +86,7 @@ def load_data(
     if eval_split == train_split:
         train, evaluation = _hold_out(train, label_column, eval_fraction, seed)
         logger.warning(
-            f"{name}: evaluating on {len(evaluation)} pictures held out of split {train_split!r}, training on its "
+            f"{name}: evaluating on {len(evaluation)} images held out of split {train_split!r}, training on its "
             f"other {len(train)} (eval_fraction={eval_fraction}, seed={seed}); for another split pass --eval_split, "
             f"one of {_sizes(splits)}"
         )
@@ -113,8 +113,8 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
     if local and not needed.exists():
         way_out = "it comes with the repository, not with the package: clone it, then `pip install -e .`"
         if name != "quickstart":
-            way_out = "this reads as a local path; a data set on the Hub is written owner/name"
-        raise ValueError(f"data set {name!r}: there is no {needed.absolute()}; {way_out}")
+            way_out = "this reads as a local path; a dataset on the Hub is written owner/name"
+        raise ValueError(f"dataset {name!r}: there is no {needed.absolute()}; {way_out}")
     commit = None
     try:
         if not local:
@@ -130,7 +130,7 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         where = path.absolute() if local else "the Hub (and there is no such path here)"
         cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise ValueError(f"data set {name!r} cannot be read from {where}: {error}{cause}") from error
+        raise ValueError(f"dataset {name!r} cannot be read from {where}: {error}{cause}") from error
     return dict(found) if isinstance(found, dict) else {"train": found}, commit
 
 
@@ -174,13 +174,13 @@ def _sizes(splits: dict[str, Dataset]) -> str:
 
 
 def _hold_out(data: Dataset, label_column: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits off every (1 / fraction)-th picture of the shuffled classes laid end to end.
+    """Splits off every (1 / fraction)-th image of the shuffled classes laid end to end.
 
-    Not `train_test_split`: its stratified form refuses a class of one picture, and a hold-out smaller than C.
+    Not `train_test_split`: its stratified form refuses a class of one image, and a hold-out smaller than C.
     """
     count = round(fraction * len(data))
     if not 0 < count < len(data):
-        raise ValueError(f"eval_fraction={fraction} of {len(data)} pictures leaves none to train or to evaluate on")
+        raise ValueError(f"eval_fraction={fraction} of {len(data)} images leaves none to train or to evaluate on")
     order = np.random.default_rng(seed).permutation(len(data))
     labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
     order = order[np.argsort(labels[order], kind="stable")]

@@ -1,4 +1,4 @@
-"""Augmentation of one picture (uint8 to uint8), mixing of a batch, and randomness that can be repeated."""
+"""Augmentation of one image (uint8 to uint8), mixing of a batch, and randomness that can be repeated."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -12,23 +12,23 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
+from ..config import AUGMENTS
 
 
 def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The augmentation of one training picture, uint8 (3, H, W) to uint8 (3, h, w).
+    """The augmentation of one training image, uint8 (3, H, W) to uint8 (3, h, w).
 
     Args:
         augment: one of `AUGMENTS`:
-            "none": the picture as it is;
+            "none": the image as it is;
             "flip": a horizontal flip, half of the time;
-            "pad_crop": a crop of the picture's own size out of the picture padded with black by an eighth (4 at 32
+            "pad_crop": a crop of the image's own size out of the image padded with black by an eighth (4 at 32
             pixels), and the flip (the CIFAR standard);
-            "resized_crop": a random part of the picture (8 to 100 % of its area), resized to `size`, bicubic, and the
+            "resized_crop": a random part of the image (8 to 100 % of its area), resized to `size`, bicubic, and the
             flip (the ImageNet standard);
             "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1), then random erasing with noise (p .25).
         size: side h = w of the result in pixels, for "resized_crop" and "deit", which need it; the others keep the
-            picture's size whatever it is.
+            image's size whatever it is.
 
     Raises:
         ValueError: an unknown augment, or no size where one is needed.
@@ -43,7 +43,7 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     if augment == "pad_crop":
         return v2.Compose([PadCrop(), flip])
     if not size:
-        raise ValueError(f"augment {augment!r} needs a size (pixels); for pictures of one small size take 'pad_crop'")
+        raise ValueError(f"augment {augment!r} needs a size (pixels); for images of one small size take 'pad_crop'")
     crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
@@ -56,24 +56,24 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     return v2.Compose([crop, flip, v2.ToPILImage(), rand_augment, v2.PILToTensor(), NoiseErasing(p=0.25)])
 
 
-def _posterize(picture, bits: int, **kwargs):
+def _posterize(image, bits: int, **kwargs):
     # The strongest level keeps 0 bits, which Pillow made black up to version 12 and refuses since.
-    return posterize(picture, bits, **kwargs) if bits > 0 else picture.point(lambda value: 0)
+    return posterize(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)
 
 
 class PadCrop(nn.Module):
-    """Random crop of the picture's own size after padding each side with black by an eighth of it."""
+    """Random crop of the image's own size after padding each side with black by an eighth of it."""
 
-    def forward(self, picture: Tensor) -> Tensor:  # not v2.RandomCrop: it wants one size, and takes five times longer
-        height, width = picture.shape[-2:]
+    def forward(self, image: Tensor) -> Tensor:  # not v2.RandomCrop: it wants one size, and takes five times longer
+        height, width = image.shape[-2:]
         pad_y, pad_x = height // 8, width // 8
         top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
-        padded = nn.functional.pad(picture, (pad_x, pad_x, pad_y, pad_y))
+        padded = nn.functional.pad(image, (pad_x, pad_x, pad_y, pad_y))
         return padded[:, top : top + height, left : left + width]
 
 
 class NoiseErasing(v2.RandomErasing):
-    """Random erasing of a uint8 picture with noise that is standard normal after ImageNet normalisation, as DeiT's."""
+    """Random erasing of a uint8 image with noise that is standard normal after ImageNet normalisation, as DeiT's."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p=p, value="random")
@@ -91,7 +91,7 @@ class Mixer:
 
     Called with pixels, uint8 (B, 3, H, W) or float, and labels, int64 (B,) in [0, C) or float (B, C), it gives float32
     pixels (uint8 is scaled to [0, 1], float is mixed as it is) and float32 labels (B, C) whose rows sum to 1. It draws
-    from torch's global generator alone. Each picture is mixed with its neighbour in the batch.
+    from torch's global generator alone. Each image is mixed with its neighbour in the batch.
 
     Args:
         num_classes: C.

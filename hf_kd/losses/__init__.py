@@ -4,7 +4,7 @@ import difflib
 import inspect
 from typing import Any
 
-from ._common import DistillationLoss
+from .base import DistillationLoss
 from .ce import CELoss, ce_loss
 from .kd import KDLoss, kd_loss
 from .nkd import NKDLoss, nkd_loss

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._common import DistillationLoss, check_inputs, check_number, cross_entropy
+from .base import DistillationLoss, check_inputs, check_number, cross_entropy
 
 
 def ce_loss(

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import DistillationLoss, at_least_float32, check_inputs, check_number
+from .base import DistillationLoss, at_least_float32, check_inputs, check_number
 
 
 def kd_loss(

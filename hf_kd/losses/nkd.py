@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
+from .base import (
     CITATION_NKD_USKD,
     DistillationLoss,
     at_least_float32,
     check_inputs,
     check_number,
-    drop_targets,
-    find_targets,
+    mask_targets,
+    top_targets,
     warn_if_no_non_target,
 )
 
@@ -57,7 +57,7 @@ def nkd_loss(
     teacher = teacher_logits.detach().to(student.dtype)
     if soft_labels == "argmax" and labels.ndim == 2:
         labels = labels.argmax(1)
-    targets = find_targets(labels, student.dtype)
+    targets = top_targets(labels, student.dtype)
     warn_if_no_non_target(targets, student.shape[1])
 
     log_s = F.log_softmax(student, dim=1).gather(1, targets.index)
@@ -65,8 +65,8 @@ def nkd_loss(
     target = -(targets.value * t * log_s).sum(1).mean()
     if student.shape[1] == 2:
         return {"target": target, "non_target": (student * 0).sum()}
-    soft = torch.softmax(drop_targets(teacher, targets.index, temperature), dim=1)
-    non_target = F.cross_entropy(drop_targets(student, targets.index, temperature), soft)
+    soft = torch.softmax(mask_targets(teacher, targets.index, temperature), dim=1)
+    non_target = F.cross_entropy(mask_targets(student, targets.index, temperature), soft)
     return {"target": target, "non_target": gamma * temperature**2 * non_target}
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
+from .base import (
     CITATION_NKD_USKD,
     DistillationLoss,
     Targets,
@@ -15,8 +15,8 @@ from ._common import (
     check_inputs,
     check_number,
     cross_entropy,
-    drop_targets,
-    find_targets,
+    mask_targets,
+    top_targets,
     warn_if_no_non_target,
 )
 
@@ -37,8 +37,8 @@ def uskd_loss(
         non_target  -beta sum_i N(Z)_i log N(S)_i  Z_i = 1 / position of class i by falling N(W)_i + N(S)_i
         weak        -mu sum_i V'_i log W_i         V' = 0.9 V + 0.1 / C
 
-    S and W are the student's and the weak head's probabilities; N renormalises over the non-target classes. P and Z
-    carry no gradient, so the weak head learns from its own term only. The ranking adds probabilities, not their logs.
+    S and W are the student's and the auxiliary head's probabilities; N renormalises over the non-target classes. P and
+    Z carry no gradient, so the auxiliary head learns from its own term only. The ranking adds probabilities, not logs.
     With C = 2 (or C = 3 and two targets) non_target is exactly 0, which is warned of once.
 
     mean_batch is a batch statistic: the loss of an image changes with batch size, gradient accumulation and number of
@@ -68,7 +68,7 @@ def uskd_loss(
     check_inputs(student_logits, labels, weak_logits=weak_logits)
     student = at_least_float32(student_logits)
     weak = weak_logits.to(student.dtype)
-    targets = find_targets(labels, student.dtype)
+    targets = top_targets(labels, student.dtype)
     warn_if_no_non_target(targets, student.shape[1])
 
     log_s = F.log_softmax(student, dim=1).gather(1, targets.index)
@@ -77,7 +77,7 @@ def uskd_loss(
         non_target = (student * 0).sum()
     else:
         zipf = zipf_weights(student.detach(), weak.detach(), targets.index, target_in_rank)
-        per_row = F.cross_entropy(drop_targets(student, targets.index), zipf, reduction="none")
+        per_row = F.cross_entropy(mask_targets(student, targets.index), zipf, reduction="none")
         non_target = (per_row / zipf.sum(1)).mean()
     return {
         "target": -alpha * (soft_target * log_s).sum(1).mean(),
@@ -103,7 +103,7 @@ def zipf_weights(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: b
 
     def log_n(logits: Tensor) -> Tensor:
         # At a target this is log S_t / (1 - S_t), the place that the official ranking gives it.
-        return logits - torch.logsumexp(drop_targets(logits, index), dim=1, keepdim=True)
+        return logits - torch.logsumexp(mask_targets(logits, index), dim=1, keepdim=True)
 
     # log(N(S) + N(W)) orders as the sum does, and neither overflows at a target nor ties in the tail.
     rank = torch.logaddexp(log_n(student), log_n(weak))

@@ -1,7 +1,7 @@
 """Top-k accuracy, calibration error, and agreement with a teacher, whole or streamed.
 
 An evaluation over several ranks gathers `sample_statistics` (a few numbers per image, not C logits per image) and
-feeds them to a `ClassificationMeter`, whose memory does not grow with the data set.
+feeds them to a `ClassificationMeter`, whose memory does not grow with the dataset.
 """
 
 import torch
@@ -118,7 +118,7 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
 
 
 class ClassificationMeter:
-    """Streams rows of `sample_statistics` into the metrics of a whole data set.
+    """Streams rows of `sample_statistics` into the metrics of a whole dataset.
 
     `update` stays on the rows' device, never waits for it, and keeps two short vectors however many images come. Sums
     are float64 (float32 on mps, which has no float64), so the order of the batches does not matter.

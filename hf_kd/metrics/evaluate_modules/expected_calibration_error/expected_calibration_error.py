@@ -9,7 +9,7 @@ from hf_kd.metrics import expected_calibration_error
 INPUTS = """
 Args:
     predictions: logits, (N, C); kept as float32.
-    references: labels, N integers in [0, C), or -100 for a picture that is left out.
+    references: labels, N integers in [0, C), or -100 for an image that is left out.
     n_bins: at least 1; default 15, or what load() was given. Compare only with the same.
 Returns:
     {"ece": expected calibration error in [0, 1]}

@@ -1,4 +1,4 @@
-"""`evaluate` module: share of the pictures for which student and teacher predict the same class."""
+"""`evaluate` module: share of the images for which student and teacher predict the same class."""
 
 import datasets
 import evaluate

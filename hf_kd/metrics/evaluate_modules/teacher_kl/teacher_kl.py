@@ -11,7 +11,7 @@ Args:
     predictions: the student's logits, (N, C); kept as float32.
     references: the teacher's logits, (N, C), in the student's class order; kept as float32.
 Returns:
-    {"kl": mean over the pictures of KL(teacher || student) at temperature 1, in nats, at least 0}
+    {"kl": mean over the images of KL(teacher || student) at temperature 1, in nats, at least 0}
 """
 CITATION = """@article{kullback1951information,
   title={On Information and Sufficiency},

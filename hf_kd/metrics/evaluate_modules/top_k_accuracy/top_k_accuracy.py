@@ -1,4 +1,4 @@
-"""`evaluate` module: share of the pictures whose class is among the k largest logits."""
+"""`evaluate` module: share of the images whose class is among the k largest logits."""
 
 import datasets
 import evaluate
@@ -9,7 +9,7 @@ from hf_kd.metrics import top_k_accuracy
 INPUTS = """
 Args:
     predictions: logits, (N, C); kept as float32.
-    references: labels, N integers in [0, C), or -100 for a picture that is left out.
+    references: labels, N integers in [0, C), or -100 for an image that is left out.
     k: at least 1; default 1, or what load() was given.
 Returns:
     {"top1": share in [0, 1]}, and so on for every other k. Of equal logits the lower class ranks first.

@@ -1,4 +1,4 @@
-"""Figures of single pictures and single runs: pictures, soft labels, confusions, calibration.
+"""Figures of single images and single runs: images, soft labels, confusions, calibration.
 
 Every plot takes tensors or arrays and returns a matplotlib Figure that no global state knows of: a notebook shows it
 where it is the last value of a cell (after `%matplotlib inline`), and `figure.savefig(path)` writes it.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import decode_rgb
-from .losses._common import find_targets
+from .losses.base import top_targets
 from .losses.uskd import soft_targets, zipf_weights
 from .metrics.classification import IGNORED_LABEL, calibration_bins, expected_calibration_error
 
@@ -26,31 +26,29 @@ if TYPE_CHECKING:
 RIGHT, GAP, GREY = "#3f90da", "#bd1f01", "#555555"
 
 
-def show_pictures(pictures: Any, titles: Sequence[str] | None = None, columns: int = 8, side: float = 1.4) -> Figure:
-    """Pictures in a grid, each with a title.
+def show_images(images: Any, titles: Sequence[str] | None = None, columns: int = 8, side: float = 1.4) -> Figure:
+    """Images in a grid, each with a title.
 
     Args:
-        pictures: uint8 or float [0, 1] tensor (B, 3, H, W), or a sequence of anything that `decode_rgb` takes (PIL
-            pictures, paths, rows of a data set, tensors (3, H, W)), of any sizes.
+        images: uint8 or float [0, 1] tensor (B, 3, H, W), or a sequence of anything that `decode_rgb` takes (PIL
+            images, paths, rows of a dataset, tensors (3, H, W)), of any sizes.
         titles: B short texts; default: none.
-        columns: pictures in a row.
-        side: inches of a picture.
+        columns: images in a row.
+        side: inches of an image.
 
     Raises:
-        ValueError: no picture, another number of titles, or a picture that can't be decoded.
+        ValueError: no image, another number of titles, or an image that can't be decoded.
     """
-    shown = [decode_rgb(picture).permute(1, 2, 0).numpy() for picture in pictures]
+    shown = [decode_rgb(image).permute(1, 2, 0).numpy() for image in images]
     if not shown or (titles is not None and len(titles) != len(shown)):
-        raise ValueError(
-            f"{len(shown)} pictures and {len(titles or ())} titles: pass one or more, and a title for each"
-        )
+        raise ValueError(f"{len(shown)} images and {len(titles or ())} titles: pass one or more, and a title for each")
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     lines = max((title.count("\n") + 1 for title in titles or ()), default=0)
     figure = _figure(columns * side, rows * (side + 0.17 * lines))
-    for i, picture in enumerate(shown):
+    for i, image in enumerate(shown):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(picture)
+        axes.imshow(image)
         axes.set_axis_off()
         if titles is not None:
             axes.set_title(titles[i], fontsize=8)
@@ -63,7 +61,7 @@ def uskd_soft_labels(
     """The soft labels that USKD builds for a batch in the place of a teacher's (arXiv 2303.13005); see `uskd_loss`.
 
     Args:
-        student_logits, weak_logits: (B, C), of the student and of its weak head.
+        student_logits, weak_logits: (B, C), of the student and of its auxiliary head.
         labels: int64 (B,) in [0, C).
         target_in_rank: as in `uskd_loss`.
 
@@ -81,23 +79,23 @@ def uskd_soft_labels(
             f"{tuple(labels.shape)} {labels.dtype}; expected (B, C), (B, C) and int64 (B,)"
         )
     student, weak = student_logits.detach().float(), weak_logits.detach().float()
-    targets = find_targets(labels, student.dtype)
+    targets = top_targets(labels, student.dtype)
     zipf = zipf_weights(student, weak, targets.index, target_in_rank)
     soft = soft_targets(student.softmax(1).gather(1, targets.index), targets, None)
     return soft[:, 0], zipf / zipf.sum(1, keepdim=True)
 
 
 def plot_soft_labels(
-    soft_labels: Any, names: Sequence[str], label: int | None = None, picture: Any = None, k: int = 10, title: str = ""
+    soft_labels: Any, names: Sequence[str], label: int | None = None, image: Any = None, k: int = 10, title: str = ""
 ) -> Figure:
-    """What a picture's soft labels say: a bar for each of the k largest, largest first; the true class is marked.
+    """What an image's soft labels say: a bar for each of the k largest, largest first; the true class is marked.
 
     Args:
         soft_labels: (C,), at least 0, or a dict of several by name, drawn side by side and ordered by the first: a
             teacher's probabilities and the student's, or USKD's Zipf labels and the rankings that they come from.
         names: of the C classes.
         label: the true class; always among the bars.
-        picture: anything that `decode_rgb` takes, shown on the left.
+        image: anything that `decode_rgb` takes, shown on the left.
         k: number of classes.
         title: above the figure.
 
@@ -125,10 +123,10 @@ def plot_soft_labels(
         order[-1:] = [label]
 
     rows = len(order) * len(values)
-    figure = _figure(7.5 if picture is not None else 5.5, max(2.2, 0.8 + 0.3 * len(order) + 0.1 * rows))
-    if picture is not None:
+    figure = _figure(7.5 if image is not None else 5.5, max(2.2, 0.8 + 0.3 * len(order) + 0.1 * rows))
+    if image is not None:
         left, axes = figure.subplots(1, 2, width_ratios=[1, 2.2])
-        left.imshow(decode_rgb(picture).permute(1, 2, 0).numpy())
+        left.imshow(decode_rgb(image).permute(1, 2, 0).numpy())
         left.set_axis_off()
         if label is not None:
             left.set_title(names[label], fontsize=10)
@@ -159,17 +157,17 @@ def plot_confusions(
 ) -> Figure:
     """Confusion matrices side by side, and of exactly two (teacher and student) the difference.
 
-    A cell is the share, in % of its row's class, of the pictures that were taken for its column's class. The colours
+    A cell is the share, in % of its row's class, of the images that were taken for its column's class. The colours
     are those of the errors; the diagonal, the share that is right, is grey.
 
     Args:
-        labels: (N,), integers in [0, C), or -100 for a picture that is left out.
+        labels: (N,), integers in [0, C), or -100 for an image that is left out.
         predictions: by name, the predicted classes (N,) or logits (N, C).
         names: of the C classes.
         max_classes: of more classes, those that are confused most often are shown.
 
     Raises:
-        ValueError: shapes that do not fit, or no labelled picture.
+        ValueError: shapes that do not fit, or no labelled image.
     """
     labels = _array(labels)
     kept = labels != IGNORED_LABEL
@@ -212,24 +210,24 @@ def plot_confusions(
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class" if i == 0 else "")
     which = "" if len(chosen) == len(names) else f", the {len(chosen)} most confused of {len(names)} classes"
-    figure.suptitle(f"% of each true class{which} ({kept.sum()} pictures)", fontsize=11)
+    figure.suptitle(f"% of each true class{which} ({kept.sum()} images)", fontsize=11)
     return figure
 
 
 def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -> Figure:
     """Reliability diagrams (Guo et al. 2017), one for each model, with a histogram of its confidences below.
 
-    A blue bar is the accuracy of the pictures whose confidence (largest probability) lies in its bin, and the hatched
+    A blue bar is the accuracy of the images whose confidence (largest probability) lies in its bin, and the hatched
     one goes from there to their mean confidence: the expected calibration error is the mean length of the hatched
     bars, weighted by the histogram.
 
     Args:
         logits: by name, (N, C).
-        labels: (N,), integers in [0, C), or -100 for a picture that is left out.
+        labels: (N,), integers in [0, C), or -100 for an image that is left out.
         n_bins: as in `expected_calibration_error`.
 
     Raises:
-        ValueError: shapes that do not fit, n_bins < 1, or no labelled picture.
+        ValueError: shapes that do not fit, n_bins < 1, or no labelled image.
     """
     labels = torch.as_tensor(_array(labels))
     models = {name: torch.as_tensor(_array(value)) for name, value in logits.items()}
@@ -262,7 +260,7 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
         if i == 0:
             above.set_ylabel("accuracy")
             above.legend(fontsize=8, loc="upper left")
-            below.set_ylabel("% of pictures")
+            below.set_ylabel("% of images")
     return figure
 
 

@@ -17,21 +17,24 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.utils import logging
 
-from . import hub, presets, report
+from .. import hub, recipes
+from ..checkpointing import last_checkpoint
+from ..config import DistillationConfig
+from ..data import ImageData, load_data
+from ..losses import LOSSES
+from ..models.loading import model_family
+from ..models.student import load_student, student_config
+from ..models.teacher import Teacher, load_teacher
+from ..push import check_push, publish
+from ..reporting import record as records
+from ..reporting.card import title, write_card
+from ..reporting.collect import describe_model, make_record, write_record
+from ..reporting.curves import plot_curves
+from ..reporting.record import CURVES_FILE, RUN_FILE
+from ..reporting.significance import verdicts
+from ..reporting.tables import comparison_table, teacher_row_of
+from ..trainer import DistillationTrainer
 from .arguments import ScriptArguments, make_parser, parse
-from .checkpoints import last_checkpoint
-from .config import DistillationConfig
-from .data import ImageData, load_data
-from .losses import LOSSES
-from .model_card import title, write_card
-from .plots import plot_curves
-from .push import check_push, publish
-from .record import describe_model, make_record, write_record
-from .report import CURVES_FILE, RUN_FILE
-from .student import kind_of, load_student, student_config
-from .teacher import Teacher, load_teacher
-from .trainer import DistillationTrainer
-from .verdict import verdicts
 
 PINS_FILE = "revisions.json"
 # What a command says of pushing and resuming is not what another needs to reproduce its run.
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{str(stop) or 'stopped'}{again if command == 'distill' else ''}", file=sys.stderr)
         return 130
     except Exception as error:
-        message = hub.explain(error)
+        message = hub.user_message(error)
         if message is None and isinstance(error, (ValueError, OSError, FloatingPointError)):
             message = str(error)
         if traceback or message is None:  # of what nobody foresaw, the traceback is what helps
@@ -90,7 +93,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         command: the command line, kept in run.json with the commits that it meant.
 
     Returns:
-        One run record (see `hf_kd.report`) for each student.
+        One run record (see `hf_kd.reporting.tables`) for each student.
     """
     main_process = config.process_index == 0
     script.check(config)
@@ -111,10 +114,10 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         command += "".join(f" --{key}_revision {pin['commit']}" for key, pin in pins.items())
     preset, changed = _preset(script), []
     if preset:
-        config, changed = presets.apply(preset, config, script.given)
+        config, changed = recipes.apply(preset, config, script.given)
     arms = script.arms(config, preset)
     if preset and main_process:
-        print(presets.describe(preset, changed, arms))
+        print(recipes.describe(preset, changed, arms))
     finished = [_finished(arm, script) if resume is True else None for _, arm in arms]
     data = load_data(
         script.dataset,
@@ -131,7 +134,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     )
     known = {
         "command": command,
-        "preset": preset and {"name": preset, "source": presets.PRESETS[preset].source, "changed": changed},
+        "preset": preset and {"name": preset, "source": recipes.PRESETS[preset].source, "changed": changed},
         "teacher": None,
     }
     teacher = None
@@ -144,9 +147,9 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
             trust_remote_code=script.trust_remote_code,
         )
         if main_process:
-            known["teacher"] = describe_model(teacher.model, script.teacher, teacher.view.size)
+            known["teacher"] = describe_model(teacher.model, script.teacher, teacher.preprocessing.size)
     if main_process and pins:
-        report.write_json(Path(config.output_dir) / PINS_FILE, pins)
+        records.write_json(Path(config.output_dir) / PINS_FILE, pins)
     runs: list[dict] = []
     for (name, arm), record in zip(arms, finished, strict=True):
         if record:
@@ -194,8 +197,8 @@ def _preset(script: ScriptArguments) -> str | None:
         trust = script.trust_remote_code
         hub_options = {"revision": script.student_revision, "trust_remote_code": trust}
         config = student_config(script.student, script.from_scratch, script.image_size, hub_options)
-        name = presets.choose(kind_of(config, trust), script.from_scratch, script.dataset)
-    for key, value in presets.PRESETS[name].student.items():
+        name = recipes.choose(model_family(config, trust), script.from_scratch, script.dataset)
+    for key, value in recipes.PRESETS[name].student.items():
         if key not in script.given:
             setattr(script, key, value)
     return name
@@ -204,20 +207,20 @@ def _preset(script: ScriptArguments) -> str | None:
 def _report(runs: list[dict], folders: list[Path], output_dir: Path, command: str) -> None:
     """Prints the table and the verdicts, and writes what needs all runs: the comparison and the cards."""
     found = verdicts(runs)
-    print("\n" + report.comparison_table(runs, report.teacher_row_of(runs[0])))
+    print("\n" + comparison_table(runs, teacher_row_of(runs[0])))
     for verdict in found:
         print(f"\n{verdict['sentence']}")
     if len(runs) > 1:
         comparison = {"command": command, "runs": runs, "verdicts": found}
-        report.write_json(output_dir / RUN_FILE, report.redact(comparison))
+        records.write_json(output_dir / RUN_FILE, records.redact(comparison))
         plot_curves(runs, output_dir / CURVES_FILE)
         brief = [{key: run.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for run in runs]
         for run, folder in zip(runs, folders, strict=True):
             own = next((verdict for verdict in found if verdict["loss"] == run["name"]), None)
             own = own and {**own, "runs": brief}
             if own != run.get("verdict"):
-                run |= {"verdict": own, "command": report.redact({"command": command})["command"]}
-                report.write_json(folder / RUN_FILE, run)
+                run |= {"verdict": own, "command": records.redact({"command": command})["command"]}
+                records.write_json(folder / RUN_FILE, run)
     for folder in folders:
         write_card(folder)
     print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
@@ -233,7 +236,7 @@ def _push(folder: str, repo_id: str, config: DistillationConfig) -> None:
         private = ["--private"] if config.hub_private_repo else []
         again = shlex.join(["hf-kd", "push", folder, repo_id, *branch, *private])
         print(
-            f"\nwarning: the push to {repo_id} failed: {hub.explain(error) or error}\n"
+            f"\nwarning: the push to {repo_id} failed: {hub.user_message(error) or error}\n"
             f"The model is in {folder}. Push it with: {again}",
             file=sys.stderr,
         )
@@ -334,7 +337,7 @@ def _resume(config: DistillationConfig, script: ScriptArguments) -> str | bool:
 
 
 def _settings(config: DistillationConfig, script: ScriptArguments) -> dict:
-    return report.redact({**dataclasses.asdict(script), **config.to_dict()})
+    return records.redact({**dataclasses.asdict(script), **config.to_dict()})
 
 
 # Settings in which a run may differ from its continuation.
@@ -354,7 +357,7 @@ def _finished(config: DistillationConfig, script: ScriptArguments) -> dict | Non
     if not file.is_file():
         return None
     record = json.loads(file.read_text())
-    loss = {"name": config.loss, **config.build_loss().numbers()}
+    loss = {"name": config.loss, **config.build_loss().hyperparameters()}
     if record.get("loss") != loss:
         what = "a comparison" if "runs" in record else record.get("loss")
         raise ValueError(f"{config.output_dir} holds {what}, not a run with {loss}: choose another --output_dir.")

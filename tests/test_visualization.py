@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_kd.inspection import plot_confusions, plot_reliability, plot_soft_labels, show_pictures, uskd_soft_labels
 from hf_kd.losses import uskd_loss
 from hf_kd.metrics import expected_calibration_error
+from hf_kd.visualization import plot_confusions, plot_reliability, plot_soft_labels, show_images, uskd_soft_labels
 
 NAMES = ["cat", "dog", "bird", "fish", "tree"]
 
@@ -38,30 +38,30 @@ def logits_of(n=400, classes=5, seed=0, strength=2.0):
     return logits, labels
 
 
-def test_a_grid_of_pictures_of_any_kind():
+def test_a_grid_of_images_of_any_kind():
     red = torch.zeros(3, 8, 8, dtype=torch.uint8)
     red[0] = 255
-    pictures = [red, red / 255, Image.new("RGB", (5, 9), "red"), np.tile(np.uint8([255, 0, 0]), (4, 4, 1))]
-    figure = show_pictures(pictures, ["a", "b", "c\nd", "e"], columns=3)
+    images = [red, red / 255, Image.new("RGB", (5, 9), "red"), np.tile(np.uint8([255, 0, 0]), (4, 4, 1))]
+    figure = show_images(images, ["a", "b", "c\nd", "e"], columns=3)
     drawn(figure)
     assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c\nd", "e"]
     for axes in figure.axes:
         assert np.asarray(axes.images[0].get_array()).reshape(-1, 3).tolist()[0] == [255, 0, 0]
-    assert len(show_pictures(torch.stack([red, red])).axes) == 2
+    assert len(show_images(torch.stack([red, red])).axes) == 2
 
 
-@pytest.mark.parametrize(("pictures", "titles"), [([], None), ([torch.zeros(3, 4, 4)], ["a", "b"])])
-def test_pictures_and_titles_that_do_not_fit(pictures, titles):
-    with pytest.raises(ValueError, match="pictures and"):
-        show_pictures(pictures, titles)
+@pytest.mark.parametrize(("images", "titles"), [([], None), ([torch.zeros(3, 4, 4)], ["a", "b"])])
+def test_images_and_titles_that_do_not_fit(images, titles):
+    with pytest.raises(ValueError, match="images and"):
+        show_images(images, titles)
 
 
 def test_soft_labels_are_the_bars_largest_first():
     teacher, student = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05]), [0.2, 0.2, 0.2, 0.4, 0.0]
     figure = plot_soft_labels({"teacher": teacher, "student": student}, NAMES, 2, torch.rand(3, 8, 8), k=3, title="T")
     drawn(figure)
-    picture, axes = figure.axes
-    assert picture.get_title() == "bird"
+    image, axes = figure.axes
+    assert image.get_title() == "bird"
     # Of the three largest, the last gives way to the true class.
     assert [text.get_text() for text in axes.get_yticklabels()] == ["dog", "fish", "bird (true)"]
     assert bars(axes.containers[0], "width") == pytest.approx([0.5, 0.3, 0.05])
@@ -135,7 +135,7 @@ def test_confusions_are_percentages_of_the_true_class():
     assert cells["student"] == {(0, 0): "50", (0, 1): "50", (1, 1): "50", (1, 0): "50", (4, 0): "100", **diagonal}
     difference = {(0, 0): "-25", (0, 1): "+25", (1, 1): "-50", (1, 0): "+50", (4, 0): "+100", (4, 4): "-100"}
     assert cells["student − teacher, points"] == difference
-    assert "9 pictures" in figure.get_suptitle()
+    assert "9 images" in figure.get_suptitle()
 
 
 def test_of_many_classes_the_most_confused_are_shown():
@@ -196,6 +196,6 @@ def test_reliability_that_does_not_fit():
 
 
 def test_matplotlib_is_imported_only_to_plot():
-    code = "import sys, hf_kd.inspection; print('matplotlib' in sys.modules)"
+    code = "import sys, hf_kd.visualization; print('matplotlib' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert answer.stdout.strip() == "False"

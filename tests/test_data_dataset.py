@@ -28,10 +28,10 @@ ORIENTATION = 0x112
 
 
 def by_pillow(data):
-    picture = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
     with warnings.catch_warnings(action="ignore"):  # of palettes with transparency
-        picture = picture.convert("RGB")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def oriented(value, motorola=False):
@@ -51,14 +51,14 @@ def files():
     rgb, rgba = PIL.Image.fromarray(photo()), PIL.Image.fromarray(photo(channels=4), "RGBA")
     grey, palette = rgb.convert("L"), rgb.quantize(64)
     cmyk = PIL.Image.fromarray(photo(channels=4), "CMYK")
-    for name, picture in {"RGB": rgb, "RGBA": rgba, "L": grey, "LA": rgba.convert("LA"), "P": palette}.items():
-        yield f"{name} png", encode(picture)
+    for name, image in {"RGB": rgb, "RGBA": rgba, "L": grey, "LA": rgba.convert("LA"), "P": palette}.items():
+        yield f"{name} png", encode(image)
     yield "1 png", encode(rgb.convert("1"))
     yield "P transparent index png", encode(palette, transparency=3)
     yield "P transparent table png", encode(palette, transparency=bytes(range(64)))
     yield "L transparent png", encode(grey, transparency=100)
-    for name, picture in {"RGB": rgb, "L": grey, "CMYK": cmyk, "YCbCr": rgb.convert("YCbCr")}.items():
-        yield f"{name} jpeg", encode(picture, "JPEG", quality=90)
+    for name, image in {"RGB": rgb, "L": grey, "CMYK": cmyk, "YCbCr": rgb.convert("YCbCr")}.items():
+        yield f"{name} jpeg", encode(image, "JPEG", quality=90)
     yield "progressive jpeg", encode(rgb, "JPEG", progressive=True)
     inverted = encode(cmyk, "JPEG", quality=90)
     adobe = inverted.index(b"\xff\xee")
@@ -164,14 +164,14 @@ def test_undecodable():
 
 
 def test_transforms_give_uint8_of_the_promised_size():
-    picture = decode_rgb(photo(40, 60))
+    image = decode_rgb(photo(40, 60))
     for name in AUGMENTS:
         transform = pickle.loads(pickle.dumps(build_transform(name, 24)))
         for _ in range(10):
-            result = transform(picture)
+            result = transform(image)
             assert result.dtype == torch.uint8
             assert result.shape == ((3, 24, 24) if name in ("resized_crop", "deit") else (3, 40, 60))
-    assert torch.equal(build_transform("none")(picture), picture)
+    assert torch.equal(build_transform("none")(image), image)
     with pytest.raises(ValueError, match="pad_crop"):
         build_transform("crop")
     for name in ("resized_crop", "deit"):
@@ -179,9 +179,9 @@ def test_transforms_give_uint8_of_the_promised_size():
             build_transform(name)
 
 
-def test_pad_crop_is_a_crop_of_the_padded_picture():
-    picture = torch.randint(1, 256, (3, 32, 48), dtype=torch.uint8)
-    padded = np.pad(picture.numpy(), ((0, 0), (4, 4), (6, 6)))
+def test_pad_crop_is_a_crop_of_the_padded_image():
+    image = torch.randint(1, 256, (3, 32, 48), dtype=torch.uint8)
+    padded = np.pad(image.numpy(), ((0, 0), (4, 4), (6, 6)))
     crops = {
         padded[:, y : y + 32, x : x + 48][..., ::step].tobytes(): (y, x, step)
         for y in range(9)
@@ -189,32 +189,32 @@ def test_pad_crop_is_a_crop_of_the_padded_picture():
         for step in (1, -1)
     }
     transform = build_transform("pad_crop")
-    seen = [crops[transform(picture).numpy().tobytes()] for _ in range(2000)]  # KeyError: not such a crop
+    seen = [crops[transform(image).numpy().tobytes()] for _ in range(2000)]  # KeyError: not such a crop
     assert {y for y, _, _ in seen} == set(range(9)) and {x for _, x, _ in seen} == set(range(13))
     assert 0.4 < np.mean([step == 1 for _, _, step in seen]) < 0.6
 
 
 def test_flip():
-    picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    flips = [torch.equal(build_transform("flip")(picture), picture.flip(2)) for _ in range(400)]
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    flips = [torch.equal(build_transform("flip")(image), image.flip(2)) for _ in range(400)]
     assert 0.4 < np.mean(flips) < 0.6
 
 
 def test_deit_survives_its_strongest_levels():
-    """About one picture in a thousand draws a posterisation to 0 bits, which current Pillow refuses."""
+    """About one image in a thousand draws a posterisation to 0 bits, which current Pillow refuses."""
     transform = build_transform("deit", 16).transforms[3]
-    picture = PIL.Image.fromarray(photo(16, 16))
+    image = PIL.Image.fromarray(photo(16, 16))
     posterise = next(op for op in transform.ops if op.name.startswith("Posterize"))
     posterise.prob, posterise.magnitude, posterise.magnitude_std = 1.0, 10, 0
-    assert not np.array(posterise(picture)).any()
+    assert not np.array(posterise(image)).any()
     posterise.magnitude = 0
-    assert np.array(posterise(picture)).any()
+    assert np.array(posterise(image)).any()
 
 
 def test_deit_erases_a_quarter_with_noise_of_the_imagenet_statistics():
     transform = build_transform("deit", 64).transforms[-1]
-    picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    erased = [result[:, result.amax(0) > 0] for result in (transform(picture) for _ in range(600)) if result.any()]
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    erased = [result[:, result.amax(0) > 0] for result in (transform(image) for _ in range(600)) if result.any()]
     assert 0.19 < len(erased) / 600 < 0.31
     values = torch.cat(erased, dim=1).double()
     rng = np.random.default_rng(0)
@@ -235,7 +235,7 @@ def mixing_batch():
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixer_labels_are_the_shares_of_the_pixels(alphas):
-    """Picture i is constant with value 30 i, so the mean of a mixed one must be that of its labels."""
+    """Image i is constant with value 30 i, so the mean of a mixed one must be that of its labels."""
     pixels, labels = mixing_batch()
     mixer, kinds = Mixer(10, *alphas), []
     for seed in range(200):
@@ -248,7 +248,7 @@ def test_mixer_labels_are_the_shares_of_the_pixels(alphas):
         assert torch.allclose(mixed.double().mean((1, 2, 3)), expected, atol=1e-5)
         kinds.append("mixup" if torch.equal(mixed[3], mixed[3, 0, 0, 0].expand(3, 16, 16)) else "cutmix")
     share = np.mean([kind == "mixup" for kind in kinds])
-    # A cut of no or of all pixels leaves a constant picture, too, hence not exactly 0 or a half.
+    # A cut of no or of all pixels leaves a constant image, too, hence not exactly 0 or a half.
     assert {(0.8, 0.0): share == 1, (0.0, 1.0): share < 0.2, (0.8, 1.0): 0.4 < share < 0.7}[alphas]
 
 

@@ -1,4 +1,4 @@
-"""The weak head, where it taps and what it does, against the plain models themselves."""
+"""The auxiliary head, where it taps and what it does, against the plain models themselves."""
 
 import copy
 
@@ -18,10 +18,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_kd.student import build
-from hf_kd.weak_head import HEAD, StudentOutput, attach_weak_head, find_feature_site, logits_of, tensor_of
+from hf_kd.models.auxiliary_head import StudentOutput, add_auxiliary_head
+from hf_kd.models.features import HEAD, find_feature_layer
+from hf_kd.models.forward import logits_of, tensor_of
+from hf_kd.models.loading import build
 
-# ---- where the weak head taps ----
+# ---- where the auxiliary head taps ----
 
 
 def features_of(model, values):
@@ -42,41 +44,41 @@ def features_of(model, values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weak_logits_are_a_linear_map_of_the_papers_feature(kind):
+def test_the_aux_logits_are_a_linear_map_of_the_papers_feature(kind):
     model, _ = tiny(kind)
     plain = copy.deepcopy(model)
-    head = attach_weak_head(model, 6, (32, 32))
+    head = add_auxiliary_head(model, 6, (32, 32))
     values = torch.rand(3, 3, 32, 32)
     output = model(values)
     expected = features_of(plain, values) @ head.fc.weight.T + head.fc.bias
-    torch.testing.assert_close(output.weak_logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.aux_logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.logits, logits(plain, values))
-    site = {
+    layer = {
         "vit": "vit.layers.1",
         "deit": "deit.layers.1",
         "resnet": "resnet.encoder.stages.2",
         "timm_resnet": "timm_model.layer3",
         "timm_vit": "timm_model.blocks.1",
     }[kind]
-    assert head.site.name == site
+    assert head.layer.name == layer
 
 
-def test_swin_is_tapped_before_patch_merging():
+def test_swin_is_read_featureped_before_patch_merging():
     config = SwinConfig(
         embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1] * 4, image_size=32, patch_size=2, window_size=2
     )
     model = build(config).eval()
-    site = find_feature_site(model, (32, 32))
+    layer = find_feature_layer(model, (32, 32))
     seen = {}
     model.swin.encoder.layers[2].downsample.register_forward_pre_hook(lambda m, args: seen.update(stage=args[0]))
-    model.get_submodule(site.name).register_forward_hook(lambda m, a, out: seen.update(site=tensor_of(out)))
+    model.get_submodule(layer.name).register_forward_hook(lambda m, a, out: seen.update(layer=tensor_of(out)))
     logits(model, torch.rand(2, 3, 32, 32))
-    assert (site.pooling, site.channels) == ("mean_token", 32)
-    torch.testing.assert_close(seen["site"], seen["stage"])
+    assert (layer.pooling, layer.channels) == ("mean_token", 32)
+    torch.testing.assert_close(seen["layer"], seen["stage"])
 
 
 @pytest.mark.parametrize(
-    ("architecture", "size", "site"),
+    ("architecture", "size", "layer"),
     [
         ("test_convnext", 64, ("stages.2", 48, "nchw")),
         ("test_efficientnet", 64, ("blocks.3", 48, "nchw")),
@@ -86,11 +88,11 @@ def test_swin_is_tapped_before_patch_merging():
         ("swin_tiny_patch4_window7_224", 224, ("layers.2", 384, "nhwc")),
     ],
 )
-def test_sites_in_timm_families(architecture, size, site):
+def test_layers_in_timm_families(architecture, size, layer):
     model = timm.create_model(architecture)
-    found = find_feature_site(model, (size, size))
-    if site is not None:
-        assert (found.name, found.channels, found.pooling) == site
+    found = find_feature_layer(model, (size, size))
+    if layer is not None:
+        assert (found.name, found.channels, found.pooling) == layer
     else:
         assert found.pooling == ("class_token" if model.cls_token is not None else "mean_token")
 
@@ -111,31 +113,31 @@ class Unknown(nn.Module):
 
 def test_an_unknown_model_needs_feature_module_and_is_told_which():
     with pytest.raises(ValueError, match=r"(?s)no rule for Unknown.*feature_module.*body\.0 \(1, 12, 8, 8\)"):
-        attach_weak_head(Unknown(), 6, (32, 32))
+        add_auxiliary_head(Unknown(), 6, (32, 32))
     with pytest.raises(ValueError, match=r"no module is named 'body\.9'.*body\.2 \(1, 16, 4, 4\)"):
-        attach_weak_head(Unknown(), 6, (32, 32), feature_module="body.9")
+        add_auxiliary_head(Unknown(), 6, (32, 32), feature_module="body.9")
     model, values = Unknown(), torch.rand(2, 3, 32, 32)
-    head = attach_weak_head(model, 6, (32, 32), feature_module="body.0")
-    torch.testing.assert_close(model(values).weak_logits, head.fc(model.body[0](model.stem(values)).mean((2, 3))))
+    head = add_auxiliary_head(model, 6, (32, 32), feature_module="body.0")
+    torch.testing.assert_close(model(values).aux_logits, head.fc(model.body[0](model.stem(values)).mean((2, 3))))
 
 
 def test_feature_module_overrides_the_rule():
     model, _ = tiny("resnet")
-    head = attach_weak_head(model, 6, (32, 32), feature_module="resnet.encoder.stages.1")
+    head = add_auxiliary_head(model, 6, (32, 32), feature_module="resnet.encoder.stages.1")
     values = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         state = model(values, output_hidden_states=True).hidden_states[-3].mean((2, 3))
-    torch.testing.assert_close(model(values).weak_logits, head.fc(state))
+    torch.testing.assert_close(model(values).aux_logits, head.fc(state))
 
 
-# ---- what the weak head does ----
+# ---- what the auxiliary head does ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_early_layers_and_the_head_only(kind):
     model, _ = tiny(kind)
-    head = attach_weak_head(model, 6, (32, 32))
-    model.train()(torch.rand(4, 3, 32, 32)).weak_logits.square().sum().backward()
+    head = add_auxiliary_head(model, 6, (32, 32))
+    model.train()(torch.rand(4, 3, 32, 32)).aux_logits.square().sum().backward()
     moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     first = next(n for n, _ in model.named_parameters() if "proj" in n or "conv" in n)
     assert {first, f"{HEAD}.fc.weight", f"{HEAD}.fc.bias"} <= moved
@@ -147,14 +149,14 @@ def test_gradients_reach_the_early_layers_and_the_head_only(kind):
         "timm_vit": "blocks.2",
     }
     assert not any(late[kind] in n or "classifier" in n for n in moved)
-    assert head is model.kd_head
+    assert head is model.aux_head
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradients_the_model_is_the_plain_one(kind, tmp_path):
     model, processor = tiny(kind, names=NAMES)
     plain = copy.deepcopy(model)
-    attach_weak_head(model, 3, (32, 32))
+    add_auxiliary_head(model, 3, (32, 32))
     values = torch.rand(2, 3, 32, 32)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -171,11 +173,11 @@ def test_attaching_draws_no_random_numbers_and_is_reproducible():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    attach_weak_head(one, 6, (32, 32), seed=1)
+    add_auxiliary_head(one, 6, (32, 32), seed=1)
     assert torch.equal(torch.rand(3), expected)
-    attach_weak_head(other, 6, (32, 32), seed=1)
-    assert torch.equal(one.kd_head.fc.weight, other.kd_head.fc.weight)
-    assert attach_weak_head(one, 6, (32, 32)) is one.kd_head
+    add_auxiliary_head(other, 6, (32, 32), seed=1)
+    assert torch.equal(one.aux_head.fc.weight, other.aux_head.fc.weight)
+    assert add_auxiliary_head(one, 6, (32, 32)) is one.aux_head
     assert one.training is False
 
 
@@ -184,14 +186,14 @@ def test_models_with_two_heads_work():
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
     )
     model = DeiTForImageClassificationWithTeacher(config).train()
-    attach_weak_head(model, 2, (32, 32))
+    add_auxiliary_head(model, 2, (32, 32))
     values = torch.rand(2, 3, 32, 32)
     output = model(values)
     with torch.no_grad():
         plain = model(values)
     assert torch.equal(output.logits, logits_of(plain))
     torch.testing.assert_close(logits_of(plain), (plain.cls_logits + plain.distillation_logits) / 2)
-    assert output.weak_logits.shape == (2, 2)
+    assert output.aux_logits.shape == (2, 2)
 
 
 def test_tuples_and_tensors_have_logits_too():
@@ -210,26 +212,26 @@ def test_compiled_models_give_the_same_in_one_graph(kind):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    attach_weak_head(model, 6, (32, 32))
+    add_auxiliary_head(model, 6, (32, 32))
     values = torch.rand(2, 3, 32, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     a, b = model(values), compiled(values)
-    torch.testing.assert_close(b.weak_logits, a.weak_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b.aux_logits, a.aux_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(b.logits, a.logits, rtol=1e-4, atol=1e-5)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    grads = [torch.autograd.grad(o.weak_logits.square().sum(), parameters, allow_unused=True) for o in (a, b)]
+    grads = [torch.autograd.grad(o.aux_logits.square().sum(), parameters, allow_unused=True) for o in (a, b)]
     for x, y in zip(*grads, strict=True):
         x, y = (torch.zeros(()) if g is None or not g.any() else g for g in (x, y))
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6)
     with torch.no_grad():
-        assert "weak_logits" not in compiled(values)
+        assert "aux_logits" not in compiled(values)
     torch._dynamo.reset()
 
 
 def gradients(model, values):
     model.zero_grad()
     output = model(values)
-    (output.logits.square().sum() + output.weak_logits.square().sum()).backward()
+    (output.logits.square().sum() + output.aux_logits.square().sum()).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -239,7 +241,7 @@ def gradients(model, values):
 def test_activation_checkpointing_changes_nothing(kind, reentrant):
     """In transformers hooks run outside the checkpoint, so that either way of it works; timm has its own default."""
     model, _ = tiny(kind)
-    attach_weak_head(model, 6, (32, 32))
+    add_auxiliary_head(model, 6, (32, 32))
     values = torch.rand(2, 3, 32, 32)
     expected = gradients(model.train(), values)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -265,38 +267,38 @@ class Checkpointed(Unknown):
 @pytest.mark.filterwarnings("ignore")
 def test_a_feature_without_gradient_is_refused_with_the_way_out():
     model = Checkpointed()
-    attach_weak_head(model, 6, (32, 32), feature_module="body.0")
+    add_auxiliary_head(model, 6, (32, 32), feature_module="body.0")
     with pytest.raises(RuntimeError, match="body.0.*use_reentrant"):
         model(torch.rand(2, 3, 32, 32))
     model.reentrant = False
-    assert gradients(model, torch.rand(2, 3, 32, 32))["kd_head.fc.weight"].any()
+    assert gradients(model, torch.rand(2, 3, 32, 32))["aux_head.fc.weight"].any()
     copy.deepcopy(model)
     timm_model, _ = tiny("timm_resnet")  # its checkpoints are around the blocks of a stage, not the stage
-    attach_weak_head(timm_model, 6, (32, 32))
+    add_auxiliary_head(timm_model, 6, (32, 32))
     timm_model.train().gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="timm_model.layer3.N"):
         timm_model(torch.rand(2, 3, 32, 32))
     timm_model, _ = tiny("timm_resnet")
-    attach_weak_head(timm_model, 6, (32, 32), feature_module="timm_model.layer3.0")
+    add_auxiliary_head(timm_model, 6, (32, 32), feature_module="timm_model.layer3.0")
     timm_model.train().gradient_checkpointing_enable()
-    assert gradients(timm_model, torch.rand(2, 3, 32, 32))["kd_head.fc.weight"].any()
+    assert gradients(timm_model, torch.rand(2, 3, 32, 32))["aux_head.fc.weight"].any()
 
 
 def test_a_copy_has_a_head_of_its_own():
     model, _ = tiny("vit")
-    attach_weak_head(model, 6, (32, 32))
+    add_auxiliary_head(model, 6, (32, 32))
     values = torch.rand(2, 3, 32, 32)
-    before = model(values).weak_logits
+    before = model(values).aux_logits
     other = copy.deepcopy(model)
-    nn.init.constant_(other.kd_head.fc.weight, 0.0)
-    nn.init.constant_(other.kd_head.fc.bias, 7.0)
-    assert (other(values).weak_logits == 7).all()
-    assert torch.equal(model(values).weak_logits, before)
+    nn.init.constant_(other.aux_head.fc.weight, 0.0)
+    nn.init.constant_(other.aux_head.fc.bias, 7.0)
+    assert (other(values).aux_logits == 7).all()
+    assert torch.equal(model(values).aux_logits, before)
 
 
 def test_a_half_precision_student_gets_a_head_of_its_type():
     model = ViTForImageClassification(
         ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
     ).bfloat16()
-    attach_weak_head(model, 2, (32, 32))
-    assert model(torch.rand(1, 3, 32, 32, dtype=torch.bfloat16)).weak_logits.dtype is torch.bfloat16
+    add_auxiliary_head(model, 2, (32, 32))
+    assert model(torch.rand(1, 3, 32, 32, dtype=torch.bfloat16)).aux_logits.dtype is torch.bfloat16

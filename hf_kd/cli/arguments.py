@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import yaml
 from transformers import HfArgumentParser
 
-from .config import DistillationConfig, read_json
-from .losses import LOSSES
-from .presets import EVERY_EPOCH, PRESETS, loss_numbers
-from .verdict import BASELINE, CONTROL
+from ..config import DistillationConfig, read_json
+from ..losses import LOSSES
+from ..recipes import EVERY_EPOCH, PRESETS, published_hyperparameters
+from ..reporting.significance import BASELINE, CONTROL
 
 
 @dataclass
 class ScriptArguments:
-    """What to distil, from what, on which pictures."""
+    """What to distil, from what, on which images."""
 
     student: str | None = field(
         default=None, metadata={"help": "Student: a Hub id, timm/NAME, or a local folder with a model or its config."}
@@ -27,7 +27,7 @@ class ScriptArguments:
     teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id, timm/NAME, or a local folder."})
     dataset: str = field(
         default="uoft-cs/cifar100",
-        metadata={"help": "Pictures: a Hub id, a folder of pictures or of parquet files, or 'quickstart' (bundled)."},
+        metadata={"help": "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled)."},
     )
     preset: str | None = field(
         default=None,
@@ -66,7 +66,7 @@ class ScriptArguments:
             "help": "Where class names of teacher and data differ: by_index, or JSON with {data name: teacher name}."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: validation or test."}
@@ -78,7 +78,7 @@ class ScriptArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the models' repositories."})
     traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
 
@@ -145,7 +145,7 @@ class ScriptArguments:
                 numbers = dict(numbers)
                 loss = numbers.pop("loss", name)
                 if preset and loss in LOSSES:
-                    numbers = loss_numbers(loss, preset)[0] | numbers
+                    numbers = published_hyperparameters(loss, preset)[0] | numbers
                 several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
                 arm = dataclasses.replace(
                     config,

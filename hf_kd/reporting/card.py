@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .losses import LOSSES
-from .report import CARD_FILE, MISSING, RUN_FILE, layout, rate, redact
-from .verdict import BASELINE, CONTROL, points
+from ..losses import LOSSES
+from .record import CARD_FILE, RUN_FILE, redact
+from .significance import BASELINE, CONTROL, points
+from .tables import MISSING, layout, rate
 
 HUB, FOLDER = "https://huggingface.co", "path/to/this/folder"
 # A line stands if its fields, {name} and {?name}, are neither empty nor false; the second kind shows nothing.
@@ -43,7 +44,7 @@ def write_card(folder: str | os.PathLike) -> Path:
 
 
 def model_card(run: Mapping[str, Any]) -> str:
-    """Markdown with YAML metadata, from a run record (see `hf_kd.report`) alone.
+    """Markdown with YAML metadata, from a run record (see `hf_kd.reporting.tables`) alone.
 
     What the record lacks shows as "–" or not at all. Rates are in percent, differences in points; a row of several
     seeds has the mean ± standard deviation (n − 1).
@@ -199,7 +200,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 def _split(data: Mapping[str, Any], part: str) -> str:
     name = f" (split {_code(data[f'{part}_split'])})" if data.get(f"{part}_split") else ""
-    return f"{_show(data.get(f'{part}_size'), ',')} pictures{name}"
+    return f"{_show(data.get(f'{part}_size'), ',')} images{name}"
 
 
 def title(run: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The picture of one or more runs: what every loss term did, and what came of it."""
+"""The image of one or more runs: what every loss term did, and what came of it."""
 
 import math
 import os
@@ -25,7 +25,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     A dashed line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
-        runs: runs as in `hf_kd.report`, at least one; read are name, history (the trainer's log_history, may be
+        runs: records of runs (see `record`), at least one; read are name, history (the trainer's log_history, may be
             empty), and, where they are, seed, student, teacher, data and teacher_metrics.
         path: the file; missing folders are made.
 

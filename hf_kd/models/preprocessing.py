@@ -1,8 +1,7 @@
-"""How a model sees a picture: pixels in, the model's own `pixel_values` out, and back.
+"""How a model sees an image: pixels in, the model's own `pixel_values` out, and back.
 
-The data side delivers plain pixels; each model owns a `View` of them, measured off its own image processor. A teacher
-at 384 px with mean 0.5 and a student at 224 px with ImageNet statistics then look at the same picture, each as it was
-trained to, and nothing has to be un-normalised on the way.
+Batches hold raw pixels; each model owns its `Preprocessing`, measured off its image processor. A teacher at 384 px
+with mean 0.5 and a student at 224 px with ImageNet statistics then see the same image, each as it was trained to.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from torchvision.transforms.v2 import functional as F
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-class View:
+class Preprocessing:
     """The preprocessing of one image processor, as a function of pixels.
 
     Mean and standard deviation are not read from attributes (each family names and composes them differently) but
-    measured: the processor is run on a black, a white and a coloured picture, which gives its affine map per channel,
+    measured: the processor is run on a black, a white and a coloured image, which gives its affine map per channel,
     and the order of the channels (MobileViT's is BGR).
 
     Args:
@@ -29,7 +28,7 @@ class View:
         size (`tuple[int, int]`): height and width of the model's input.
         channels (`list[int]`): which channel of the pixels becomes which of the model's input; [0, 1, 2] for RGB.
         scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels[channels] / 255 * scale + offset`.
-        interpolation (`InterpolationMode`): how pictures are resized.
+        interpolation (`InterpolationMode`): how images are resized.
 
     Raises:
         ValueError: if the processor's output is not `(3, H, W)` of one size, or not an affine function of the pixels.
@@ -47,8 +46,8 @@ class View:
         shapes = {shape: tuple(x.shape[1:]) for shape, x in zip(colours, (black, colour, white), strict=True)}
         if black.ndim != 4 or black.shape[1] != 3 or len(set(shapes.values())) > 1:
             raise ValueError(
-                f"{name} turns pictures of the sizes {list(shapes)} into tensors of the shapes "
-                f"{list(shapes.values())}; a view needs one and the same (3, H, W). Give it a fixed output size "
+                f"{name} turns images of the sizes {list(shapes)} into tensors of the shapes "
+                f"{list(shapes.values())}; a fixed size (3, H, W) is needed. Give it one "
                 "(`crop_size`, or `size` with height and width)."
             )
         self.size: tuple[int, int] = tuple(black.shape[-2:])
@@ -77,12 +76,12 @@ class View:
         mean, std = (
             ", ".join(f"{v:.4g}" for v in x.flatten().tolist()) for x in (-self.offset / self.scale, 1 / self.scale)
         )
-        return f"View(size={self.size}, mean=[{mean}], std=[{std}], interpolation={self.interpolation.value})"
+        return f"Preprocessing(size={self.size}, mean=[{mean}], std=[{std}], interpolation={self.interpolation.value})"
 
     def __eq__(self, other) -> bool:
-        """Whether both show every picture alike (as far as size, statistics and the processor's settings tell)."""
+        """Whether both show every image alike (as far as size, statistics and the processor's settings tell)."""
         return (
-            isinstance(other, View)
+            isinstance(other, Preprocessing)
             and self.size == other.size
             and torch.allclose(self.scale, other.scale)
             and torch.allclose(self.offset, other.offset)
@@ -93,41 +92,41 @@ class View:
 
     __hash__ = None
 
-    def _process(self, pictures: list[torch.Tensor]) -> torch.Tensor:
+    def _process(self, images: list[torch.Tensor]) -> torch.Tensor:
         try:
-            return torch.as_tensor(self.processor(images=pictures, return_tensors="pt")["pixel_values"])
+            return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
         except (RuntimeError, ValueError) as error:
-            shapes = sorted({tuple(p.shape) for p in pictures})
+            shapes = sorted({tuple(p.shape) for p in images})
             raise ValueError(
-                f"{type(self.processor).__name__} could not make one batch of pictures of the shapes {shapes}: {error}"
+                f"{type(self.processor).__name__} could not make one batch of images of the shapes {shapes}: {error}"
             ) from error
 
-    def frame(self, pictures) -> torch.Tensor:
-        """The processor's own resize and crop of whole pictures, for evaluation.
+    def resize_and_crop(self, images) -> torch.Tensor:
+        """The processor's own resize and crop of whole images, for evaluation.
 
         Args:
-            pictures: list of uint8 `(3, H, W)` of any sizes, or one uint8 batch `(B, 3, H, W)`.
+            images: list of uint8 `(3, H, W)` of any sizes, or one uint8 batch `(B, 3, H, W)`.
 
         Returns:
             uint8 `(B, 3, *size)` on the CPU. Exact: the processor's output is mapped back to whole pixel values.
         """
-        return (self.invert(self._process([p.cpu() for p in pictures])) * 255).round_().to(torch.uint8)
+        return (self.invert(self._process([p.cpu() for p in images])) * 255).round_().to(torch.uint8)
 
-    def __call__(self, pixels: torch.Tensor, framed: bool = False) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
         """`pixel_values` of a batch, as the processor would give them.
 
         Args:
             pixels: `(B, 3, H, W)`, uint8, or float in [0, 1] (after mixup or cutmix).
-            framed: False for whole pictures, which get the processor's resize and crop (through the CPU); True for
-                pictures that show what the model is to see (training crops): they are resized to `size` on the
+            cropped: False for whole images, which get the processor's resize and crop (through the CPU); True for
+                images that show what the model is to see (training crops): they are resized to `size` on the
                 device they are on, nothing is cut off.
 
         Returns:
             float32 `(B, 3, *size)` on the device of `pixels`.
         """
-        if not framed:
+        if not cropped:
             whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
-            pixels = self.frame(whole).to(pixels.device)
+            pixels = self.resize_and_crop(whole).to(pixels.device)
         elif pixels.shape[-2:] != self.size:
             mode = self.interpolation
             if mode == InterpolationMode.LANCZOS and pixels.device.type != "cpu":

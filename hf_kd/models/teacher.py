@@ -1,75 +1,18 @@
-"""The teacher: frozen, always in eval mode, its classes in the student's order, with its own view of the pixels."""
+"""The teacher: frozen, always in eval mode, its classes in the student's order, with its own preprocessing."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections import Counter
 
 import torch
 from torch import nn
 from transformers.integrations import deepspeed as _deepspeed
 
-from .student import check_id, label_maps, load_classifier, load_config, loading_faults, processor_for
-from .views import View
-from .weak_head import logits_of
-
-
-def _key(name: str) -> str:
-    """Class names are compared without regard to case, underscores, hyphens and surrounding space."""
-    return re.sub(r"[\s_\-]+", " ", str(name)).strip().casefold()
-
-
-def match_classes(teacher_names: dict[int, str], student_names: dict[int, str], class_map=None) -> list[int]:
-    """For each class of the student, the teacher's index of it.
-
-    Args:
-        teacher_names, student_names: id2label of each.
-        class_map: where names alone don't do: `"by_index"` (the i-th class is the i-th class), a list with the
-            teacher's index for each class of the student, or a dict from student names to teacher names.
-
-    Raises:
-        ValueError: unequal counts, unmatched or ambiguous names; with numbers, names and the way out.
-    """
-    n_teacher, n_student = len(teacher_names), len(student_names)
-    way_out = 'pass class_map= ("by_index", the list of the teacher\'s indices, or a dict {student: teacher} of names)'
-    if isinstance(class_map, (list, tuple)):
-        order = [int(i) for i in class_map]
-        if len(order) != n_student or len(set(order)) != n_student or not all(0 <= i < n_teacher for i in order):
-            raise ValueError(
-                f"class_map must list {n_student} different teacher indices in [0, {n_teacher}), one for each class "
-                f"of the student; it has {len(order)} ({len(set(order))} different)."
-            )
-        return order
-    if n_teacher != n_student:
-        raise ValueError(f"the teacher has {n_teacher} classes, the student {n_student}: {way_out}.")
-    if class_map == "by_index":
-        return list(range(n_student))
-    if class_map is not None and not isinstance(class_map, dict):
-        raise ValueError(f"class_map={class_map!r} is not understood: {way_out}.")
-    renamed = {_key(k): _key(v) for k, v in (class_map or {}).items()}
-    unknown = sorted(renamed.keys() - {_key(name) for name in student_names.values()})
-    if unknown:
-        raise ValueError(f"class_map renames {len(unknown)} classes that the student does not have: {unknown[:8]}.")
-    wanted = [renamed.get(_key(student_names[i]), _key(student_names[i])) for i in range(n_student)]
-    if wanted == [_key(teacher_names[i]) for i in range(n_student)]:  # names that occur twice are no question then
-        return list(range(n_student))
-    index: dict[str, int] = {}
-    for i, name in teacher_names.items():
-        index.setdefault(_key(name), int(i))
-    missing = [student_names[i] for i, key in enumerate(wanted) if key not in index]
-    if missing:
-        theirs = [teacher_names[index[key]] for key in sorted(index.keys() - set(wanted))]
-        raise ValueError(
-            f"{len(missing)} of the student's {n_student} classes have no class of that name in the teacher: "
-            f"{missing[:8]}; the teacher's unmatched ones: {theirs[:8]}. Check that both know the same classes, or "
-            f"{way_out}."
-        )
-    order = [index[key] for key in wanted]
-    double = [student_names[order.index(i)] for i, n in Counter(order).items() if n > 1]
-    if double:
-        raise ValueError(f"class names are not unique, so they can't be matched: {double[:8]}; {way_out}.")
-    return order
+from ..config import DTYPES, DistillationConfig
+from ..labels import label_maps, match_classes
+from .forward import logits_of
+from .loading import check_id, load_classifier, load_config, loading_faults, processor_for
+from .preprocessing import Preprocessing
 
 
 class Teacher(nn.Module):
@@ -77,7 +20,7 @@ class Teacher(nn.Module):
 
     Args:
         model: a classifier `(B, 3, H, W) -> logits` (transformers, timm, any module). It is frozen and kept in eval.
-        processor: its image processor, from which its `View` is measured.
+        processor: its image processor, from which its `Preprocessing` is measured.
         id2label: the student's class names, in label order; default: the teacher's own order.
         class_map: see `match_classes`.
         dtype: compute type under autocast (`torch.bfloat16`, `torch.float16`), or None for the weights' own.
@@ -91,13 +34,13 @@ class Teacher(nn.Module):
         self.model = model.requires_grad_(False)
         self.eval()
         self.processor = processor
-        self.view = View(processor)
+        self.preprocessing = Preprocessing(processor)
         self.name = name
         self.dtype = dtype
         own = getattr(getattr(model, "config", None), "id2label", None)
         if own is None:
             # A module without class names: its outputs are counted, and only an explicit class_map can order them.
-            n = self._logits(torch.zeros(1, 3, *self.view.size)).shape[1]
+            n = self._logits(torch.zeros(1, 3, *self.preprocessing.size)).shape[1]
             own = {i: f"LABEL_{i}" for i in range(n)}
         self._own_names = {int(k): v for k, v in own.items()}
         self.id2label = self._own_names
@@ -129,18 +72,18 @@ class Teacher(nn.Module):
         with torch.no_grad(), cast:
             return logits_of(self.model(pixel_values.to(device=parameter.device, dtype=parameter.dtype))).float()
 
-    def forward(self, pixels: torch.Tensor, framed: bool = False) -> torch.Tensor:
-        """Logits of pictures.
+    def forward(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
+        """Logits of images.
 
         Args:
             pixels: `(B, 3, H, W)`, uint8 or float in [0, 1], of any size. What comes out is what the model alone gives
-                for the picture through its own processor.
-            framed: True if the picture shows just what the model is to see (a training crop): resized, not cropped.
+                for the image through its own processor.
+            cropped: True if the image shows just what the model is to see (a training crop): resized, not cropped.
 
         Returns:
             float32 `(B, C)` in the student's class order, without gradient.
         """
-        logits = self._logits(self.view(pixels, framed))
+        logits = self._logits(self.preprocessing(pixels, cropped))
         if logits.shape[1] != len(self._own_names):
             raise ValueError(f"{self.name} names {len(self._own_names)} classes and gives {logits.shape[1]} logits.")
         return logits.index_select(1, self.order)
@@ -199,3 +142,30 @@ def load_teacher(
     elif processor is None:
         raise ValueError("a teacher given as a module needs its image processor: load_teacher(module, processor=...).")
     return Teacher(model, processor, id2label, class_map, dtype, name)
+
+
+def aligned_teacher(
+    teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
+) -> Teacher | None:
+    """The teacher with its classes in the student's order and the compute type that `args` ask for.
+
+    Raises:
+        ValueError: it is no teacher, is the student itself, or knows other classes.
+    """
+    if teacher is None:
+        return None
+    if isinstance(teacher, str):
+        teacher = load_teacher(teacher, id2label=id2label)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
+            "wrap it with load_teacher(module, processor=...)."
+        )
+    if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
+        raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
+    if id2label is not None:
+        teacher.align(id2label)
+    precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
+    if teacher.dtype is None:
+        teacher.dtype = DTYPES[precision]
+    return teacher.float() if precision == "fp32" else teacher

@@ -1,7 +1,7 @@
 """Did distillation help? Paired tests over seeds, in points of top-1, from run records alone.
 
 A seed fixes the initial weights and the order and augmentation of the data, so two losses trained from one seed are a
-pair. Their differences measure the training's randomness on this evaluation set, not that of drawing other pictures.
+pair. Their differences measure the training's randomness on this evaluation set, not that of drawing other images.
 """
 
 import math

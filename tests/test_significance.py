@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from hf_kd.verdict import compare, paired_test, verdicts
+from hf_kd.reporting.significance import compare, paired_test, verdicts
 
 
 def runs(**top1):

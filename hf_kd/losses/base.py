@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Stands for "not in the softmax". Finite, so that 0 * log-probability is 0 and never NaN, forward and backward.
-DROPPED = -1e30
+MASKED_LOGIT = -1e30
 
 CITATION_NKD_USKD = """@inproceedings{yang2023knowledge,
   title={From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and
@@ -34,7 +34,7 @@ class Targets(NamedTuple):
     active: Tensor  # (B, K) bool
 
 
-def find_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
+def top_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
     """Read integer labels (B,) or soft labels (B, C) as at most two targets per row.
 
     The largest label value is a target. The second-largest is one iff it is strictly larger than the third-largest
@@ -62,11 +62,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def drop_targets(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
+def mask_targets(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits (B, C) whose softmax is N(softmax(logits / t)), over the non-target classes: 0 at `index` (B, K)."""
     if temperature != 1:
         logits = logits / temperature
-    return logits.scatter(1, index, DROPPED)
+    return logits.scatter(1, index, MASKED_LOGIT)
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
@@ -245,11 +245,11 @@ class DistillationLoss(nn.Module):
         ce = self.ce_weight * cross_entropy(student_logits, labels, self.label_smoothing)
         return {"ce": ce} | self.method_terms(student_logits, labels, teacher_logits, weak_logits)
 
-    def numbers(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The constructor arguments: what `get_loss(name, **numbers)` makes the same loss of."""
         values = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
         return {key: value for key, value in values.items() if not callable(value) and value is not None}
 
     def extra_repr(self) -> str:
         """The constructor arguments, as in `NKDLoss(temperature=1.0, gamma=1.5, ...)`."""
-        return ", ".join(f"{key}={value!r}" for key, value in self.numbers().items())
+        return ", ".join(f"{key}={value!r}" for key, value in self.hyperparameters().items())

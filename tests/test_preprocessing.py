@@ -1,4 +1,4 @@
-"""`View` against the image processors themselves."""
+"""`Preprocessing` against the image processors themselves."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from hf_kd import View
+from hf_kd import Preprocessing
 
 SQUARE = {"height": 32, "width": 32}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -43,7 +43,7 @@ PROCESSORS = {
 SHAPES = [(61, 83), (33, 32), (100, 37), (32, 32), (25, 29)]
 
 
-def picture(height, width, seed=0):
+def make_image(height, width, seed=0):
     """Colour gradients with noise: every resampling filter and every shift of a crop gives something else."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -65,78 +65,86 @@ def processor(request):
 
 
 def test_a_view_gives_the_processors_own_pixel_values(processor):
-    view = View(processor)
+    preprocessing = Preprocessing(processor)
     for i, shape in enumerate(SHAPES):
-        image = picture(*shape, seed=i)
+        image = make_image(*shape, seed=i)
         expected = own(processor, [image])
-        assert expected.shape[-2:] == view.size
+        assert expected.shape[-2:] == preprocessing.size
         for pixels in (tensor(image), tensor(image).float() / 255):  # bytes, and floats in [0, 1]
-            values = view(pixels[None])
+            values = preprocessing(pixels[None])
             assert values.dtype is torch.float32
             torch.testing.assert_close(values, expected, rtol=0, atol=2e-5)
 
 
-def test_frames_of_pictures_of_many_sizes_are_what_the_processor_shows_the_model(processor):
-    view = View(processor)
-    images = [picture(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+def test_frames_of_images_of_many_sizes_are_what_the_processor_shows_the_model(processor):
+    preprocessing = Preprocessing(processor)
+    images = [make_image(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     expected = torch.cat([own(processor, [image]) for image in images])
-    frames = view.frame([tensor(image) for image in images])
+    frames = preprocessing.resize_and_crop([tensor(image) for image in images])
     assert frames.dtype is torch.uint8 and frames.shape == expected.shape
-    torch.testing.assert_close(view(frames, framed=True), expected, rtol=0, atol=2e-5)
-    torch.testing.assert_close(view(frames.float() / 255, framed=True), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(preprocessing(frames, cropped=True), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(preprocessing(frames.float() / 255, cropped=True), expected, rtol=0, atol=2e-5)
 
 
 def test_invert_undoes_the_view(processor):
-    view = View(processor)
-    pixels = tensor(picture(*view.size))[None]
-    torch.testing.assert_close(view.invert(view(pixels, framed=True)), pixels.float() / 255, rtol=0, atol=1e-6)
+    preprocessing = Preprocessing(processor)
+    pixels = tensor(make_image(*preprocessing.size))[None]
+    torch.testing.assert_close(
+        preprocessing.invert(preprocessing(pixels, cropped=True)), pixels.float() / 255, rtol=0, atol=1e-6
+    )
     assert (
-        view.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1
-        and view.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
+        preprocessing.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1
+        and preprocessing.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
     )
 
 
 def test_the_statistics_are_the_configured_ones():
     mean, std = [0.2, 0.3, 0.4], [0.5, 0.6, 0.7]
-    view = View(ViTImageProcessor(size=SQUARE, image_mean=mean, image_std=std))
-    pixels = tensor(picture(32, 32))
+    preprocessing = Preprocessing(ViTImageProcessor(size=SQUARE, image_mean=mean, image_std=std))
+    pixels = tensor(make_image(32, 32))
     expected = (pixels.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(view(pixels[None], framed=True)[0].double(), expected, rtol=0, atol=1e-6)
-    assert view.size == (32, 32) and view.channels == [0, 1, 2]
-    assert "mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7]" in repr(view)
+    torch.testing.assert_close(preprocessing(pixels[None], cropped=True)[0].double(), expected, rtol=0, atol=1e-6)
+    assert preprocessing.size == (32, 32) and preprocessing.channels == [0, 1, 2]
+    assert "mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7]" in repr(preprocessing)
 
 
-def test_channels_that_a_processor_swaps_are_swapped_in_training_pictures_too():
-    """MobileViT sees BGR: a view from grey pictures alone would train it on RGB and evaluate it on BGR."""
-    view = View(MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE))
+def test_channels_that_a_processor_swaps_are_swapped_in_training_images_too():
+    """MobileViT sees BGR: a preprocessing from grey images alone would train it on RGB and evaluate it on BGR."""
+    preprocessing = Preprocessing(MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE))
     red = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     red[:, 0] = 255
-    values = view(red, framed=True)
-    assert view.channels == [2, 1, 0]
+    values = preprocessing(red, cropped=True)
+    assert preprocessing.channels == [2, 1, 0]
     assert (values[0, 2] == 1).all() and (values[0, :2] == 0).all()
 
 
 @pytest.mark.parametrize("floats", [False, True])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_a_framed_picture_is_resized_whole(mode, floats):
-    """Nothing is cropped, though the processor crops: torch's own interpolation of the whole picture is the oracle."""
+def test_a_framed_image_is_resized_whole(mode, floats):
+    """Nothing is cropped, though the processor crops: torch's own interpolation of the whole image is the oracle."""
     processor = BitImageProcessor(
         size={"shortest_edge": 64}, crop_size=SQUARE, resample={"bilinear": 2, "bicubic": 3}[mode]
     )
-    view = View(processor)
-    pixels = tensor(picture(70, 90))[None]
+    preprocessing = Preprocessing(processor)
+    pixels = tensor(make_image(70, 90))[None]
     whole = F.interpolate(pixels.float(), (32, 32), mode=mode, antialias=True, align_corners=False).clamp(0, 255) / 255
-    shown = view.invert(view(pixels.float() / 255 if floats else pixels, framed=True))
+    shown = preprocessing.invert(preprocessing(pixels.float() / 255 if floats else pixels, cropped=True))
     torch.testing.assert_close(shown, whole, rtol=0, atol=1e-5 if floats else 1.01 / 255)
-    assert (view.invert(view(pixels)) - whole).abs().max() > 0.1  # the evaluation frame is another one
+    assert (
+        preprocessing.invert(preprocessing(pixels)) - whole
+    ).abs().max() > 0.1  # the evaluation frame is another one
 
 
 def test_floats_stay_in_range_where_bicubic_overshoots():
-    view = View(ViTImageProcessor(size=SQUARE, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    preprocessing = Preprocessing(
+        ViTImageProcessor(size=SQUARE, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    )
     edge = torch.zeros(1, 3, 20, 20)
     edge[..., 10:] = 1
-    assert view(edge, framed=True).abs().max() <= 1 + 1e-6
-    torch.testing.assert_close(view(edge, framed=True), view((edge * 255).byte(), framed=True), rtol=0, atol=0.01)
+    assert preprocessing(edge, cropped=True).abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(
+        preprocessing(edge, cropped=True), preprocessing((edge * 255).byte(), cropped=True), rtol=0, atol=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,8 +158,8 @@ def test_floats_stay_in_range_where_bicubic_overshoots():
     ],
 )
 def test_views_are_equal_if_they_show_the_same(other):
-    assert View(ViTImageProcessor(size=SQUARE)) == View(ViTImageProcessor(size=SQUARE))
-    assert View(ViTImageProcessor(size=SQUARE)) != View(other())
+    assert Preprocessing(ViTImageProcessor(size=SQUARE)) == Preprocessing(ViTImageProcessor(size=SQUARE))
+    assert Preprocessing(ViTImageProcessor(size=SQUARE)) != Preprocessing(other())
 
 
 class Distorting:
@@ -178,4 +186,4 @@ class Distorting:
 )
 def test_a_processor_that_is_no_view_is_refused(processor, message):
     with pytest.raises(ValueError, match=message):
-        View(processor)
+        Preprocessing(processor)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from . import report
-from .data import ImageData
-from .model_card import write_card
-from .plots import plot_curves
-from .student import commit_of, kind_of
-from .weak_head import HEAD
+from ..data import ImageData
+from ..models.features import HEAD
+from ..models.loading import commit_of, model_family
+from . import record as records
+from .card import write_card
+from .curves import plot_curves
 
 METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 FORWARDS = 30
@@ -37,7 +37,7 @@ def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, in
         "id": name,
         "revision": commit_of(model),
         "library": "timm" if getattr(config, "model_type", "") == "timm_wrapper" else "transformers",
-        "kind": kind_of(model),
+        "kind": model_family(model),
         "architecture": getattr(config, "architecture", None) or type(model).__name__,
         "parameters": sum(p.numel() for p in own),
         "size_mb": sum(v.numel() * v.element_size() for v in [*own, *model.buffers()]) / 1e6,
@@ -48,7 +48,7 @@ def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, in
 
 @torch.no_grad()
 def latency_ms(model: torch.nn.Module, size: tuple[int, int]) -> float:
-    """Median time in ms of a forward of one picture, on the CPU with one thread, as the saved model would run."""
+    """Median time in ms of a forward of one image, on the CPU with one thread, as the saved model would run."""
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).cpu()
     training, threads = model.training, torch.get_num_threads()
@@ -87,14 +87,14 @@ def make_record(
     skipped: tuple[list, list] | None = None,
     **known,
 ) -> dict:
-    """The record of a trained student; see `hf_kd.report` for its keys.
+    """The record of a trained student; see `hf_kd.reporting.tables` for its keys.
 
     Args:
         trainer: the `DistillationTrainer`, after training.
         metrics: what `trainer.evaluate()` gave; default: a new evaluation.
-        data: what the data sets were loaded with; without it only their sizes are known.
+        data: what the datasets were loaded with; without it only their sizes are known.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
-        skipped: pictures that could not be decoded in training and in evaluation; default: those of this process.
+        skipped: images that could not be decoded in training and in evaluation; default: those of this process.
         **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
     """
     args, history, model = trainer.args, trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
@@ -103,15 +103,15 @@ def make_record(
     seconds = [entry["seconds"] for entry in history if "seconds" in entry]
     teacher = trainer.eval_teacher
     if "teacher" not in known:
-        known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.view.size)
+        known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
     saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
     sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     record = {
         "name": args.loss,
-        "loss": {"name": args.loss, **trainer.train_loss.numbers()},
+        "loss": {"name": args.loss, **trainer.train_loss.hyperparameters()},
         "student": {
-            **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.view.size),
+            **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size),
             **({"size_mb": sum(saved)} if saved else {}),
             **(student or {}),
         },
@@ -130,14 +130,14 @@ def make_record(
             },
         },
         "seed": args.seed,
-        "versions": report.collect_versions(),
+        "versions": records.collect_versions(),
         "settings": args.to_dict(),
         "metrics": {k: v for name, v in metrics.items() if (k := name.removeprefix("eval_")) in METRICS},
         "teacher_metrics": trainer.teacher_metrics,
         "terms": {k: v for k, v in logs[-1].items() if k.startswith("loss")} if logs else {},
         "history": history,
         "timings": {"train_seconds": seconds[-1] if seconds else None, "eval_seconds": metrics.get("eval_runtime")},
-        "latency": {"how": f"median of {FORWARDS} forwards of one picture, 1 thread, {cpu_name()}"},
+        "latency": {"how": f"median of {FORWARDS} forwards of one image, 1 thread, {cpu_name()}"},
         "device": f"{_device(args.device)}, {torch.get_num_threads()} threads, {args.world_size} processes",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "preset": None,
@@ -145,11 +145,11 @@ def make_record(
         "verdict": None,
         **known,
     }
-    return report.redact(record)
+    return records.redact(record)
 
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:
     """Writes a run's run.json, curves.png and card (README.md) into its folder."""
-    report.write_json(Path(folder) / report.RUN_FILE, record)
-    plot_curves([record], Path(folder) / report.CURVES_FILE)
+    records.write_json(Path(folder) / records.RUN_FILE, record)
+    plot_curves([record], Path(folder) / records.CURVES_FILE)
     write_card(folder)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import DistillationConfig
-from .losses import LOSSES
+from ..config import DistillationConfig
+from ..losses import LOSSES
 
 PAPER = "arXiv 2303.13005"
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
@@ -33,7 +33,7 @@ class Preset:
 
     Attributes:
         source: where it comes from, in words.
-        batch: pictures in one optimizer step, over all processes.
+        batch: images in one optimizer step, over all processes.
         values: settings of `DistillationConfig`.
         student: arguments of `load_student`.
     """
@@ -114,7 +114,7 @@ def choose(kind: str, from_scratch: bool, dataset: str) -> str:
     return "cnn_scratch_cifar" if cifar else f"{kind}_scratch"
 
 
-def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
+def published_hyperparameters(loss: str, name: str) -> tuple[dict[str, Any], str]:
     """A loss's published numbers that belong to a preset, and the benchmark that they were published for."""
     published = LOSSES[loss].PRESETS
     wanted = ("imagenet_deit", "imagenet") if name.startswith("vit") else ("imagenet",)
@@ -126,7 +126,7 @@ def loss_numbers(loss: str, name: str) -> tuple[dict[str, Any], str]:
 def apply(name: str, config: DistillationConfig, given: set[str]) -> tuple[DistillationConfig, list[str]]:
     """The config with a preset's values wherever `given` does not name the setting, and what of it was given.
 
-    The batch is reached by accumulating micro-batches of at most 128 pictures a process, or of the size or number
+    The batch is reached by accumulating micro-batches of at most 128 images a process, or of the size or number
     that is given; USKD's batch statistic is that of a micro-batch.
 
     Raises:
@@ -158,7 +158,7 @@ def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationCo
     """One line: the preset, where it and the losses' numbers come from, and what is not from there."""
     text = f"preset {name}: {PRESETS[name].source}."
     for arm, config in dict(arms).items():
-        published, benchmark = loss_numbers(config.loss, name)
+        published, benchmark = published_hyperparameters(config.loss, name)
         kept = [f"{key} {value:g}" for key, value in published.items() if config.loss_kwargs.get(key) == value]
         if kept:
             source = "as published" if config.loss == "kd" else PAPER

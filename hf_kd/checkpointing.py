@@ -7,25 +7,23 @@ import copy
 import errno
 import json
 import os
-import signal
-import threading
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .hub import is_disk_full
-from .views import View
-from .weak_head import HEAD
+from .models.features import HEAD
+from .models.preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
-HEAD_FILE = "_kd_head.safetensors"
+HEAD_FILE = "aux_head.safetensors"
 _TIMM_DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
@@ -48,7 +46,7 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the weak head beside a checkpoint's model, which does not contain it."""
+    """Write the auxiliary head beside a checkpoint's model, which does not contain it."""
     head = getattr(student, HEAD, None)
     if head is not None:
         save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
@@ -65,7 +63,7 @@ def check_finite(student: nn.Module, output_dir: str, step: int) -> None:
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
-    """The weights of a plain model, without the weak head; None where save_pretrained knows them by itself.
+    """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
 
     Of a timm student, weights and config are made such that timm and transformers both load what is saved. Left
     alone, neither loads the other's: transformers writes the names of the weights under `timm_model.`, and a config
@@ -95,14 +93,14 @@ def _timm_data(processor) -> dict:
     """timm's description of an image processor's preprocessing."""
     if hasattr(processor, "data_config"):
         return processor.data_config
-    view, size = View(processor), dict(getattr(processor, "size", None) or {})
+    preprocessing, size = Preprocessing(processor), dict(getattr(processor, "size", None) or {})
     edge = size.get("shortest_edge") or size.get("height")
     return {
-        "input_size": (3, *view.size),
-        "mean": (-view.offset / view.scale).flatten().tolist(),
-        "std": (1 / view.scale).flatten().tolist(),
-        "interpolation": view.interpolation.value,
-        "crop_pct": view.size[0] / edge if getattr(processor, "do_center_crop", False) else 1.0,
+        "input_size": (3, *preprocessing.size),
+        "mean": (-preprocessing.offset / preprocessing.scale).flatten().tolist(),
+        "std": (1 / preprocessing.scale).flatten().tolist(),
+        "interpolation": preprocessing.interpolation.value,
+        "crop_pct": preprocessing.size[0] / edge if getattr(processor, "do_center_crop", False) else 1.0,
         "crop_mode": "center" if size.get("shortest_edge") else "squash",
     }
 
@@ -135,7 +133,7 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     head, file = getattr(student, HEAD, None), os.path.join(folder, HEAD_FILE)
     if head is not None:
         if not os.path.isfile(file):
-            raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: it was written by a run without the weak head.")
+            raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
         head.load_state_dict(load_file(file))
 
 
@@ -148,62 +146,3 @@ def full_disk_named(folder: str | os.PathLike):
         if not is_disk_full(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(folder)) from error
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training when a step ends, with a checkpoint; a second Ctrl-C ends it at once.
-
-    Several processes get the signal at different steps, or only one of them gets it: they agree every `EVERY` steps.
-
-    Attributes:
-        agreed: training was ended by Ctrl-C, and its state is saved.
-    """
-
-    EVERY = 10
-
-    def __init__(self):
-        self.agreed = self._requested = False
-        self._previous = self._pid = None
-
-    def _request(self, signum, frame):
-        if os.getpid() != self._pid:  # a worker of the data loader inherits the handler
-            return
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
-        logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.agreed = self._requested = False
-        if self._previous is None and threading.current_thread() is threading.main_thread():
-            self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
-
-    def restore(self) -> None:
-        """Give the signal back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = self._requested
-        if args.world_size > 1:
-            self.agreed = False
-            if state.global_step % self.EVERY == 0 or state.global_step >= state.max_steps:
-                flag = torch.tensor(int(self._requested), device=args.device)
-                torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-                self.agreed = bool(flag)
-        if self.agreed:
-            control.should_save = control.should_log = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed:  # saved already; do not keep the person waiting
-            control.should_save = control.should_evaluate = False
-
-
-class LogLastStep(TrainerCallback):
-    """Logs the last step whatever `logging_steps` is, so that every run has its terms."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.logging_strategy != "no":
-            control.should_log = True

@@ -1,0 +1,72 @@
+"""Callbacks of the trainer: saving on Ctrl-C, and a log of the last step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C ends training when a step ends, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Several processes get the signal at different steps, or only one of them gets it: they agree every `EVERY` steps.
+
+    Attributes:
+        agreed: training was ended by Ctrl-C, and its state is saved.
+    """
+
+    EVERY = 10
+
+    def __init__(self):
+        self.agreed = self._requested = False
+        self._previous = self._pid = None
+
+    def _request(self, signum, frame):
+        if os.getpid() != self._pid:  # a worker of the data loader inherits the handler
+            return
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+        logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.agreed = self._requested = False
+        if self._previous is None and threading.current_thread() is threading.main_thread():
+            self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
+
+    def restore(self) -> None:
+        """Give the signal back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self._requested
+        if args.world_size > 1:
+            self.agreed = False
+            if state.global_step % self.EVERY == 0 or state.global_step >= state.max_steps:
+                flag = torch.tensor(int(self._requested), device=args.device)
+                torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+                self.agreed = bool(flag)
+        if self.agreed:
+            control.should_save = control.should_log = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed:  # saved already; do not keep the person waiting
+            control.should_save = control.should_evaluate = False
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step whatever `logging_steps` is, so that every run has its terms."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True

@@ -1,0 +1,1 @@
+"""Students and teachers: loading, preprocessing, feature layers and the auxiliary head."""

@@ -1,0 +1,91 @@
+"""The auxiliary head of USKD: a linear classifier on a pooled intermediate feature of the student.
+
+It is a submodule of the student, fed by a forward hook at the feature layer, and its logits leave through a forward
+hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need, and
+no modelling code is touched. It is kept out of the saved model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .features import HEAD, FeatureLayer, find_feature_layer
+from .forward import logits_of, tensor_of
+
+
+@dataclass
+class StudentOutput(ModelOutput):
+    """A student's output in training: `logits` (B, C) and the auxiliary head's `aux_logits` (B, C)."""
+
+    logits: torch.FloatTensor | None = None
+    aux_logits: torch.FloatTensor | None = None
+
+
+class AuxiliaryHead(nn.Module):
+    """`W = softmax(Linear(pooled feature))`, arXiv 2303.13005: gives the logits (B, C) of W."""
+
+    def __init__(self, layer: FeatureLayer, num_classes: int):
+        super().__init__()
+        self.layer = layer
+        self.fc = nn.Linear(layer.channels, num_classes)
+        self._logits: torch.Tensor | None = None
+
+    def forward(self, output) -> torch.Tensor:
+        feature = tensor_of(output)
+        if self.layer.pooling == "class_token":
+            feature = feature[:, 0]
+        elif self.layer.pooling != "none":
+            feature = feature.mean({"mean_token": 1, "nchw": (2, 3), "nhwc": (1, 2)}[self.layer.pooling])
+        return self.fc(feature)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_logits": None}  # recomputing a checkpoint may leave some, which can't be copied
+
+    def _read_feature(self, module, args, output) -> None:
+        if torch.is_grad_enabled():
+            self._logits = self(output)
+
+    def _add_aux_logits(self, module, args, output):
+        if not torch.is_grad_enabled():  # evaluation and saving see the plain model
+            return None
+        aux_logits, self._logits = self._logits, None
+        if aux_logits is None:
+            raise RuntimeError(
+                f"the auxiliary head got no differentiable feature from {self.layer.name!r}. With activation "
+                "checkpointing use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the "
+                "module by (in timm), choose its last block with feature_module= (--feature_module): "
+                f"{self.layer.name}.N."
+            )
+        return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
+
+
+def add_auxiliary_head(
+    student: nn.Module, num_classes: int, size: tuple[int, int], feature_module: str | None = None, seed: int = 0
+) -> AuxiliaryHead:
+    """Add the auxiliary head to a student as its submodule `aux_head`, with its hooks, before compiling or wrapping.
+
+    Args:
+        student: the classifier; its saved form does not change.
+        num_classes: C.
+        size: height and width of the student's input.
+        feature_module: see `find_feature_layer`.
+        seed: of the head's initialisation, which leaves the global generator as it was: a run with the head draws
+            the same numbers as one without.
+    """
+    if hasattr(student, HEAD):
+        return getattr(student, HEAD)
+    layer = find_feature_layer(student, size, feature_module)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU's too
+        head = AuxiliaryHead(layer, num_classes)
+    parameter = next(student.parameters())
+    student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))
+    ignored = {f"{HEAD}.{name}" for name in head.state_dict()}
+    student._keys_to_ignore_on_save = {*(getattr(student, "_keys_to_ignore_on_save", None) or ()), *ignored}
+    student.get_submodule(layer.name).register_forward_hook(head._read_feature)
+    student.register_forward_hook(head._add_aux_logits)
+    return head

@@ -1,0 +1,32 @@
+"""Running a classifier whose output may be of any type."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def dry_run(model: nn.Module, size: tuple[int, int]) -> None:
+    """One forward of a blank image in eval mode; every module's mode is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters())
+    try:
+        model.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def tensor_of(output) -> torch.Tensor:
+    """The main tensor of a module's output: itself, or the first of a tuple or ModelOutput."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output
+
+
+def logits_of(output) -> torch.Tensor:
+    """The logits (B, C) of a classifier's output, whatever its type."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output["logits"] if isinstance(output, dict) else tensor_of(output)

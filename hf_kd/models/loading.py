@@ -1,0 +1,148 @@
+"""Loading configs, classifiers and image processors, as students and teachers both need it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ..hub import resolve
+
+logger = logging.get_logger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def check_id(model: str | os.PathLike) -> str:
+    """The Hub id or local folder, as text.
+
+    Raises:
+        ValueError: if it can only be a folder and there is none (the Hub's own message would be a riddle).
+    """
+    text = os.path.expanduser(os.fspath(model))
+    if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+        raise ValueError(f"no such folder: {text} (seen from {os.getcwd()}). A Hub id has the form OWNER/NAME.")
+    return text
+
+
+def load_config(name: str, hub: dict):
+    """The config of a model on the Hub or in a folder, from transformers or timm.
+
+    `hub["revision"]` becomes the commit that it stands for: what is loaded with `hub` next is of the same commit.
+    """
+    if not os.path.isdir(name):
+        hub["revision"] = resolve(name, hub["revision"])
+    config = AutoConfig.from_pretrained(name, **hub)
+    config._commit_hash = getattr(hub["revision"], "resolved", None)
+    if getattr(config, "model_args", None):  # timm exports the count of classes, which transformers passes by itself
+        config.model_args.pop("num_classes", None)
+    return config
+
+
+def commit_of(model: nn.Module) -> str | None:
+    """The commit (40 hex digits) of the Hub repository that a student or teacher was loaded from; else None."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def build(config, trust_remote_code: bool = False):
+    """A randomly initialised classifier of a config (which may, unlike in transformers, name no architecture)."""
+    if config.architectures is None and type(config) in AutoModelForImageClassification._model_mapping:
+        known = AutoModelForImageClassification._model_mapping[type(config)]
+        config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
+    module = AutoModelForImageClassification.from_config(
+        config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    if config.model_type == "timm_wrapper":  # transformers has overwritten timm's initialisation with normal(0, 0.02)
+        import timm
+
+        module.timm_model = timm.create_model(
+            config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+        )
+    return module
+
+
+def model_family(model_or_config, trust_remote_code: bool = False) -> str:
+    """`"vit"` for a classifier whose blocks have attention by linear layers, else (also by convolutions) `"cnn"`.
+
+    Args:
+        model_or_config: a module, or a config from which one is built without memory.
+        trust_remote_code: see `load_student`.
+    """
+    model = model_or_config
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = build(model, trust_remote_code)
+    # Linear layers tell it from the channel attention of CNNs; and one alone is attention pooling.
+    found = [
+        name
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1].lower().startswith(("attn", "attention", "self_attn"))
+        and any(isinstance(part, nn.Linear) for part in module.modules())
+    ]
+    return "vit" if len(found) > 1 else "cnn"
+
+
+def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
+    """A pretrained classifier of a config, and transformers' loading info: which of its weights may be new is for the
+    caller to say, so transformers' own table of them is silenced."""
+    if not is_offline_mode():  # where transformers asks nobody
+        _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
+    log = logging.get_logger("transformers.modeling_utils")
+
+    def keep(record) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
+        )
+    finally:
+        log.removeFilter(keep)
+
+
+def loading_faults(info: dict) -> set[str]:
+    """Names of the weights that from_pretrained's loading info reports as missing or of another shape."""
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    # Counts of batches, which old checkpoints have none of, play no part.
+    return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
+
+
+def processor_for(module, name: str, hub: dict):
+    """The image processor saved beside a model; ImageNet's statistics, with a warning, if there truly is none."""
+    config = module.config
+    if config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None):
+        from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+        return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
+    if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+        return AutoImageProcessor.from_pretrained(name, **hub)
+    from transformers import ViTImageProcessor
+
+    side = getattr(config, "image_size", None) or 224
+    side = side if isinstance(side, int) else side[0]
+    logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
+    size = {"height": side, "width": side}
+    return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+
+
+def _has_file(name: str, file: str, commit: str | None) -> bool:
+    """Whether a folder or repository has a file, which then is in the cache.
+
+    Raises if that can't be known: transformers takes a file that the Hub fails to give for one that is not there.
+    """
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, file))
+    known = try_to_load_from_cache(name, file, revision=commit)  # a path, a mark for "not there", or None
+    if known is not None:
+        return isinstance(known, str)
+    try:
+        hf_hub_download(name, file, revision=commit)
+    except RemoteEntryNotFoundError:
+        return False
+    return True

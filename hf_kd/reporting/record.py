@@ -1,0 +1,99 @@
+"""The record of a run: the names of its files, what is left out of it, and how it is written.
+
+A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
+command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
+(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), and verdict (None,
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from enum import Enum
+from importlib import metadata
+from json import dump
+from pathlib import Path
+from typing import Any
+
+RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
+PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
+_SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+# A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
+TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
+_SECRET_TEXT = re.compile(TOKEN + r"|(--?[\w-]*token[ =]+)(?!-)\S+")
+# A path from the root or a home folder tells of the machine; its last part is what a reader needs.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
+
+
+def collect_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages a result depends on, from their metadata; None: not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-serialisable copy without secrets, nested dicts included.
+
+    Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
+    numbers named ``*_tokens``, which are counts; inside strings, Hub tokens and the value of an option that ends in
+    "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run
+    may be passed: that also covers its command.
+    """
+    return _plain(settings, redacted=True)
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Writes strict JSON (indent 2; NaN and infinities become null), whole or not at all; makes missing folders.
+
+    Numpy and torch values become numbers and lists, paths and anything unknown their text.
+
+    Raises:
+        OSError: the folder cannot be written to; what stood at `path` before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is only atomic within a file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # An undecodable byte of a file name is a lone surrogate, and Python's escape of it is also JSON's.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+            dump(_plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(obj: Any, redacted: bool = False) -> Any:
+    """Only dict, list, str, int, bool, None and finite floats."""
+    if isinstance(obj, Enum):
+        return _plain(obj.value, redacted)
+    if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float
+        return _plain(obj.tolist(), redacted)
+    if obj is None or isinstance(obj, bool | int):
+        return obj
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        kept = ((str(key), value) for key, value in obj.items())
+        return {key: _plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
+    if isinstance(obj, list | tuple | set | frozenset):
+        items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
+        return [_plain(item, redacted) for item in items]
+    if not redacted:
+        return str(obj)
+    text = str(obj).replace(f"{Path.cwd()}{os.sep}", "")
+    return _SECRET_TEXT.sub(r"\1<redacted>", _ABSOLUTE_PATH.sub(r"\1", text))
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return bool(_SECRET_KEY.search(key)) and not (key.endswith("_tokens") and isinstance(value, int | float))
