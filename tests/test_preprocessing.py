@@ -175,7 +175,7 @@ class Distorting:
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        (BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False), r"fixed output size"),
+        (BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False), r"fixed size"),
         (TextNetImageProcessor(), r"\(3, 640, 1024\)"),
         (ViTImageProcessor(do_resize=False), r"\(3, 200, 320\)"),
         (Distorting(lambda x: x**1.2), "not an affine map"),
