@@ -166,3 +166,7 @@ def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationCo
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
     return f"{text} (--preset none: without.)"
+
+
+def load(name):
+    return PRESETS[name]
