@@ -26,7 +26,7 @@ def test_modules_give_ce_then_their_terms():
         | uskd(s, w, labels, 0.5, 0.2, 0.3, False),
     }
     for loss, terms in expected.items():
-        got = copy.deepcopy(loss)(s, labels, teacher_logits=t, weak_logits=w)
+        got = copy.deepcopy(loss)(s, labels, teacher_logits=t, aux_logits=w)
         assert list(got) == list(terms) and next(iter(got)) == "ce"
         for key in terms:
             same(got[key], terms[key])
@@ -38,11 +38,14 @@ def test_modules_describe_themselves():
         "NKDLoss(temperature=1.0, gamma=2.0, soft_labels='two_hot', label_smoothing=0.0)"
     )
     for name, cls in LOSSES.items():
-        assert cls.name == name and cls.CITATION.startswith("@") and {"imagenet", "cifar100"} <= cls.PRESETS.keys()
-        for numbers in cls.PRESETS.values():
+        assert cls.name == name and cls.CITATION.startswith("@") and {"imagenet", "cifar100"} <= cls.published.keys()
+        for numbers in cls.published.values():
             assert isinstance(get_loss(name, **numbers), cls)
-    needs = {name: (cls.needs_teacher, cls.needs_feature) for name, cls in LOSSES.items()}
-    assert needs == {"ce": (False, False), "kd": (True, False), "nkd": (True, False), "uskd": (False, True)}
+        gains = [(before, after) for results in cls.published_results.values() for before, after in results.values()]
+        assert all(50 < before < after < 90 for before, after in gains)
+        assert cls.title and cls.formula and cls.published_in and (cls.paper or name == "ce")
+    requires = {name: set(cls.requires) for name, cls in LOSSES.items()}
+    assert requires == {"ce": set(), "kd": {"teacher_logits"}, "nkd": {"teacher_logits"}, "uskd": {"aux_logits"}}
 
 
 @pytest.mark.parametrize("kind", ["int", "mixed"])
@@ -57,7 +60,7 @@ def test_compiles_to_one_graph(name, kind):
         "nkd": lambda: nkd(s, t, labels, 3.0),
         "uskd": lambda: uskd(s, w, labels, reduce_mean=lambda m: 0.5 * m),
     }
-    for run in (functions[name], lambda: module(s, labels, teacher_logits=t, weak_logits=w)):
+    for run in (functions[name], lambda: module(s, labels, teacher_logits=t, aux_logits=w)):
         torch.compiler.reset()
         expected, got = run(), torch.compile(run, fullgraph=True, backend="aot_eager")()
         assert list(expected) == list(got)
@@ -99,7 +102,7 @@ def changed(tensor, value, at=(2, 1)):
         ({"labels": changed(SOFT, torch.nan)}, r"labels holds 1 NaN or infinite value\(s\) of 42.*row 2"),
         ({"student_logits": changed(logits(0), torch.nan)}, "student_logits holds 1 NaN .*row 2"),
         ({"student_logits": changed(logits(0), -torch.inf)}, "student_logits holds 1 NaN .*row 2"),
-        ({"other": changed(logits(0), torch.inf)}, "(teacher|weak)_logits holds 1 NaN .*row 2"),
+        ({"other": changed(logits(0), torch.inf)}, "(teacher|weak|aux)_logits holds 1 NaN .*row 2"),
     ],
 )
 @pytest.mark.parametrize("name", ["ce", "kd", "nkd", "uskd"])
@@ -114,7 +117,7 @@ def test_wrong_tensors(name, arguments, message):
     }
     if not (name == "ce" and "other" in arguments):
         with pytest.raises(ValueError, match=message):
-            get_loss(name)(s, labels, teacher_logits=other, weak_logits=other)
+            get_loss(name)(s, labels, teacher_logits=other, aux_logits=other)
         if not (name == "kd" and "labels" in arguments):
             with pytest.raises(ValueError, match=message):
                 functions[name]()
@@ -166,7 +169,7 @@ def test_missing_inputs():
     for name in ("kd", "nkd"):
         with pytest.raises(ValueError, match=r"teacher_logits=None.*\(B, C\)"):
             get_loss(name)(logits(0), INTEGERS)
-    with pytest.raises(ValueError, match="weak_logits=None.*linear head"):
+    with pytest.raises(ValueError, match="aux_logits=None.*linear head"):
         USKDLoss()(logits(0), INTEGERS)
 
 
@@ -178,6 +181,6 @@ def test_off_cpu_values_are_read_in_a_modules_first_call_only():
     for name in LOSSES:
         loss = get_loss(name)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            loss(s, labels, s, s)
-        loss(logits(0), INTEGERS, logits(1), logits(2))
-        assert loss(s, labels, s, s)["ce"].device.type == "meta"
+            loss(s, labels, teacher_logits=s, aux_logits=s)
+        loss(logits(0), INTEGERS, teacher_logits=logits(1), aux_logits=logits(2))
+        assert loss(s, labels, teacher_logits=s, aux_logits=s)["ce"].device.type == "meta"

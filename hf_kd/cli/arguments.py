@@ -12,9 +12,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import DistillationConfig, read_json
-from ..losses import LOSSES
+from ..losses import loss_class
 from ..recipes import EVERY_EPOCH, PRESETS, published_hyperparameters
-from ..reporting.significance import BASELINE, CONTROL
+from ..reporting.significance import BASELINE
 
 
 @dataclass
@@ -119,7 +119,7 @@ class ScriptArguments:
             )
         for _, arm in self.arms(config):
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
-            if LOSSES[arm.loss].needs_teacher or not (self.verdict or self.compare):
+            if "teacher_logits" in loss_class(arm.loss).requires or not (self.verdict or self.compare):
                 arm.check_teacher(self.teacher is not None)
 
     def arms(self, config: DistillationConfig, preset: str | None = None) -> list[tuple[str, DistillationConfig]]:
@@ -132,10 +132,8 @@ class ScriptArguments:
         losses = {config.loss: {"loss": config.loss, **(config.loss_kwargs or {})}}
         if self.verdict:
             smooth = {k: v for k, v in (config.loss_kwargs or {}).items() if k == "label_smoothing"}
-            controls = {BASELINE: {"loss": "ce", **smooth}}
-            if config.loss == "uskd":
-                controls[CONTROL] = {"loss": "ce", "weight": 2.0, **smooth}
-            losses = controls | losses
+            controls = {BASELINE: {"loss": "ce"}, **loss_class(config.loss).controls}
+            losses = {name: {**numbers, **smooth} for name, numbers in controls.items()} | losses
         elif self.compare is not None:
             losses = self._compared()
         seeds = self.seeds or [config.seed + i for i in range(3 if self.verdict else 1)]
@@ -144,7 +142,8 @@ class ScriptArguments:
             for name, numbers in losses.items():
                 numbers = dict(numbers)
                 loss = numbers.pop("loss", name)
-                if preset and loss in LOSSES:
+                name = loss_class(loss).name if name == loss else name  # of a class of your own
+                if preset:
                     numbers = published_hyperparameters(loss, preset)[0] | numbers
                 several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
                 arm = dataclasses.replace(
