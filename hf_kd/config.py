@@ -137,6 +137,10 @@ class DistillationConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
+    def loss_class(self) -> type[DistillationLoss]:
+        """The class of the loss, which `loss` names."""
+        return loss_class(self.loss) if self._loss is None else type(self._loss)
+
     def build_loss(self) -> DistillationLoss:
         """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""
         if self._loss is not None:
@@ -172,7 +176,7 @@ class DistillationConfig(TrainingArguments):
         Raises:
             ValueError: naming the loss and the way out.
         """
-        requires = loss_class(self.loss if self._loss is None else type(self._loss)).requires
+        requires = self.loss_class().requires
         needs = "teacher_logits" in requires
         if needs and not has_teacher:
             without = [name for name, loss in LOSSES.items() if "teacher_logits" not in loss.requires]

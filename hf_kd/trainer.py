@@ -237,11 +237,12 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             self._eval_dataloaders = kept
         return loader
 
-    def _run_epoch(self, *args, epoch, **kwargs):
+    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):
+        self._steps_per_epoch = num_update_steps_per_epoch
         # accelerate forwards set_epoch to the dataset only where the sampler takes none.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+        return super()._run_epoch(*args, epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -448,9 +449,8 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
         return result
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs):
-        result = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
-        self._steps_per_epoch = num_update_steps_per_epoch
+    def _init_training_state(self, *args, **kwargs):
+        result = super()._init_training_state(*args, **kwargs)
         self._terms_since = None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0

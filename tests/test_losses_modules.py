@@ -43,9 +43,22 @@ def test_modules_describe_themselves():
             assert isinstance(get_loss(name, **numbers), cls)
         gains = [(before, after) for results in cls.published_results.values() for before, after in results.values()]
         assert all(50 < before < after < 90 for before, after in gains)
-        assert cls.title and cls.formula and cls.published_in and (cls.paper or name == "ce")
+        assert cls.title and cls.formula and (cls.paper or name == "ce")
     requires = {name: set(cls.requires) for name, cls in LOSSES.items()}
     assert requires == {"ce": set(), "kd": {"teacher_logits"}, "nkd": {"teacher_logits"}, "uskd": {"aux_logits"}}
+
+
+def test_kd_weighs_its_cross_entropy_as_old_records_say_or_freely():
+    s, t, labels = logits(0), logits(1), torch.tensor(CLASSES)
+    ce, kl = ce_loss(s, labels)["ce"], kd_loss(s, t, 1.0, 1.0)["kd"]
+    for kwargs, expected in (({"weight": 0.7}, (0.3, 0.7)), ({"weight": 3.0, "ce_weight": 1.0}, (1.0, 3.0))):
+        loss = get_loss("kd", temperature=1.0, **kwargs)
+        terms = loss(s, labels, teacher_logits=t)
+        same(terms["ce"], expected[0] * ce)
+        same(terms["kd"], expected[1] * kl)
+        assert loss.hyperparameters() == {"temperature": 1.0, "label_smoothing": 0.0, **kwargs}
+        first = "ce_weight · CE" if "ce_weight" in kwargs else "(1 − weight) · CE"
+        assert KDLoss.describe(loss.hyperparameters())["formula"].startswith(f"{first} + weight · t² · KL")
 
 
 @pytest.mark.parametrize("kind", ["int", "mixed"])
@@ -134,7 +147,8 @@ def test_large_finite_logits_are_no_error():
         ("zzz", {}, "unknown loss 'zzz': pass one of ce, kd, nkd, uskd"),
         ("nkd", {"gama": 2}, "nkd takes no argument gama=2: it accepts temperature, gamma"),
         ("kd", {"temperature": 0}, "temperature=0 is not accepted.*> 0"),
-        ("kd", {"weight": 1.5}, "weight=1.5 is not accepted.*>= 0 and <= 1"),
+        ("kd", {"weight": 1.5}, "weight=1.5 is not accepted without ce_weight.*>= 0 and <= 1"),
+        ("kd", {"weight": 1.5, "ce_weight": -0.1}, "ce_weight=-0.1 .*>= 0"),
         ("nkd", {"temperature": -1.0}, "temperature=-1.0"),
         ("nkd", {"gamma": -0.1}, "gamma=-0.1 .*>= 0"),
         ("nkd", {"gamma": math.nan}, "gamma=nan"),

@@ -36,8 +36,8 @@ class Both(DistillationLoss):
     controls = {"3xce": {"loss": "ce", "weight": 3.0}}
     seen: list = []
 
-    def __init__(self, strength=1.0, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, strength=1.0, label_smoothing=0.0):
+        super().__init__(label_smoothing)
         self.strength = strength
 
     def method_terms(self, student_logits, labels, teacher_logits, aux_logits):
@@ -169,7 +169,7 @@ class Forgetful(DistillationLoss):
     [
         (NeedsMore(), {}, "'more' requires features: this trainer provides aux_logits, teacher_logits only"),
         (Stateful(), {"teacher": False}, r"'stateful' has parameters or buffers \(scale\)"),
-        (Forgetful(), {"teacher": False}, "set self.power = power"),
+        (Forgetful(), {"teacher": False}, "does not keep its argument power: set self.power"),
         ("nkd", {}, "loss='nkd' is no DistillationLoss: pass an instance"),
         (Both(), {"teacher": False}, "loss='both' learns from a teacher and none is given"),
         (Both(), {"settings": {"label_smoothing_factor": 0.1}}, "leave label_smoothing_factor out"),

@@ -119,7 +119,7 @@ class ScriptArguments:
             )
         for _, arm in self.arms(config):
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
-            if "teacher_logits" in loss_class(arm.loss).requires or not (self.verdict or self.compare):
+            if "teacher_logits" in arm.loss_class().requires or not (self.verdict or self.compare):
                 arm.check_teacher(self.teacher is not None)
 
     def arms(self, config: DistillationConfig, preset: str | None = None) -> list[tuple[str, DistillationConfig]]:
@@ -132,7 +132,7 @@ class ScriptArguments:
         losses = {config.loss: {"loss": config.loss, **(config.loss_kwargs or {})}}
         if self.verdict:
             smooth = {k: v for k, v in (config.loss_kwargs or {}).items() if k == "label_smoothing"}
-            controls = {BASELINE: {"loss": "ce"}, **loss_class(config.loss).controls}
+            controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
             losses = {name: {**numbers, **smooth} for name, numbers in controls.items()} | losses
         elif self.compare is not None:
             losses = self._compared()

@@ -21,7 +21,6 @@ from .. import hub, recipes
 from ..checkpointing import last_checkpoint
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
-from ..losses import loss_class
 from ..models.loading import model_family
 from ..models.student import load_student, student_config
 from ..models.teacher import Teacher, load_teacher
@@ -161,7 +160,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     if main_process:
         _report(runs, [Path(arm.output_dir) for _, arm in arms], Path(config.output_dir), command)
         if repo_id:
-            loss = loss_class(config.loss).name
+            loss = config.loss_class().name
             chosen = next(arm for name, arm in arms if name == loss)  # of the first seed, whatever came of it
             _push(chosen.output_dir, repo_id, config)
     PartialState().wait_for_everyone()  # a rank that leaves early takes the others' connections with it
@@ -295,7 +294,7 @@ def _run_arm(
     trainer = DistillationTrainer(
         student,
         config,
-        teacher=teacher if "teacher_logits" in loss_class(config.loss).requires else None,
+        teacher=teacher if "teacher_logits" in config.loss_class().requires else None,
         eval_teacher=teacher,
         train_dataset=data.train,
         eval_dataset=data.eval,
@@ -323,7 +322,7 @@ def _run_arm(
 
 def default_name(script: ScriptArguments, config: DistillationConfig) -> str:
     """`STUDENT-LOSS-DATA`, from the last part of each id."""
-    what = "compare" if script.compare else loss_class(config.loss).name
+    what = "compare" if script.compare else config.loss_class().name
     return "-".join([Path(script.student).name, what, Path(script.dataset).name])
 
 
@@ -358,7 +357,7 @@ def _finished(config: DistillationConfig, script: ScriptArguments) -> dict | Non
     if not file.is_file():
         return None
     record = json.loads(file.read_text())
-    loss = {"name": loss_class(config.loss).name, **config.build_loss().hyperparameters()}
+    loss = {"name": config.loss_class().name, **config.build_loss().hyperparameters()}
     if record.get("loss") != loss:
         what = "a comparison" if "runs" in record else record.get("loss")
         raise ValueError(f"{config.output_dir} holds {what}, not a run with {loss}: choose another --output_dir.")

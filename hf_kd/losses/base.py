@@ -34,8 +34,8 @@ class DistillationLoss(nn.Module):
     """Base of all losses: cross entropy, plus the terms that a subclass adds in `method_terms`.
 
     A subclass describes itself in class attributes, which the trainer, the command line and the model card read, and
-    keeps every constructor argument in an attribute of the same name. It has no parameters and no persistent buffers:
-    they would be neither trained nor saved.
+    keeps every constructor argument (no `**kwargs`) in an attribute of the same name. It has no parameters and no
+    persistent buffers: they would be neither trained nor saved.
 
     Attributes:
         name: a word of letters, digits, `_`, `-` and `.`, by which records and folders name the loss. Required.
@@ -46,7 +46,7 @@ class DistillationLoss(nn.Module):
         tags: for the Hub, such as "knowledge-distillation".
         controls: runs that a verdict on this loss must beat besides plain cross entropy: their arguments by name,
             such as `{"2xce": {"loss": "ce", "weight": 2.0}}`.
-        published, published_in: constructor arguments by benchmark ("imagenet", "cifar100"), and where they are from.
+        published: constructor arguments as published, by benchmark ("imagenet", "imagenet_deit", "cifar100").
         published_results: by benchmark, then "teacher → student" or the student: top-1 in percent without and with
             the loss.
         label_weight: of the cross entropy; 1 unless the constructor sets another.
@@ -64,7 +64,6 @@ class DistillationLoss(nn.Module):
     tags: ClassVar[tuple[str, ...]] = ()
     controls: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, dict[str, Any]]] = {}
-    published_in: ClassVar[str] = ""
     published_results: ClassVar[dict[str, dict[str, tuple[float, float]]]] = {}
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -77,14 +76,9 @@ class DistillationLoss(nn.Module):
         self._values_checked = False
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> dict[str, Tensor]:
-        """The method's own scalar terms by name, already weighted. Override it with what the class requires:
+        """The method's own scalar terms by name, already weighted, from checked inputs of any floating dtype.
 
-            def method_terms(self, student_logits, labels, teacher_logits): ...
-
-        Args:
-            student_logits, labels: as in `forward`, checked. Half precision is for the method to raise
-                (`functional.at_least_float32`).
-            **inputs: what `requires` names, and nothing else.
+        An override names what the class requires: `def method_terms(self, student_logits, labels, teacher_logits)`.
         """
         return {}
 
@@ -115,33 +109,18 @@ class DistillationLoss(nn.Module):
         ce = self.label_weight * cross_entropy(student_logits, labels, self.label_smoothing)
         return {"ce": ce} | self.method_terms(student_logits, labels, **required)
 
-    @classmethod
-    def arguments(cls) -> list[str]:
-        """Names of the constructor's arguments, with those that its `**kwargs` hands on to the base class."""
-        names: list[str] = []
-        for base in cls.__mro__:
-            if "__init__" not in vars(base):
-                continue
-            parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-            names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-            if all(p.kind != p.VAR_KEYWORD for p in parameters):
-                break
-        return list(dict.fromkeys(names))
-
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor arguments: what `get_loss(name, **hyperparameters)` makes the same loss of.
 
         Raises:
             ValueError: the loss does not keep one of them.
         """
-        for key in self.arguments():
-            if not hasattr(self, key):
-                raise ValueError(
-                    f"{type(self).__name__} takes the argument {key} and has no attribute of that name: set "
-                    f"self.{key} = {key} in its __init__, from where records and the card take it."
-                )
-        values = {key: getattr(self, key) for key in self.arguments()}
-        return {key: value for key, value in values.items() if not callable(value) and value is not None}
+        names = list(inspect.signature(type(self)).parameters)
+        if missing := [name for name in names if not hasattr(self, name)]:
+            kind, name = type(self).__name__, missing[0]
+            raise ValueError(f"{kind} does not keep its argument {name}: set self.{name} = {name} in its __init__")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if not callable(value) and value is not None}
 
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,6 @@ class CELoss(DistillationLoss):
   year={2016}
 }"""
     published = {"imagenet": {}, "cifar100": {}}  # the baselines of arXiv 2303.13005 are plain cross entropy
-    published_in = "arXiv 2303.13005"
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)

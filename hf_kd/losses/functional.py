@@ -75,12 +75,6 @@ def check_inputs(
 
     Values are checked on CPU tensors, and on other devices only with `force_values`; never while compiling.
 
-    Args:
-        student_logits: (B, C) with B >= 1 and C >= 2, floating point.
-        labels: int64 (B,) in [0, C), or floating point (B, C) of non-negative values.
-        force_values: check the values on any device.
-        **logits: further floating-point logits (B, C), under the names that a message gives them.
-
     Raises:
         ValueError: says which argument, which value, and the way out.
     """

@@ -64,7 +64,7 @@ def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
         ValueError: unknown name, unknown argument, or a number out of its range.
     """
     cls = loss_class(name)
-    accepted = cls.arguments()
+    accepted = inspect.signature(cls).parameters
     unknown = [key for key in kwargs if key not in accepted]
     if unknown:
         key = unknown[0]

@@ -101,7 +101,6 @@ class NKDLoss(DistillationLoss):
         "imagenet_deit": {"temperature": 1.0, "gamma": 1.0},
         "cifar100": {"temperature": 3.0, "gamma": 3.5},
     }
-    published_in = "arXiv 2303.13005"
     published_results = {
         "imagenet": {
             "resnet34 → resnet18": (69.90, 71.96),

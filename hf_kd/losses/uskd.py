@@ -144,7 +144,6 @@ class USKDLoss(DistillationLoss):
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
     }
-    published_in = NKDLoss.published_in
     published_results = {
         "imagenet": {
             "mobilenetv1": (69.21, 70.38),

@@ -161,7 +161,7 @@ def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationCo
         published, benchmark = published_hyperparameters(config.loss, name)
         kept = [f"{key} {value:g}" for key, value in published.items() if config.loss_kwargs.get(key) == value]
         if kept:
-            text += f" {arm}: {', '.join(kept)} ({loss_class(config.loss).published_in}, {benchmark})."
+            text += f" {arm}: {', '.join(kept)} (published for {benchmark})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
     return f"{text} (--preset none: without.)"
