@@ -95,7 +95,7 @@ def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
     config, changed = recipes.apply("vit_finetune", config, script.given)
     line = recipes.describe("vit_finetune", changed, script.arms(config, "vit_finetune"))
-    assert "uskd: beta 0.1, mu 0.005 (arXiv 2303.13005, imagenet)" in line and "alpha" not in line
+    assert "uskd: beta 0.1, mu 0.005 (published for imagenet)" in line and "alpha" not in line
     assert "as you set them: eval_strategy, loss_kwargs" in line
 
 

@@ -106,7 +106,7 @@ def resumes(config: DistillationConfig) -> bool | str:
 
 def default_name(script, config: DistillationConfig) -> str:
     """`STUDENT-LOSS-DATASET`, from the last part of each id."""
-    what = "compare" if script.compare else config.loss
+    what = "compare" if script.compare else config.loss_class().name
     return "-".join([Path(script.student).name, what, Path(script.dataset).name])
 
 
@@ -116,7 +116,7 @@ def _push_target(script, config: DistillationConfig) -> dict | None:
         return None
     private, folder = config.hub_private_repo, config.output_dir
     repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=folder)
-    several = [config.loss, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
+    several = [config.loss_class().name, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
     folder = os.path.join(*several) if script.verdict else "."
     return {"repo_id": repo_id, "private": private, "revision": config.hub_revision, "folder": folder}
 

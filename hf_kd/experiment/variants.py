@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from ..config import DistillationConfig, read_json
-from ..losses import LOSSES
+from ..losses import loss_class
 from ..recipes import published_hyperparameters
 from ..reporting.significance import BASELINE
 
@@ -64,7 +64,8 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
         for name, values in losses.items():
             values = dict(values)
             loss = values.pop("loss", name)
-            if recipe and loss in LOSSES:
+            name = loss_class(loss).name if name == loss else name  # of a class of the user's own
+            if recipe:
                 values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(

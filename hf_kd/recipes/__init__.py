@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DistillationConfig
-from ..losses import LOSSES
+from ..losses import loss_class
 
 PAPER = "arXiv 2303.13005"
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
@@ -116,11 +116,11 @@ def choose(kind: str, from_scratch: bool, dataset: str) -> str:
 
 def published_hyperparameters(loss: str, name: str) -> tuple[dict[str, Any], str]:
     """A loss's published numbers that belong to a preset, and the benchmark that they were published for."""
-    published = LOSSES[loss].PRESETS
+    published = loss_class(loss).published
     wanted = ("imagenet_deit", "imagenet") if name.startswith("vit") else ("imagenet",)
     wanted = ("cifar100",) if name.endswith("cifar") else wanted
-    benchmark = next(key for key in wanted if key in published)
-    return dict(published[benchmark]), benchmark
+    benchmark = next((key for key in wanted if key in published), "")
+    return dict(published.get(benchmark, {})), benchmark
 
 
 def apply(name: str, config: DistillationConfig, given: set[str]) -> tuple[DistillationConfig, list[str]]:
@@ -161,8 +161,7 @@ def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationCo
         published, benchmark = published_hyperparameters(config.loss, name)
         kept = [f"{key} {value:g}" for key, value in published.items() if config.loss_kwargs.get(key) == value]
         if kept:
-            source = "as published" if config.loss == "kd" else PAPER
-            text += f" {arm}: {', '.join(kept)} ({source}, {benchmark})."
+            text += f" {arm}: {', '.join(kept)} (published for {benchmark})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
     return f"{text} (--preset none: without.)"
