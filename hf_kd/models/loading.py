@@ -8,7 +8,12 @@ import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+)
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..hub import resolve
@@ -51,8 +56,8 @@ def commit_of(model: nn.Module) -> str | None:
 
 def build(config, trust_remote_code: bool = False):
     """A randomly initialised classifier of a config (which may, unlike in transformers, name no architecture)."""
-    if config.architectures is None and type(config) in AutoModelForImageClassification._model_mapping:
-        known = AutoModelForImageClassification._model_mapping[type(config)]
+    if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
     module = AutoModelForImageClassification.from_config(
         config, dtype=torch.float32, trust_remote_code=trust_remote_code
