@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from ..config import DistillationConfig, read_json
 from ..losses import LOSSES
-from ..recipes import EVERY_EPOCH, PRESETS, published_hyperparameters
+from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 from ..reporting.significance import BASELINE, CONTROL
 
 
@@ -32,8 +32,15 @@ class ScriptArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": f"Settings for what you do not set: {', '.join(PRESETS)}, auto (by the student's kind), or none. "
-            "Default: auto, and none with --config, which is a recipe of its own."
+            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's kind), or none. "
+            "Default: auto; with a --config file that names no preset: none."
+        },
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or "
+            "cifar100. Default: the preset's benchmark."
         },
     )
     from_scratch: bool = field(
@@ -92,10 +99,12 @@ class ScriptArguments:
         """
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
-        if self.preset not in (None, "auto", "none", *PRESETS):
-            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(PRESETS)}.")
+        if self.preset not in (None, "auto", "none", *names()):
+            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
         if isinstance(self.class_map, str) and self.class_map.startswith("{"):
             self.class_map = read_json("class_map", self.class_map)
+        if self.benchmark:
+            published_hyperparameters(config.loss, self.benchmark)
         for seed in self.seeds or ():
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")
@@ -144,8 +153,8 @@ class ScriptArguments:
             for name, numbers in losses.items():
                 numbers = dict(numbers)
                 loss = numbers.pop("loss", name)
-                if preset and loss in LOSSES:
-                    numbers = published_hyperparameters(loss, preset)[0] | numbers
+                if self.benchmark or preset:
+                    numbers = published_hyperparameters(loss, self.benchmark or preset)[0] | numbers
                 several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
                 arm = dataclasses.replace(
                     config,

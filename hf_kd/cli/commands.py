@@ -26,6 +26,7 @@ from ..models.loading import model_family
 from ..models.student import load_student, student_config
 from ..models.teacher import Teacher, load_teacher
 from ..push import check_push, publish
+from ..quickstart import bundled
 from ..reporting import record as records
 from ..reporting.card import title, write_card
 from ..reporting.collect import describe_model, make_record, write_record
@@ -117,7 +118,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         config, changed = recipes.apply(preset, config, script.given)
     arms = script.arms(config, preset)
     if preset and main_process:
-        print(recipes.describe(preset, changed, arms))
+        print(recipes.describe(preset, changed, arms, script.benchmark))
     finished = [_finished(arm, script) if resume is True else None for _, arm in arms]
     data = load_data(
         script.dataset,
@@ -134,7 +135,7 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
     )
     known = {
         "command": command,
-        "preset": preset and {"name": preset, "source": recipes.PRESETS[preset].source, "changed": changed},
+        "preset": preset and {"name": preset, "source": recipes.load(preset).source, "changed": changed},
         "teacher": None,
     }
     teacher = None
@@ -178,7 +179,7 @@ def _pin(script: ScriptArguments, resumed: str | None) -> dict[str, dict]:
         name, asked = getattr(script, key), getattr(script, f"{key}_revision")
         scratch = key == "student" and script.from_scratch and name.startswith("timm/")
         on_hub = name and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name) and not os.path.exists(name)
-        if on_hub and not scratch:
+        if on_hub and not (scratch or bundled(name)):
             pin, known = {"name": name, "asked": asked}, dict(before.get(key, {}))
             commit = known.pop("commit", None)
             commit = commit if known == pin else hub.resolve(name, asked, kind).resolved
@@ -198,7 +199,7 @@ def _preset(script: ScriptArguments) -> str | None:
         hub_options = {"revision": script.student_revision, "trust_remote_code": trust}
         config = student_config(script.student, script.from_scratch, script.image_size, hub_options)
         name = recipes.choose(model_family(config, trust), script.from_scratch, script.dataset)
-    for key, value in recipes.PRESETS[name].student.items():
+    for key, value in recipes.load(name).student.items():
         if key not in script.given:
             setattr(script, key, value)
     return name
