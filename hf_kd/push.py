@@ -17,6 +17,8 @@ from .hub import LOGIN, user_message
 from .reporting.card import write_card
 from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
 
+__all__ = ["check_push", "publish", "push"]
+
 logger = logging.getLogger(__name__)
 
 # What is pushed of a run's folder, as patterns; nothing else ever is.
