@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import DistillationConfig, read_json
-from ..recipes import EVERY_EPOCH, PRESETS
+from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 
 
 @dataclass
@@ -28,8 +28,15 @@ class ScriptArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": f"Settings for what you do not set: {', '.join(PRESETS)}, auto (by the student's kind), or none. "
-            "Default: auto, and none with --config, which is a recipe of its own."
+            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or "
+            "none. Default: auto; with a --config file that names no preset: none."
+        },
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or "
+            "cifar100. Default: the preset's benchmark."
         },
     )
     from_scratch: bool = field(
@@ -89,8 +96,10 @@ class ScriptArguments:
         """
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
-        if self.preset not in (None, "auto", "none", *PRESETS):
-            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(PRESETS)}.")
+        if self.preset not in (None, "auto", "none", *names()):
+            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
+        if self.benchmark:
+            published_hyperparameters(config.loss, self.benchmark)
         if isinstance(self.class_map, str) and self.class_map.startswith("{"):
             self.class_map = read_json("class_map", self.class_map)
         for seed in self.seeds or ():

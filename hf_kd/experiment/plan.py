@@ -21,6 +21,7 @@ from ..models.loading import build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
 from ..models.student import student_config, with_size
 from ..push import check_push
+from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DataSource, Experiment, ModelSource, RunSpec, run_spec
 from .folder import continues, earlier_plan
@@ -65,7 +66,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed}
     asked = run_configs(script, config, recipe)
     if recipe:
-        preset["text"] = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked])
+        preset["text"] = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
     data = load_data(**data_arguments(_data_source(script, config, earlier)))
     teacher, teacher_size = None, 0
     if script.teacher:
@@ -138,7 +139,7 @@ def _commit(key: str, script, earlier: Experiment | None) -> str | None:
     name, revision = getattr(script, key), getattr(script, f"{key}_revision")
     built = key == "student" and script.from_scratch and name.startswith("timm/")
     on_hub = name and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name) and not os.path.exists(name)
-    if not on_hub or built or name.startswith("quickstart/"):
+    if not on_hub or built or bundled(name):
         return None
     before = getattr(earlier, {"dataset": "data"}.get(key, key), None)
     if before is not None and (before.id, before.revision) == (name, revision):

@@ -65,8 +65,8 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             values = dict(values)
             loss = values.pop("loss", name)
             name = loss_class(loss).name if name == loss else name  # of a class of the user's own
-            if recipe:
-                values = published_hyperparameters(loss, recipe)[0] | values
+            if script.benchmark or recipe:
+                values = published_hyperparameters(loss, script.benchmark or recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(
                 config,
