@@ -130,6 +130,9 @@ class DistillationConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
+    def loss_class(self):
+        return LOSSES[self.loss]
+
     def build_loss(self) -> DistillationLoss:
         """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""
         numbers = dict(self.loss_kwargs or {})

@@ -32,6 +32,9 @@ from .models.forward import logits_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
 from .push import PushesWhenAsked
+from .reporting.collect import known_plan
+from .reporting.record import write_json
+from .spec import PLAN_FILE, Experiment, continue_plan
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +55,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
         data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
         callbacks, **kwargs: as in `Trainer`.
+        plan: what is trained, as plan.json and the record keep it; default: what the trainer knows of it.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
@@ -75,6 +79,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         processing_class=None,
         data_collator=None,
         callbacks=None,
+        plan: Experiment | None = None,
         **kwargs,
     ):
         if not isinstance(args, DistillationConfig):
@@ -89,6 +94,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
                 "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
             )
         args.check_teacher(teacher is not None)
+        self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
         train_dataset = as_image_dataset(train_dataset, self._id2label(model), args)
@@ -387,6 +393,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+        self._write_plan(resume_from_checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
         self._started = time.perf_counter()
@@ -401,6 +408,14 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             folder = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
         return result
+
+    def _write_plan(self, checkpoint: str | None) -> None:
+        """Writes plan.json before the first step; a continuation must be of the same plan."""
+        self.plan = self.plan or known_plan(self)
+        if checkpoint:
+            continue_plan(self.plan, checkpoint)
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / PLAN_FILE, self.plan.to_dict())
 
     def _init_training_state(self, *args, **kwargs):
         result = super()._init_training_state(*args, **kwargs)

@@ -193,6 +193,8 @@ class DistillationLoss(nn.Module):
     name: str = ""
     needs_teacher: bool = False  # forward() wants teacher_logits
     needs_feature: bool = False  # forward() wants weak_logits, made from an intermediate feature
+    controls: dict = {}
+    requires = frozenset()
     CITATION: str = ""
     PRESETS: dict[str, dict[str, Any]] = {}  # published constructor arguments, by benchmark
 

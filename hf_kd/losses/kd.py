@@ -42,6 +42,7 @@ class KDLoss(DistillationLoss):
 
     name = "kd"
     needs_teacher = True
+    requires = frozenset({"teacher_logits"})
     CITATION = """@article{hinton2015distilling,
   title={Distilling the Knowledge in a Neural Network},
   author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},

@@ -82,6 +82,7 @@ class NKDLoss(DistillationLoss):
 
     name = "nkd"
     needs_teacher = True
+    requires = frozenset({"teacher_logits"})
     CITATION = CITATION_NKD_USKD
     # As published for the results of arXiv 2303.13005; DeiT students have their own gamma.
     PRESETS = {

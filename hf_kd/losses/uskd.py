@@ -128,6 +128,8 @@ class USKDLoss(DistillationLoss):
 
     name = "uskd"
     needs_feature = True
+    requires = frozenset({"aux_logits"})
+    controls = {"2xce": {"loss": "ce", "weight": 2.0}}
     CITATION = CITATION_NKD_USKD
     # As published for the results of arXiv 2303.13005, one set for all ImageNet models.
     PRESETS = {
