@@ -212,7 +212,7 @@ def test_help_fits_a_person(capsys):
         (["--lerning_rate", "3"], "Nearest: --learning_rate"),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no", "--save_strategy", "no"], "set eval_strategy"),
         (["--seeds", "1", "2", "--push_to_hub"], "hf-kd push FOLDER"),
-        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, vit_scratch"),
+        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, cnn_finetune"),
         (["--hub_strategy", "every_save"], "is not supported: the student is pushed at the end"),
     ],
 )
