@@ -79,7 +79,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
                 push_to_hub=False,  # done once for the experiment, after everything is saved
             )
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
-            if "teacher_logits" in run.loss_class().requires or len(losses) == 1:
+            if "teacher_logits" in run.loss_class().requires or not (script.verdict or script.compare):
                 run.check_teacher(script.teacher is not None)
             runs.append((name, os.path.join(*several) if several else ".", run))
     return runs
