@@ -214,7 +214,7 @@ def test_another_size_keeps_statistics_that_are_composed_of_several_attributes()
 def test_a_folder_without_a_processor_gets_a_stated_default(tmp_path, monkeypatch):
     tiny("vit")[0].save_pretrained(tmp_path)
     said = []
-    monkeypatch.setattr("hf_kd.models.student.logger.warning", said.append)
+    monkeypatch.setattr("hf_kd.models.loading.logger.warning", said.append)
     _, processor = load_student(str(tmp_path))
     assert len(said) == 1 and "no image processor" in said[0]
     assert Preprocessing(processor).size == (32, 32)
