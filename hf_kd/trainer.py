@@ -115,7 +115,8 @@ class DistillationTrainer(Trainer):
         eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args)
         given = functools.partial(aligned_teacher, model=student, id2label=self._id2label(student), args=args)
         self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
-        self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
+        same = eval_teacher is None or eval_teacher is teacher
+        self.eval_teacher = (self.teacher or given(teacher)) if same else given(eval_teacher)
         if model is not None:
             self._add_head(model)
         self.skipped: dict[str, None] = {}
@@ -292,7 +293,7 @@ class DistillationTrainer(Trainer):
             return None
         pixels = inputs.get("teacher_pixels", inputs.get("pixels"))
         if pixels is None:
-            pixels = self._need_preprocessing().invert(inputs["pixel_values"])
+            pixels = self._need_preprocessing().denormalize(inputs["pixel_values"])
         return teacher(pixels, cropped=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -382,7 +383,8 @@ class DistillationTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
+        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data),
+        and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
 
         Args:
             samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
@@ -394,7 +396,7 @@ class DistillationTrainer(Trainer):
         part = source
         if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
             part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
-        meter = ClassificationMeter()
+        meter, dropped = ClassificationMeter(), torch.zeros(())
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
             for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
                 inputs.pop("skipped", None)
@@ -402,10 +404,14 @@ class DistillationTrainer(Trainer):
                     inputs.pop("teacher_pixels", None)
                 inputs = self._prepare_inputs(inputs)
                 logits = self._teacher_logits(teacher, inputs)
-                meter.update(
-                    self.accelerator.gather_for_metrics(sample_statistics(logits, hard_labels(inputs["labels"])))
-                )
+                statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
+                mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
+                gathered = self.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
+                meter.update(gathered[:, :-1])
+                dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
         metrics = meter.compute()
+        if teacher.mapping.kind in ("subset", "many-to-one"):
+            metrics["dropped_mass"] = dropped.item() / metrics["n"]
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
@@ -421,6 +427,16 @@ class DistillationTrainer(Trainer):
                 f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
                 "names, its preprocessing, and that it was trained for these classes."
             )
+        if "dropped_mass" in metrics:
+            dropped, mapping = metrics["dropped_mass"], self.teacher.mapping
+            message = (
+                f"the teacher puts {dropped:.1%} of its probability on those of its {len(mapping.source_names)} "
+                f"classes that are not among the data's {len(mapping.members)}; it is left out of what it teaches"
+            )
+            if dropped > 0.5:
+                logger.warning_once(f"{message}: check class_map, and that it was trained for such images.")
+            else:
+                logger.info(f"{message}.")
 
     # ---- training, saving, resuming ----
 

@@ -17,9 +17,9 @@ from .. import hub, recipes
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
 from ..losses import loss_source
-from ..models.loading import build, load_config, model_family, processor_for
+from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
-from ..models.student import student_config, with_size
+from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
@@ -214,7 +214,7 @@ def _blank_student(source: ModelSource, names: list[str]) -> tuple[torch.nn.Modu
     with torch.device("meta"):
         model = build(config, source.trust_remote_code)
     processor = processor_for(SimpleNamespace(config=config), source.id, options)
-    processor = with_size(processor, source.image_size, source.image_mean, source.image_std)
+    processor = adjust_processor(processor, source.image_size, source.image_mean, source.image_std)
     return model, Preprocessing(processor).size
 
 

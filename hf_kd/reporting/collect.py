@@ -134,6 +134,8 @@ def make_record(
     teacher = trainer.eval_teacher
     if "teacher" not in known:
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
+    if teacher and teacher.mapping.kind != "identity":
+        known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
     saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
     sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
