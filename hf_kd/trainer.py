@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision.transforms import v2
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from . import checkpointing, push
@@ -21,20 +21,25 @@ from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig
 from .data import ImageCollator, ImageDataset, Mixer, as_image_dataset, build_transform
+from .losses import DistillationLoss, Progress
 from .metrics import ClassificationMeter, sample_statistics
 from .models.auxiliary_head import add_auxiliary_head
 from .models.forward import logits_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
+from .reporting.collect import known_plan
+from .reporting.record import write_json
+from .spec import PLAN_FILE, Experiment, continue_plan
 
 logger = logging.get_logger(__name__)
+PROVIDED = {"teacher_logits", "aux_logits"}  # what the trainer gives a loss that requires it
 
 
 class DistillationTrainer(Trainer):
     """Trains a student with `args.loss`, evaluates it, and measures it against a teacher.
 
     Args:
-        model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`.
+        model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`. Default: what `model_init` makes.
         args: a `DistillationConfig`.
         teacher: a `Teacher` (see `load_teacher`), or an id to load one from. Its classes are put in the student's
             order by name. It stays outside the student: never trained, never saved, always in eval mode.
@@ -45,7 +50,10 @@ class DistillationTrainer(Trainer):
             `labels`. With `pixel_values`, the student's preprocessing is inverted to show the teacher the image.
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
         data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
-        callbacks, **kwargs: as in `Trainer`.
+        loss: a `DistillationLoss` in the place of `args.loss` and `args.loss_kwargs`; `self.args` is then a copy that
+            names it.
+        plan: what is trained, as plan.json and the record keep it; default: what the trainer knows of it.
+        callbacks, model_init, **kwargs: as in `Trainer`.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
@@ -60,8 +68,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: DistillationConfig,
+        model: nn.Module | None = None,
+        args: DistillationConfig | None = None,
         teacher: Teacher | str | None = None,
         eval_teacher: Teacher | str | None = None,
         train_dataset=None,
@@ -69,6 +77,9 @@ class DistillationTrainer(Trainer):
         processing_class=None,
         data_collator=None,
         callbacks=None,
+        loss: DistillationLoss | None = None,
+        model_init=None,
+        plan: Experiment | None = None,
         **kwargs,
     ):
         check_upstream()
@@ -83,23 +94,36 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func= would not be called: pass loss=, an instance of a DistillationLoss of your own "
+                "(README, Your own loss)."
+            )
+        args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
+        self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        train_dataset = as_image_dataset(train_dataset, self._id2label(model), args)
-        eval_dataset = as_image_dataset(eval_dataset, self._id2label(model), args)
-        given = functools.partial(aligned_teacher, model=model, id2label=self._id2label(model), args=args)
-        self.teacher = given(teacher) if self.train_loss.needs_teacher else None
+        self._check_loss()
+        self.args, self._made = args, None
+        student = model
+        if model is None and model_init is not None:
+            set_seed(args.seed)  # as the Trainer does before it calls model_init
+            self.model_init = model_init
+            student = self._made = self.call_model_init()
+        train_dataset = as_image_dataset(train_dataset, self._id2label(student), args)
+        eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args)
+        given = functools.partial(aligned_teacher, model=student, id2label=self._id2label(student), args=args)
+        self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
         self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
-        if self.train_loss.needs_feature:
-            add_auxiliary_head(
-                model, self._num_classes(model), self._need_preprocessing().size, args.feature_module, args.seed
-            )
+        if model is not None:
+            self._add_head(model)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self.teacher_metrics: dict[str, float] | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_since: int | None = None
+        self._steps_per_epoch = 1
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self._meter: ClassificationMeter | None = None
         self._own_collator = data_collator is None
@@ -114,15 +138,39 @@ class DistillationTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogLastStep()],
+            model_init=model_init,
             **kwargs,
         )
-        if self.train_loss.needs_feature and args.world_size > 1:
+        if self.train_loss.reduce_mean is None and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
         self.train_loss.to(args.device)
         for each in {self.teacher, self.eval_teacher} - {None}:
             each.to(args.device)
 
     # ---- what is checked before anything runs ----
+
+    def _check_loss(self) -> None:
+        name, missing = self.train_loss.name, sorted(self.train_loss.requires - PROVIDED)
+        if missing:
+            provided = ", ".join(sorted(PROVIDED))
+            raise ValueError(f"loss {name!r} requires {', '.join(missing)}: this trainer provides {provided} only.")
+        if state := list(self.train_loss.state_dict()):
+            raise ValueError(
+                f"loss {name!r} has parameters or buffers ({', '.join(state)}), which would be neither trained nor "
+                "saved: use numbers, or register_buffer(..., persistent=False) for constants."
+            )
+
+    def call_model_init(self, trial=None):
+        made, self._made = self._made, None
+        if made is None:  # for the first time in __init__, before the Trainer asks
+            made = super().call_model_init(trial)
+            self._add_head(made)
+        return made
+
+    def _add_head(self, student: nn.Module) -> None:
+        if "aux_logits" in self.train_loss.requires:
+            size, args = self._need_preprocessing().size, self.args
+            add_auxiliary_head(student, self._num_classes(student), size, args.feature_module, args.seed)
 
     @staticmethod
     def _id2label(model: nn.Module) -> dict[int, str] | None:
@@ -189,11 +237,12 @@ class DistillationTrainer(Trainer):
         # transformers keeps one loader for all datasets that are passed, where workers persist.
         return self._get_dataloader(eval_dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
-    def _run_epoch(self, *args, epoch, **kwargs):
+    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):
+        self._steps_per_epoch = num_update_steps_per_epoch
         # accelerate forwards set_epoch to the dataset only where the sampler takes none.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+        return super()._run_epoch(*args, epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -252,9 +301,13 @@ class DistillationTrainer(Trainer):
         # compute a loss of their own, and for float labels rewrite their config.
         output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
-        weak = {"weak_logits": output["aux_logits"]} if self.train_loss.needs_feature else {}
-        teacher_logits = self._teacher_logits(self.teacher, inputs)
-        terms = self.train_loss(logits, labels, teacher_logits=teacher_logits, **weak)
+        required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
+        if "aux_logits" in self.train_loss.requires:
+            required["aux_logits"] = output["aux_logits"]
+        if model.training:
+            step = float(self.state.global_step)
+            self.train_loss.progress = Progress(step, float(self.state.max_steps), step / self._steps_per_epoch)
+        terms = self.train_loss(logits, labels, **required)
         share = 1.0
         if num_items_in_batch is not None:  # DDP averages over ranks, so each counts for `world_size`
             share = len(labels) * self.args.world_size / num_items_in_batch
@@ -381,6 +434,7 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+        self._write_plan(resume_from_checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
         self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
@@ -395,6 +449,14 @@ class DistillationTrainer(Trainer):
             folder = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
         return result
+
+    def _write_plan(self, checkpoint: str | None) -> None:
+        """Writes plan.json before the first step; a continuation must be of the same plan."""
+        self.plan = self.plan or known_plan(self)
+        if checkpoint:
+            continue_plan(self.plan, checkpoint)
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / PLAN_FILE, self.plan.to_dict())
 
     def _begin(self) -> None:
         """Training begins, with the state of the checkpoint that it continues from, if any."""

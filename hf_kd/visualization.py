@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import decode_rgb
-from .losses.base import top_targets
+from .losses.functional import top_targets
 from .losses.uskd import soft_targets, zipf_weights
 from .metrics.classification import IGNORED_LABEL, calibration_bins, expected_calibration_error
 

@@ -13,6 +13,7 @@ from transformers import RegNetConfig, TimmWrapperConfig
 from hf_kd import recipes
 from hf_kd.cli.arguments import parse
 from hf_kd.config import DistillationConfig
+from hf_kd.experiment.variants import run_configs
 from hf_kd.losses import LOSSES
 from hf_kd.models.loading import model_family
 
@@ -106,14 +107,14 @@ def test_choice(kind, scratch, data, name):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_preset_makes_a_valid_run_of_every_loss(name, loss):
     script, config = parse(["--student", "x", "--teacher", "y", "--loss", loss, "--use_cpu", "--compare", loss])
-    config, _ = recipes.apply(name, config, script.given)
+    config, _ = recipes.apply(name, config, script.explicit)
     recipe = recipes.load(name)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == recipe.global_batch_size
     for key, value in recipe.settings.items():
         got = getattr(config, key)
         assert getattr(got, "value", got) == value, key
-    (_, arm), *_ = script.arms(config, name)
-    assert arm.build_loss().hyperparameters()["label_smoothing"] == recipe.settings.get("label_smoothing_factor", 0.0)
+    (_, _, run), *_ = run_configs(script, config, name)
+    assert run.build_loss().hyperparameters()["label_smoothing"] == recipe.settings.get("label_smoothing_factor", 0.0)
 
 
 def test_the_papers_numbers():
@@ -142,7 +143,7 @@ def test_the_papers_numbers():
 def test_what_was_given_stays():
     argv = ["--student", "x", "--use_cpu", "--learning_rate=3e-4", "--per_device_train_batch_size", "8"]
     script, config = parse(argv)
-    config, changed = recipes.apply("vit_finetune", config, script.given)
+    config, changed = recipes.apply("vit_finetune", config, script.explicit)
     assert (config.learning_rate, config.per_device_train_batch_size) == (3e-4, 8)
     assert config.gradient_accumulation_steps == 16 and config.mixup_alpha == 0.8  # in all the preset's batch
     assert changed == ["learning_rate", "per_device_train_batch_size"]
@@ -150,20 +151,20 @@ def test_what_was_given_stays():
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
     script, config = parse(["--student", "x", "--use_cpu", "--num_train_epochs", "10"])
-    assert recipes.apply("cnn_scratch", config, script.given)[0].lr_step_epochs == pytest.approx([3, 6, 9])
+    assert recipes.apply("cnn_scratch", config, script.explicit)[0].lr_step_epochs == pytest.approx([3, 6, 9])
     script, config = parse(["--student", "x", "--use_cpu", "--max_steps", "10"])
-    config, _ = recipes.apply("cnn_scratch", config, script.given)
+    config, _ = recipes.apply("cnn_scratch", config, script.explicit)
     assert config.lr_step_epochs is None and config.lr_scheduler_type == "cosine"
 
 
 def test_settings_that_do_not_go_with_the_preset_s_others():
     script, config = parse(["--student", "x", "--use_cpu", "--lr_step_epochs", "10", "20"])
-    config, _ = recipes.apply("cnn_finetune", config, script.given)
+    config, _ = recipes.apply("cnn_finetune", config, script.explicit)
     assert config.lr_step_epochs == [10, 20] and config.warmup_steps == 0
     script, config = parse(["--student", "x", "--use_cpu", "--load_best_model_at_end", "true"])
-    assert recipes.apply("vit_finetune", config, script.given)[0].load_best_model_at_end
+    assert recipes.apply("vit_finetune", config, script.explicit)[0].load_best_model_at_end
     script, config = parse(["--student", "x", "--use_cpu", "--gradient_accumulation_steps", "2"])
-    assert recipes.apply("vit_scratch", config, script.given)[0].per_device_train_batch_size == 512
+    assert recipes.apply("vit_scratch", config, script.explicit)[0].per_device_train_batch_size == 512
 
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
@@ -176,8 +177,9 @@ def test_a_batch_of_nothing_is_refused(name):
 
 def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
-    config, changed = recipes.apply("vit_finetune", config, script.given)
-    line = recipes.describe("vit_finetune", changed, script.arms(config, "vit_finetune"))
+    config, changed = recipes.apply("vit_finetune", config, script.explicit)
+    runs = [(name, run) for name, _, run in run_configs(script, config, "vit_finetune")]
+    line = recipes.describe("vit_finetune", changed, runs)
     assert "uskd: beta 0.1, mu 0.005 (published for imagenet)" in line and "alpha" not in line
     assert "as you set them: eval_strategy, loss_kwargs" in line
 
@@ -201,7 +203,7 @@ def test_a_config_file_is_a_recipe_of_its_own(tmp_path):
     assert script.preset == "none"
     file.write_text("student: x\nlearning_rate: 0.5\npreset: cnn_scratch\nload_best_model_at_end: true\n")
     script, config = parse(["--config", str(file), "--use_cpu"])
-    config, _ = recipes.apply(script.preset, config, script.given)
+    config, _ = recipes.apply(script.preset, config, script.explicit)
     assert config.learning_rate == 0.5 and config.weight_decay == 1e-4
 
 
@@ -220,17 +222,17 @@ def test_shipped_configs_that_name_a_recipe_or_a_benchmark_mean_what_they_meant_
     script, config = parse(["--config", str(path), "--use_cpu"])
     preset = None if script.preset == "none" else script.preset
     if preset:
-        config, changed = recipes.apply(preset, config, script.given)
+        config, changed = recipes.apply(preset, config, script.explicit)
         assert set(changed) <= {"num_train_epochs", "warmup_steps"}
         arguments = arguments | {"preset": preset}
         for key, value in recipes.load(preset).student.items():
-            assert key not in script.given
+            assert key not in script.explicit
             setattr(script, key, value)
     for key, value in settings.items():
         got = getattr(config, key)
         assert getattr(got, "value", got) == value, key
     assert {key: getattr(script, key) for key in arguments} == arguments
-    runs = dict(script.arms(config, preset))
+    runs = {name: run for name, _, run in run_configs(script, config, preset)}
     assert {name: run.loss_kwargs for name, run in runs.items()} == losses
     if preset:  # nothing of the recipe and of the loss classes stands in the file again
         given = yaml.safe_load(path.read_text())
@@ -243,9 +245,9 @@ def test_a_benchmark_gives_the_published_hyperparameters_and_yours_win():
     argv = ["--student", "x", "--teacher", "y", "--use_cpu", "--loss", "nkd", "--loss_kwargs", '{"gamma": 9}']
     script, config = parse([*argv, "--preset", "none", "--benchmark", "cifar100"])
     script.check(config)
-    assert script.arms(config)[0][1].loss_kwargs == {"temperature": 3.0, "gamma": 9}
+    assert run_configs(script, config, None)[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
     script, config = parse([*argv, "--preset", "cnn_finetune", "--benchmark", "cifar100"])  # over the preset's own
-    assert script.arms(config, "cnn_finetune")[0][1].loss_kwargs == {"temperature": 3.0, "gamma": 9}
+    assert run_configs(script, config, "cnn_finetune")[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
     script, config = parse([*argv, "--benchmark", "cifar"])
     with pytest.raises(ValueError, match="--benchmark cifar is unknown"):
         script.check(config)
@@ -253,15 +255,15 @@ def test_a_benchmark_gives_the_published_hyperparameters_and_yours_win():
 
 def test_where_each_setting_came_from():
     script, config = parse(["--student", "x", "--use_cpu", "--learning_rate", "1", "--loss_kwargs", '{"alpha": 9}'])
-    before = recipes.provenance("cnn_scratch_cifar", config, script.given)
+    before = recipes.provenance("cnn_scratch_cifar", config, script.explicit)
     assert (before["learning_rate"], before["weight_decay"]) == ("you", "preset cnn_scratch_cifar")
     assert (before["student"], before["image_size"]) == ("you", "preset cnn_scratch_cifar")
     assert "seed" not in before  # the default, which neither has set
-    after, changed = recipes.apply("cnn_scratch_cifar", config, script.given)
-    assert recipes.provenance("cnn_scratch_cifar", after, script.given) == before
+    after, changed = recipes.apply("cnn_scratch_cifar", config, script.explicit)
+    assert recipes.provenance("cnn_scratch_cifar", after, script.explicit) == before
     assert set(changed) <= {key for key, source in before.items() if source == "you"}
-    assert set(recipes.provenance(None, config, script.given).values()) == {"you"}
-    (_, run), *_ = script.arms(after, "cnn_scratch_cifar")
+    assert set(recipes.provenance(None, config, script.explicit).values()) == {"you"}
+    (_, _, run), *_ = run_configs(script, after, "cnn_scratch_cifar")
     sources = recipes.loss_provenance(run, "cnn_scratch_cifar")
     assert (sources["alpha"], sources["beta"]) == ("you", "published for cifar100")
     assert sources["target_in_rank"] == "default"

@@ -33,6 +33,8 @@ class ImageData:
     revision: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    eval_fraction: float | None = None
+    fingerprint: str = ""
 
 
 def load_data(

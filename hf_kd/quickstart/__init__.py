@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent
-FOLDERS = {
-    "quickstart": _FOLDER / "data",
-    "quickstart/student": _FOLDER / "student",
-    "quickstart/teacher": _FOLDER / "teacher",
-}
+_PARTS = {"quickstart": "data", "quickstart/student": "student", "quickstart/teacher": "teacher"}
+FOLDERS = {name: Path(__file__).resolve().parent / part for name, part in _PARTS.items()}
 
 
 def bundled(name: object) -> Path | None:

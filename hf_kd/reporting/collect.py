@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from ..data import ImageData
+from ..losses import LOSSES
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
+from ..spec import DataSource, Experiment, ModelSource, run_spec
 from . import record as records
 from .card import write_card
 from .curves import plot_curves
@@ -79,6 +81,33 @@ def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+def known_plan(trainer) -> Experiment:
+    """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
+
+    def source(model: torch.nn.Module, name: str | None = None) -> ModelSource:
+        name = name or getattr(model, "name_or_path", None) or type(model).__name__
+        return ModelSource(name, commit=commit_of(model))
+
+    def size(dataset) -> int | None:
+        return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
+
+    config, teacher = getattr(trainer.model, "config", None), trainer.eval_teacher
+    plan = Experiment(
+        output_dir=trainer.args.output_dir,
+        student=source(trainer.model),
+        teacher=teacher and source(teacher.model, teacher.name),
+        data=DataSource(
+            train_size=size(trainer.train_dataset),
+            eval_size=size(trainer.eval_dataset),
+            classes=config and [config.id2label[i] for i in sorted(config.id2label)],
+        ),
+        train_image_size=trainer.args.train_image_size,
+        runs=(run_spec(trainer.args),),
+        versions=records.collect_versions(),
+    )
+    return Experiment.from_dict(plan.to_dict())
+
+
 def make_record(
     trainer,
     metrics: dict | None = None,
@@ -97,7 +126,8 @@ def make_record(
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
         **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
     """
-    args, history, model = trainer.args, trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
+    args, loss = trainer.args, trainer.train_loss
+    history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
     logs = [entry for entry in history if "loss" in entry]
     metrics = metrics or trainer.evaluate()
     seconds = [entry["seconds"] for entry in history if "seconds" in entry]
@@ -108,8 +138,9 @@ def make_record(
     sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     record = {
-        "name": args.loss,
-        "loss": {"name": args.loss, **trainer.train_loss.hyperparameters()},
+        "name": loss.name,
+        "loss": {"name": loss.name, **loss.hyperparameters()},
+        **({} if loss.name in LOSSES else {"loss_description": loss.describe(loss.hyperparameters())}),
         "student": {
             **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size),
             **({"size_mb": sum(saved)} if saved else {}),
@@ -143,6 +174,7 @@ def make_record(
         "preset": None,
         "repo_id": None,
         "verdict": None,
+        "plan": trainer.plan and trainer.plan.to_dict(),
         **known,
     }
     return records.redact(record)

@@ -2,8 +2,9 @@
 
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
-(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), and verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`).
+(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), verdict (None,
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`), and loss_description (of a loss that
+is not hf_kd's).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 _SECRET_TEXT = re.compile(TOKEN + r"|(--?[\w-]*token[ =]+)(?!-)\S+")
 # A path from the root or a home folder tells of the machine; its last part is what a reader needs.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~)\]}-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
 
 
 def collect_versions() -> dict[str, str | None]:
@@ -48,7 +49,19 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
     "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run
     may be passed: that also covers its command.
     """
-    return _plain(settings, redacted=True)
+    return plain(settings, redacted=True)
+
+
+def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `DistillationLoss.describe` says of a run's loss: by the class of a loss of hf_kd, else by the record.
+
+    Nothing is imported because a record names it; {} for a loss that neither describes.
+    """
+    from ..losses import LOSSES  # torch, slow to import
+
+    loss = run.get("loss") or {}
+    own = LOSSES.get(loss.get("name"))
+    return own.describe(loss) if own else run.get("loss_description") or {}
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -66,29 +79,29 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     try:
         # An undecodable byte of a file name is a lone surrogate, and Python's escape of it is also JSON's.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            dump(_plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
+            dump(plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _plain(obj: Any, redacted: bool = False) -> Any:
-    """Only dict, list, str, int, bool, None and finite floats."""
+def plain(obj: Any, redacted: bool = False) -> Any:
+    """A copy of only dict, list, str, int, bool, None and finite floats; `redacted` as in `redact`."""
     if isinstance(obj, Enum):
-        return _plain(obj.value, redacted)
+        return plain(obj.value, redacted)
     if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float
-        return _plain(obj.tolist(), redacted)
+        return plain(obj.tolist(), redacted)
     if obj is None or isinstance(obj, bool | int):
         return obj
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
         kept = ((str(key), value) for key, value in obj.items())
-        return {key: _plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
+        return {key: plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
     if isinstance(obj, list | tuple | set | frozenset):
         items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
-        return [_plain(item, redacted) for item in items]
+        return [plain(item, redacted) for item in items]
     if not redacted:
         return str(obj)
     text = str(obj).replace(f"{Path.cwd()}{os.sep}", "")
