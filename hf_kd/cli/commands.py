@@ -130,7 +130,6 @@ def distill(script: ScriptArguments, config: DistillationConfig, command: str = 
         eval_fraction=script.eval_fraction,
         max_train_samples=script.max_train_samples,
         max_eval_samples=script.max_eval_samples,
-        seed=config.seed,
     )
     known = {
         "command": command,
