@@ -57,8 +57,8 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             `pixels`, `image` or `img` and with `label` or `labels`. Items with `pixel_values`, normalised for the
             student, stay as they are; the teacher is shown what inverting the student's preprocessing gives.
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
-        data_collator: default: `TrainingCollator` and `EvaluationCollator`; one of your own must give the keys that
-            they give, and gets the items of any dataset without an image column as they are.
+        data_collator: default: `TrainingCollator` and `EvaluationCollator`. One of your own must give their keys; it
+            gets the items of any dataset without an image column as they are.
         callbacks, **kwargs: as in `Trainer`.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
@@ -168,13 +168,12 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
 
     def _collator(self, training: bool) -> TrainingCollator | EvaluationCollator:
         args, own, teacher = self.args, self.preprocessing, self.eval_teacher
-        columns = {"image_column": args.image_column, "label_column": args.label_column}
         if training:
             alphas = args.mixup_alpha, args.cutmix_alpha
             mixer = Mixer(self._num_classes(self.model), *alphas) if any(alphas) else None
-            return TrainingCollator(self.train_image_size, mixer, args.data_seed, **columns)
+            return TrainingCollator(self.train_image_size, mixer, args.data_seed, own and own.interpolation)
         other = teacher.preprocessing if teacher is not None and teacher.preprocessing != own else None
-        return EvaluationCollator(own and own.resize_and_crop, other and other.resize_and_crop, **columns)
+        return EvaluationCollator(own and own.resize_and_crop, other and other.resize_and_crop)
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None

@@ -130,8 +130,8 @@ def test_collator_accepts_every_kind_of_item():
     pixels = torch.from_numpy(rgb).permute(2, 0, 1)
     for key in ("pixels", "image", "img"):
         kinds = [pixels, rgb, PIL.Image.fromarray(rgb), {"bytes": encode(rgb), "path": None}]
-        for label_key in ("labels", "label", "kind"):
-            batch = TrainingCollator(label_column="kind")([{key: x, label_key: i} for i, x in enumerate(kinds)])
+        for label_key in ("labels", "label"):
+            batch = TrainingCollator()([{key: x, label_key: i} for i, x in enumerate(kinds)])
             assert torch.equal(batch["pixels"], torch.stack([pixels] * 4)) and batch["pixels"].is_contiguous()
             assert set(batch) == {"pixels", "labels"}
             assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [0, 1, 2, 3]

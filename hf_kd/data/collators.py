@@ -25,15 +25,15 @@ class TrainingCollator:
     """A training batch, without the items that cannot be decoded.
 
     Args:
-        size: side in pixels to which every image is brought, bicubic, whatever the others of its batch are; None:
-            images are stacked as they are and must have one shape.
+        size: side in pixels to which every image is brought, whatever the others of its batch are; None: images are
+            stacked as they are and must have one shape.
         mixer: applied last. Its draws are a function of `seed`, the epoch and the first key of the batch, or come from
             torch's global generator where items have no key.
         seed: not negative.
-        image_column, label_column: keys to look for before the usual ones.
+        interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
 
     Raises:
-        ValueError: on a call: nothing left of a batch, no label or image key, or several shapes without a size.
+        ValueError: on a call: nothing left of a batch, no label or image, or several shapes without a size.
     """
 
     def __init__(
@@ -41,14 +41,13 @@ class TrainingCollator:
         size: int | None = None,
         mixer: Mixer | None = None,
         seed: int = 0,
-        image_column: str | None = None,
-        label_column: str | None = None,
+        interpolation: InterpolationMode | None = None,
     ) -> None:
         self.size, self.mixer, self.seed = size, mixer, seed
-        self.columns = (image_column, label_column)
+        self.interpolation = interpolation or InterpolationMode.BICUBIC
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        rows, skipped = _decode(items, self.columns)
+        rows, skipped = _decode(items)
         kept = [row for row in rows if row is not None]
         if not kept:
             raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
@@ -63,8 +62,7 @@ class TrainingCollator:
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         if self.size is not None:
-            bicubic = InterpolationMode.BICUBIC
-            images = [resize(image, [self.size, self.size], bicubic, antialias=True) for image in images]
+            images = [resize(image, [self.size] * 2, self.interpolation, antialias=True) for image in images]
         return _stack(images, "train_image_size, or augment with 'resized_crop'")
 
 
@@ -75,25 +73,19 @@ class EvaluationCollator:
         resize_and_crop: a model's `Preprocessing.resize_and_crop`, a list of uint8 (3, H, W) to uint8 (B, 3, h, w).
             None: images are stacked as they are and must have one shape.
         teacher_resize_and_crop: the same for an additional "teacher_pixels".
-        image_column, label_column: keys to look for before the usual ones.
 
     Raises:
-        ValueError: on a call: no label or image key, or several shapes, or nothing but undecodable images, without
-            `resize_and_crop`.
+        ValueError: on a call: no label or image; without `resize_and_crop`: several shapes, or no image that can be
+            decoded.
     """
 
     def __init__(
-        self,
-        resize_and_crop: ResizeAndCrop | None = None,
-        teacher_resize_and_crop: ResizeAndCrop | None = None,
-        image_column: str | None = None,
-        label_column: str | None = None,
+        self, resize_and_crop: ResizeAndCrop | None = None, teacher_resize_and_crop: ResizeAndCrop | None = None
     ) -> None:
         self.resize_and_crop, self.teacher_resize_and_crop = resize_and_crop, teacher_resize_and_crop
-        self.columns = (image_column, label_column)
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        rows, skipped = _decode(items, self.columns)
+        rows, skipped = _decode(items)
         filler = next((row for row in rows if row is not None), None)
         if filler is None:
             if self.resize_and_crop is None:
@@ -113,12 +105,12 @@ def _keys(item: Any) -> dict[str, Any]:
     return {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
 
 
-def _decode(items: Sequence[Any], columns: tuple) -> tuple[list[dict[str, Any] | None], list[str]]:
+def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any] | None], list[str]]:
     """The decoded items, None for each that cannot be decoded, and the reasons of these."""
     rows, skipped = [], []
     for item in items:
         try:
-            rows.append(decode_row(item, *columns) | _keys(item))
+            rows.append(decode_row(item) | _keys(item))
         except UndecodableImage as error:
             skipped.append(str(error))
             rows.append(None)

@@ -45,12 +45,8 @@ def _hash_file(path: str) -> int:
 
 def _file_hashes(paths: list[str]) -> list[int]:
     """The hashes of files, through a cache in datasets' cache folder by path, size and time."""
-
-    def key(path: str) -> str:
-        stat = os.stat(path) if os.path.exists(path) else None
-        return f"{stat and stat.st_size} {stat and stat.st_mtime_ns} {path}"
-
-    keys = [key(path) for path in paths]
+    stats = [os.stat(path) if os.path.exists(path) else None for path in paths]
+    keys = [f"{s and s.st_size} {s and s.st_mtime_ns} {path}" for s, path in zip(stats, paths, strict=True)]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_kd_image_hashes"
     cache = folder / f"{_hash(os.path.dirname(os.path.commonprefix(paths)).encode()):016x}.parquet"
     try:
@@ -58,11 +54,10 @@ def _file_hashes(paths: list[str]) -> list[int]:
         known = dict(zip(table["key"], table["hash"], strict=True))
     except (OSError, KeyError, pa.ArrowException):  # there is none yet, or it is damaged
         known = {}
-    missing = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in known]
+    missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
     if missing:
         with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(_hash_file, [path for _, path in missing]))
-        known |= {key: value for (key, _), value in zip(missing, hashes, strict=True)}
+            known |= zip(missing, pool.map(_hash_file, missing.values()), strict=True)
         entries = pa.table({"key": keys, "hash": pa.array([known[key] for key in keys], pa.uint64())})
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -117,15 +112,8 @@ def fingerprint(*parts: str | None) -> str:
 def overlap(ours: dict[str, Any], theirs: dict[str, Any]) -> int | None:
     """How many of our evaluation images a teacher was trained on, by `ImageData.describe()` or the "data" of a record.
 
-    One order of a split's images decides which are chosen, see `sort_rows`: evaluation has the first, training the
-    last. Where both are of one split, what lies in both follows from their sizes.
-
-    Args:
-        ours: of the data that a student is evaluated on.
-        theirs: of the data that the teacher was trained on.
-
-    Returns:
-        A number of images; None if the fingerprints do not say: another dataset, or a record without them.
+    Evaluation has the first images of a split in the order of `sort_rows` and training the last, so that the number of
+    those in both follows from the sizes. None: another dataset, or a record without fingerprints.
     """
     our_prints, their_prints = (data.get("split_fingerprints") or {} for data in (ours, theirs))
     if not set(our_prints.values()) & set(their_prints.values()):
