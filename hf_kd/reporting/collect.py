@@ -150,11 +150,11 @@ def make_record(
         },
         "data": {
             "id": data and data.name,
-            "revision": data and data.revision,
-            "train_split": data and data.train_split,
-            "eval_split": data and data.eval_split,
+            **{key: None for key in ("revision", "train_split", "eval_split")},
+            **({k: v for k, v in data.describe().items() if k != "name"} if data else {}),
             **sizes,
             "classes": model.config.num_labels,
+            "augmentation": trainer.augmentation_applied,
             "skipped": {
                 "count": len(skipped[0]),
                 "examples": skipped[0][:100],
