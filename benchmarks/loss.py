@@ -41,9 +41,9 @@ def build(batch: int, classes: int, device: str) -> dict[str, Callable[[], objec
         "nkd_loss, mixed labels": lambda: backward(nkd_loss(student, teacher, mixed), student),
         "uskd_loss": lambda: backward(uskd_loss(student, weak, labels), student, weak),
         "uskd_loss, mixed labels": lambda: backward(uskd_loss(student, weak, mixed), student, weak),
-        "KDLoss, with CE": lambda: backward(kd(student, labels, teacher), student),
-        "NKDLoss, with CE": lambda: backward(nkd(student, labels, teacher), student),
-        "USKDLoss, with CE": lambda: backward(uskd(student, labels, weak_logits=weak), student, weak),
+        "KDLoss, with CE": lambda: backward(kd(student, labels, teacher_logits=teacher), student),
+        "NKDLoss, with CE": lambda: backward(nkd(student, labels, teacher_logits=teacher), student),
+        "USKDLoss, with CE": lambda: backward(uskd(student, labels, aux_logits=weak), student, weak),
     }
 
 

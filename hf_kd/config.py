@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from .losses import LOSSES, DistillationLoss, get_loss
+from .losses import LOSSES, DistillationLoss, get_loss, loss_class
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,8 +43,15 @@ class DistillationConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
+    _loss = None  # an instance in the place of `loss` and `loss_kwargs`, see `with_loss`; no field
 
-    loss: str = field(default="uskd", metadata={"help": f"What to train with: {', '.join(LOSSES)}."})
+    loss: str = field(
+        default="uskd",
+        metadata={
+            "help": f"What to train with: {', '.join(LOSSES)}, or a class of your own: package.module:Class or "
+            "file.py:Class."
+        },
+    )
     loss_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
@@ -130,15 +137,38 @@ class DistillationConfig(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
-    def loss_class(self):
-        return LOSSES[self.loss]
+    def loss_class(self) -> type[DistillationLoss]:
+        """The class of the loss, which `loss` names."""
+        return loss_class(self.loss) if self._loss is None else type(self._loss)
 
     def build_loss(self) -> DistillationLoss:
         """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""
+        if self._loss is not None:
+            return self._loss
         numbers = dict(self.loss_kwargs or {})
         if self.label_smoothing_factor:
             numbers.setdefault("label_smoothing", self.label_smoothing_factor)
         return get_loss(self.loss, **numbers)
+
+    def with_loss(self, loss: DistillationLoss) -> DistillationConfig:
+        """A copy whose `build_loss` gives this loss, and which names it in `loss` and `loss_kwargs`.
+
+        Raises:
+            ValueError: no loss with a name of its own, one with a state, or another label smoothing than these
+                arguments ask for.
+        """
+        if not isinstance(loss, DistillationLoss):
+            raise ValueError(f"loss={loss!r} is no DistillationLoss: pass an instance, such as NKDLoss(gamma=1.0)")
+        smoothing = self.label_smoothing_factor
+        if smoothing and loss.label_smoothing != smoothing:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} and a loss with label_smoothing={loss.label_smoothing}: leave "
+                "label_smoothing_factor out, and give the loss label_smoothing="
+            )
+        copied = object.__new__(type(self))  # copy.copy would go by __getstate__
+        copied.__dict__.update(self.__dict__, loss=loss_class(type(loss)).name, loss_kwargs=loss.hyperparameters())
+        copied._loss = loss
+        return copied
 
     def check_teacher(self, has_teacher: bool) -> None:
         """Refuse a teacher loss without a teacher, and a self-distillation loss with one.
@@ -146,15 +176,16 @@ class DistillationConfig(TrainingArguments):
         Raises:
             ValueError: naming the loss and the way out.
         """
-        needs = LOSSES[self.loss].needs_teacher
+        requires = self.loss_class().requires
+        needs = "teacher_logits" in requires
         if needs and not has_teacher:
-            without = [name for name, loss in LOSSES.items() if not loss.needs_teacher]
+            without = [name for name, loss in LOSSES.items() if "teacher_logits" not in loss.requires]
             raise ValueError(
                 f"loss={self.loss!r} learns from a teacher and none is given: pass teacher= (--teacher ID), or train "
                 f"without one: {', '.join(without)}."
             )
-        if LOSSES[self.loss].needs_feature and has_teacher:
-            with_teacher = [name for name, loss in LOSSES.items() if loss.needs_teacher]
+        if requires and not needs and has_teacher:
+            with_teacher = [name for name, loss in LOSSES.items() if "teacher_logits" in loss.requires]
             raise ValueError(
                 f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of "
                 f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher= "
@@ -163,4 +194,4 @@ class DistillationConfig(TrainingArguments):
 
     def __getstate__(self) -> dict:
         # The trainer pickles its arguments into every checkpoint: no token may travel with them.
-        return {k: None if k.endswith("token") else v for k, v in self.__dict__.items()}
+        return {k: None if k.endswith("token") else v for k, v in self.__dict__.items() if k != "_loss"}

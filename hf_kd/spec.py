@@ -224,7 +224,7 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
     loss, seed, data_seed = (values.pop(key) for key in ("loss", "seed", "data_seed"))
     taken = {cls: {f.name: values.pop(f.name) for f in dataclasses.fields(cls)} for cls in (Schedule, Execution)}
     return RunSpec(
-        name=name or loss,
+        name=name or config.loss_class().name,
         seed=seed,
         data_seed=data_seed,
         processes=config.world_size,

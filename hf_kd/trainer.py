@@ -12,38 +12,34 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchvision.transforms import v2
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
-from .callbacks import LogLastStep, SaveOnInterrupt
-from .checkpointing import (
-    check_finite,
-    full_disk_named,
-    last_checkpoint,
-    load_weights,
-    save_head,
-    weights_to_save,
-)
+from . import checkpointing, push
+from ._compat import check_upstream
+from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
+from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig
 from .data import ImageCollator, ImageDataset, Mixer, as_image_dataset, build_transform
+from .losses import DistillationLoss, Progress
 from .metrics import ClassificationMeter, sample_statistics
 from .models.auxiliary_head import add_auxiliary_head
 from .models.forward import logits_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
-from .push import PushesWhenAsked
 from .reporting.collect import known_plan
 from .reporting.record import write_json
 from .spec import PLAN_FILE, Experiment, continue_plan
 
 logger = logging.get_logger(__name__)
+PROVIDED = {"teacher_logits", "aux_logits"}  # what the trainer gives a loss that requires it
 
 
-class DistillationTrainer(PushesWhenAsked, Trainer):
+class DistillationTrainer(Trainer):
     """Trains a student with `args.loss`, evaluates it, and measures it against a teacher.
 
     Args:
-        model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`.
+        model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`. Default: what `model_init` makes.
         args: a `DistillationConfig`.
         teacher: a `Teacher` (see `load_teacher`), or an id to load one from. Its classes are put in the student's
             order by name. It stays outside the student: never trained, never saved, always in eval mode.
@@ -54,8 +50,10 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             `labels`. With `pixel_values`, the student's preprocessing is inverted to show the teacher the image.
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
         data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
-        callbacks, **kwargs: as in `Trainer`.
+        loss: a `DistillationLoss` in the place of `args.loss` and `args.loss_kwargs`; `self.args` is then a copy that
+            names it.
         plan: what is trained, as plan.json and the record keep it; default: what the trainer knows of it.
+        callbacks, model_init, **kwargs: as in `Trainer`.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
@@ -70,8 +68,8 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: DistillationConfig,
+        model: nn.Module | None = None,
+        args: DistillationConfig | None = None,
         teacher: Teacher | str | None = None,
         eval_teacher: Teacher | str | None = None,
         train_dataset=None,
@@ -79,9 +77,12 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         processing_class=None,
         data_collator=None,
         callbacks=None,
+        loss: DistillationLoss | None = None,
+        model_init=None,
         plan: Experiment | None = None,
         **kwargs,
     ):
+        check_upstream()
         if not isinstance(args, DistillationConfig):
             raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
         if args.n_gpu > 1:
@@ -93,28 +94,43 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             raise ValueError(
                 "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func= would not be called: pass loss=, an instance of a DistillationLoss of your own "
+                "(README, Your own loss)."
+            )
+        args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
         self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        train_dataset = as_image_dataset(train_dataset, self._id2label(model), args)
-        eval_dataset = as_image_dataset(eval_dataset, self._id2label(model), args)
-        given = functools.partial(aligned_teacher, model=model, id2label=self._id2label(model), args=args)
-        self.teacher = given(teacher) if self.train_loss.needs_teacher else None
-        self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
-        if self.train_loss.needs_feature:
-            add_auxiliary_head(
-                model, self._num_classes(model), self._need_preprocessing().size, args.feature_module, args.seed
-            )
+        self._check_loss()
+        self.args, self._made = args, None
+        student = model
+        if model is None and model_init is not None:
+            set_seed(args.seed)  # as the Trainer does before it calls model_init
+            self.model_init = model_init
+            student = self._made = self.call_model_init()
+        train_dataset = as_image_dataset(train_dataset, self._id2label(student), args)
+        eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args)
+        given = functools.partial(aligned_teacher, model=student, id2label=self._id2label(student), args=args)
+        self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
+        same = eval_teacher is None or eval_teacher is teacher
+        self.eval_teacher = (self.teacher or given(teacher)) if same else given(eval_teacher)
+        if model is not None:
+            self._add_head(model)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self.teacher_metrics: dict[str, float] | None = None
         self._terms: dict[str, torch.Tensor] = {}
         self._terms_since: int | None = None
+        self._steps_per_epoch = 1
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self._meter: ClassificationMeter | None = None
         self._own_collator = data_collator is None
         self._interrupt = SaveOnInterrupt()
+        self._resumed_from: str | None = None
+        self._staging: str | None = None
         super().__init__(
             model=model,
             args=args,
@@ -122,16 +138,40 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), self._interrupt, LogLastStep()],
+            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogLastStep()],
+            model_init=model_init,
             **kwargs,
         )
-        if self.train_loss.needs_feature and args.world_size > 1:
+        if self.train_loss.reduce_mean is None and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
         self.train_loss.to(args.device)
         for each in {self.teacher, self.eval_teacher} - {None}:
             each.to(args.device)
 
     # ---- what is checked before anything runs ----
+
+    def _check_loss(self) -> None:
+        name, missing = self.train_loss.name, sorted(self.train_loss.requires - PROVIDED)
+        if missing:
+            provided = ", ".join(sorted(PROVIDED))
+            raise ValueError(f"loss {name!r} requires {', '.join(missing)}: this trainer provides {provided} only.")
+        if state := list(self.train_loss.state_dict()):
+            raise ValueError(
+                f"loss {name!r} has parameters or buffers ({', '.join(state)}), which would be neither trained nor "
+                "saved: use numbers, or register_buffer(..., persistent=False) for constants."
+            )
+
+    def call_model_init(self, trial=None):
+        made, self._made = self._made, None
+        if made is None:  # for the first time in __init__, before the Trainer asks
+            made = super().call_model_init(trial)
+            self._add_head(made)
+        return made
+
+    def _add_head(self, student: nn.Module) -> None:
+        if "aux_logits" in self.train_loss.requires:
+            size, args = self._need_preprocessing().size, self.args
+            add_auxiliary_head(student, self._num_classes(student), size, args.feature_module, args.seed)
 
     @staticmethod
     def _id2label(model: nn.Module) -> dict[int, str] | None:
@@ -193,19 +233,17 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if given:  # transformers keeps one loader for all datasets that are given, where workers persist
-            kept, self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}), {}
-        loader = super().get_eval_dataloader(eval_dataset)
-        if given:
-            self._eval_dataloaders = kept
-        return loader
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # transformers keeps one loader for all datasets that are passed, where workers persist.
+        return self._get_dataloader(eval_dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
-    def _run_epoch(self, *args, epoch, **kwargs):
+    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):
+        self._steps_per_epoch = num_update_steps_per_epoch
         # accelerate forwards set_epoch to the dataset only where the sampler takes none.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+        return super()._run_epoch(*args, epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -255,7 +293,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             return None
         pixels = inputs.get("teacher_pixels", inputs.get("pixels"))
         if pixels is None:
-            pixels = self._need_preprocessing().invert(inputs["pixel_values"])
+            pixels = self._need_preprocessing().denormalize(inputs["pixel_values"])
         return teacher(pixels, cropped=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -264,9 +302,13 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         # compute a loss of their own, and for float labels rewrite their config.
         output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
-        weak = {"weak_logits": output["aux_logits"]} if self.train_loss.needs_feature else {}
-        teacher_logits = self._teacher_logits(self.teacher, inputs)
-        terms = self.train_loss(logits, labels, teacher_logits=teacher_logits, **weak)
+        required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
+        if "aux_logits" in self.train_loss.requires:
+            required["aux_logits"] = output["aux_logits"]
+        if model.training:
+            step = float(self.state.global_step)
+            self.train_loss.progress = Progress(step, float(self.state.max_steps), step / self._steps_per_epoch)
+        terms = self.train_loss(logits, labels, **required)
         share = 1.0
         if num_items_in_batch is not None:  # DDP averages over ranks, so each counts for `world_size`
             share = len(labels) * self.args.world_size / num_items_in_batch
@@ -341,7 +383,8 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
+        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data),
+        and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
 
         Args:
             samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
@@ -353,7 +396,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         part = source
         if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
             part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
-        meter = ClassificationMeter()
+        meter, dropped = ClassificationMeter(), torch.zeros(())
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
             for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
                 inputs.pop("skipped", None)
@@ -361,10 +404,14 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
                     inputs.pop("teacher_pixels", None)
                 inputs = self._prepare_inputs(inputs)
                 logits = self._teacher_logits(teacher, inputs)
-                meter.update(
-                    self.accelerator.gather_for_metrics(sample_statistics(logits, hard_labels(inputs["labels"])))
-                )
+                statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
+                mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
+                gathered = self.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
+                meter.update(gathered[:, :-1])
+                dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
         metrics = meter.compute()
+        if teacher.mapping.kind in ("subset", "many-to-one"):
+            metrics["dropped_mass"] = dropped.item() / metrics["n"]
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
@@ -380,6 +427,16 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
                 f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
                 "names, its preprocessing, and that it was trained for these classes."
             )
+        if "dropped_mass" in metrics:
+            dropped, mapping = metrics["dropped_mass"], self.teacher.mapping
+            message = (
+                f"the teacher puts {dropped:.1%} of its probability on those of its {len(mapping.source_names)} "
+                f"classes that are not among the data's {len(mapping.members)}; it is left out of what it teaches"
+            )
+            if dropped > 0.5:
+                logger.warning_once(f"{message}: check class_map, and that it was trained for such images.")
+            else:
+                logger.info(f"{message}.")
 
     # ---- training, saving, resuming ----
 
@@ -396,7 +453,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         self._write_plan(resume_from_checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
-        self._started = time.perf_counter()
+        self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
             torch.compiler.reset()
@@ -417,34 +474,36 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir) / PLAN_FILE, self.plan.to_dict())
 
-    def _init_training_state(self, *args, **kwargs):
-        result = super()._init_training_state(*args, **kwargs)
-        self._terms_since = None
+    def _begin(self) -> None:
+        """Training begins, with the state of the checkpoint that it continues from, if any."""
+        self._terms_since = self._staging = None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
-        return result
+        if self.args.should_save:
+            checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 
-    def _finalize_training(self, *args, **kwargs):
-        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
-            self.state.best_model_checkpoint = None
-        return super()._finalize_training(*args, **kwargs)
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
         """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
-        check_finite(self.model, self.args.output_dir, self.state.global_step)
-        with full_disk_named(self.args.output_dir):
+        folder = self._get_output_dir(trial)
+        with full_disk_named(folder), checkpointing.complete_checkpoint(self, folder) as self._staging:
             super()._save_checkpoint(model, trial)
+        self._staging = None
+        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
+            self.state.best_model_checkpoint = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student as a plain model, and the auxiliary head beside it in checkpoints only. Pushes nothing."""
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
-        if _internal_call and self.args.should_save:
-            save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+        if _internal_call and output_dir and self.args.should_save:
+            checkpointing.save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
-        super()._save(output_dir, weights_to_save(student, self.processing_class, state_dict))
+        super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -455,6 +514,39 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+    # ---- pushing ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
+        self.hub_model_id = self.push_in_progress = None
+        if self.is_world_process_zero():
+            target = push.push_target(self.args, token, private)
+            self.hub_model_id = push.check_push(**target, folder=self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed.
+
+        Makes run.json first where it is missing, if this is the only process (it takes an evaluation).
+        """
+        push.card_of_run(self)
+
+    def push_to_hub(self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None):
+        """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
+
+        Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
+        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`.
+
+        token, revision and private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+
+        Returns:
+            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+
+        Raises:
+            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
+        """
+        self.save_model()
+        return push.push_run(self, commit_message, token, revision, private)
 
 
 def hard_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import decode_rgb
-from .losses.base import top_targets
+from .losses.functional import top_targets
 from .losses.uskd import soft_targets, zipf_weights
 from .metrics.classification import IGNORED_LABEL, calibration_bins, expected_calibration_error
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RIGHT, GAP, GREY = "#3f90da", "#bd1f01", "#555555"
+
+__all__ = ["plot_confusions", "plot_reliability", "plot_soft_labels", "show_images", "uskd_soft_labels"]
 
 
 def show_images(images: Any, titles: Sequence[str] | None = None, columns: int = 8, side: float = 1.4) -> Figure:

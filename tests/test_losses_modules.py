@@ -26,7 +26,7 @@ def test_modules_give_ce_then_their_terms():
         | uskd(s, w, labels, 0.5, 0.2, 0.3, False),
     }
     for loss, terms in expected.items():
-        got = copy.deepcopy(loss)(s, labels, teacher_logits=t, weak_logits=w)
+        got = copy.deepcopy(loss)(s, labels, teacher_logits=t, aux_logits=w)
         assert list(got) == list(terms) and next(iter(got)) == "ce"
         for key in terms:
             same(got[key], terms[key])
@@ -38,11 +38,27 @@ def test_modules_describe_themselves():
         "NKDLoss(temperature=1.0, gamma=2.0, soft_labels='two_hot', label_smoothing=0.0)"
     )
     for name, cls in LOSSES.items():
-        assert cls.name == name and cls.CITATION.startswith("@") and {"imagenet", "cifar100"} <= cls.PRESETS.keys()
-        for numbers in cls.PRESETS.values():
+        assert cls.name == name and cls.CITATION.startswith("@") and {"imagenet", "cifar100"} <= cls.published.keys()
+        for numbers in cls.published.values():
             assert isinstance(get_loss(name, **numbers), cls)
-    needs = {name: (cls.needs_teacher, cls.needs_feature) for name, cls in LOSSES.items()}
-    assert needs == {"ce": (False, False), "kd": (True, False), "nkd": (True, False), "uskd": (False, True)}
+        gains = [(before, after) for results in cls.published_results.values() for before, after in results.values()]
+        assert all(50 < before < after < 90 for before, after in gains)
+        assert cls.title and cls.formula and (cls.paper or name == "ce")
+    requires = {name: set(cls.requires) for name, cls in LOSSES.items()}
+    assert requires == {"ce": set(), "kd": {"teacher_logits"}, "nkd": {"teacher_logits"}, "uskd": {"aux_logits"}}
+
+
+def test_kd_weighs_its_cross_entropy_as_old_records_say_or_freely():
+    s, t, labels = logits(0), logits(1), torch.tensor(CLASSES)
+    ce, kl = ce_loss(s, labels)["ce"], kd_loss(s, t, 1.0, 1.0)["kd"]
+    for kwargs, expected in (({"weight": 0.7}, (0.3, 0.7)), ({"weight": 3.0, "ce_weight": 1.0}, (1.0, 3.0))):
+        loss = get_loss("kd", temperature=1.0, **kwargs)
+        terms = loss(s, labels, teacher_logits=t)
+        same(terms["ce"], expected[0] * ce)
+        same(terms["kd"], expected[1] * kl)
+        assert loss.hyperparameters() == {"temperature": 1.0, "label_smoothing": 0.0, **kwargs}
+        first = "ce_weight · CE" if "ce_weight" in kwargs else "(1 − weight) · CE"
+        assert KDLoss.describe(loss.hyperparameters())["formula"].startswith(f"{first} + weight · t² · KL")
 
 
 @pytest.mark.parametrize("kind", ["int", "mixed"])
@@ -57,7 +73,7 @@ def test_compiles_to_one_graph(name, kind):
         "nkd": lambda: nkd(s, t, labels, 3.0),
         "uskd": lambda: uskd(s, w, labels, reduce_mean=lambda m: 0.5 * m),
     }
-    for run in (functions[name], lambda: module(s, labels, teacher_logits=t, weak_logits=w)):
+    for run in (functions[name], lambda: module(s, labels, teacher_logits=t, aux_logits=w)):
         torch.compiler.reset()
         expected, got = run(), torch.compile(run, fullgraph=True, backend="aot_eager")()
         assert list(expected) == list(got)
@@ -99,7 +115,7 @@ def changed(tensor, value, at=(2, 1)):
         ({"labels": changed(SOFT, torch.nan)}, r"labels holds 1 NaN or infinite value\(s\) of 42.*row 2"),
         ({"student_logits": changed(logits(0), torch.nan)}, "student_logits holds 1 NaN .*row 2"),
         ({"student_logits": changed(logits(0), -torch.inf)}, "student_logits holds 1 NaN .*row 2"),
-        ({"other": changed(logits(0), torch.inf)}, "(teacher|weak)_logits holds 1 NaN .*row 2"),
+        ({"other": changed(logits(0), torch.inf)}, "(teacher|weak|aux)_logits holds 1 NaN .*row 2"),
     ],
 )
 @pytest.mark.parametrize("name", ["ce", "kd", "nkd", "uskd"])
@@ -114,7 +130,7 @@ def test_wrong_tensors(name, arguments, message):
     }
     if not (name == "ce" and "other" in arguments):
         with pytest.raises(ValueError, match=message):
-            get_loss(name)(s, labels, teacher_logits=other, weak_logits=other)
+            get_loss(name)(s, labels, teacher_logits=other, aux_logits=other)
         if not (name == "kd" and "labels" in arguments):
             with pytest.raises(ValueError, match=message):
                 functions[name]()
@@ -131,7 +147,8 @@ def test_large_finite_logits_are_no_error():
         ("zzz", {}, "unknown loss 'zzz': pass one of ce, kd, nkd, uskd"),
         ("nkd", {"gama": 2}, "nkd takes no argument gama=2: it accepts temperature, gamma"),
         ("kd", {"temperature": 0}, "temperature=0 is not accepted.*> 0"),
-        ("kd", {"weight": 1.5}, "weight=1.5 is not accepted.*>= 0 and <= 1"),
+        ("kd", {"weight": 1.5}, "weight=1.5 is not accepted without ce_weight.*>= 0 and <= 1"),
+        ("kd", {"weight": 1.5, "ce_weight": -0.1}, "ce_weight=-0.1 .*>= 0"),
         ("nkd", {"temperature": -1.0}, "temperature=-1.0"),
         ("nkd", {"gamma": -0.1}, "gamma=-0.1 .*>= 0"),
         ("nkd", {"gamma": math.nan}, "gamma=nan"),
@@ -166,7 +183,7 @@ def test_missing_inputs():
     for name in ("kd", "nkd"):
         with pytest.raises(ValueError, match=r"teacher_logits=None.*\(B, C\)"):
             get_loss(name)(logits(0), INTEGERS)
-    with pytest.raises(ValueError, match="weak_logits=None.*linear head"):
+    with pytest.raises(ValueError, match="aux_logits=None.*linear head"):
         USKDLoss()(logits(0), INTEGERS)
 
 
@@ -178,6 +195,6 @@ def test_off_cpu_values_are_read_in_a_modules_first_call_only():
     for name in LOSSES:
         loss = get_loss(name)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            loss(s, labels, s, s)
-        loss(logits(0), INTEGERS, logits(1), logits(2))
-        assert loss(s, labels, s, s)["ce"].device.type == "meta"
+            loss(s, labels, teacher_logits=s, aux_logits=s)
+        loss(logits(0), INTEGERS, teacher_logits=logits(1), aux_logits=logits(2))
+        assert loss(s, labels, teacher_logits=s, aux_logits=s)["ce"].device.type == "meta"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from losses_helpers import CLASSES, B, C, grad, label_case, leaf, logits, same
 
-from hf_kd.losses import LOSSES, base, ce_loss, get_loss, kd_loss
+from hf_kd.losses import LOSSES, ce_loss, functional, get_loss, kd_loss
 from hf_kd.losses import nkd_loss as nkd
 from hf_kd.losses import uskd_loss as uskd
 
@@ -203,11 +203,11 @@ def test_which_values_of_a_soft_label_are_targets():
             [0.925, 0.025, 0.025, 0.025],  # smoothing: one target
         ]
     )
-    targets = base.top_targets(rows, torch.float32)
+    targets = functional.top_targets(rows, torch.float32)
     assert [set(row) for row in targets.index.tolist()] == [{0, 1}, {0}, {3, 1}, {0}]
     assert targets.active.tolist() == [[True, True], [True, False], [True, True], [True, False]]
     same(targets.value, [[0.5, 0.5], [0.4, 0.0], [0.7, 0.2], [0.925, 0.0]])
-    two = base.top_targets(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.float32)
+    two = functional.top_targets(torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.float32)
     assert two.active.tolist() == [[True, False], [True, True]]
 
 
@@ -307,7 +307,7 @@ def test_trap_5_one_hot_labels_equal_integers(name):
     results = []
     for given in (labels, F.one_hot(labels, C).float()):
         s, w = leaf(logits(0)), leaf(logits(2))
-        terms = loss(s, given, teacher_logits=logits(1), weak_logits=w)
+        terms = loss(s, given, teacher_logits=logits(1), aux_logits=w)
         results.append((terms, [grad(term, x) for term in terms.values() for x in (s, w)]))
     for key in results[0][0]:
         same(results[0][0][key], results[1][0][key], rtol=1e-6)
@@ -318,7 +318,7 @@ def test_trap_5_one_hot_labels_equal_integers(name):
 @pytest.mark.parametrize("kind", ["int", "soft"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_trap_6_few_classes(kind, classes, monkeypatch):
-    monkeypatch.setattr(base, "_warned_no_non_target", False)
+    monkeypatch.setattr(functional, "_warned_no_non_target", False)
     labels = torch.tensor(CLASSES) % classes
     if kind == "soft":
         labels = 0.6 * F.one_hot(labels, classes) + 0.4 * F.one_hot((labels + 1) % classes, classes)

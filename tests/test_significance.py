@@ -67,6 +67,16 @@ def test_uskd_must_also_beat_twice_the_cross_entropy():
     assert found["helped"] and "against its control 2xce" in found["sentence"]
 
 
+def test_a_loss_that_is_not_ours_must_beat_the_controls_that_its_record_names():
+    given = runs(ce=[40, 50, 60], x2ce=[41, 50.9, 61], mine=[41.0, 51.1, 60.9])
+    assert verdicts(given)[0]["helped"]
+    for run in given:
+        if run["name"] == "mine":
+            run["loss_description"] = {"controls": {"2xce": {}, "not run": {}}}
+    (found,) = verdicts(given)
+    assert not found["helped"] and [test["against"] for test in found["tests"]] == ["ce", "2xce"]
+
+
 def test_pairs_are_of_one_seed_and_only_those_that_both_have():
     given = runs(ce=[40, 50, 60], nkd=[45, 41])
     given[-1]["seed"] = 7

@@ -46,7 +46,7 @@ def make_teacher(kind="resnet", seed=7, size=48, names=NAMES):
 
 def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluation=None, collate=None, **kwargs):
     student, processor = tiny(kind, names=NAMES)
-    teacher = teacher or (make_teacher() if LOSSES[loss].needs_teacher else None)
+    teacher = teacher or (make_teacher() if "teacher_logits" in LOSSES[loss].requires else None)
     return DistillationTrainer(
         student,
         config(folder, loss=loss, **kwargs),

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import yaml
 from transformers import HfArgumentParser
 
-from ..config import DistillationConfig, read_json
+from ..config import DistillationConfig
+from ..labels import read_class_map
 from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 
 
@@ -28,8 +29,8 @@ class ScriptArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's kind), or none. "
-            "Default: auto; with a --config file that names no preset: none."
+            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or "
+            "none. Default: auto; with a --config file that names no preset: none."
         },
     )
     benchmark: str | None = field(
@@ -98,10 +99,10 @@ class ScriptArguments:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
-        if isinstance(self.class_map, str) and self.class_map.startswith("{"):
-            self.class_map = read_json("class_map", self.class_map)
         if self.benchmark:
             published_hyperparameters(config.loss, self.benchmark)
+        if isinstance(self.class_map, str):
+            self.class_map = read_class_map(self.class_map)
         for seed in self.seeds or ():
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")

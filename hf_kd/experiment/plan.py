@@ -17,10 +17,11 @@ from .. import hub, recipes
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
 from ..losses import loss_source
-from ..models.loading import build, load_config, model_family, processor_for
+from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
-from ..models.student import student_config, with_size
+from ..models.student import student_config
 from ..push import check_push
+from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DataSource, Experiment, ModelSource, RunSpec, run_spec
 from .folder import continues, earlier_plan
@@ -65,8 +66,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed}
     asked = run_configs(script, config, recipe)
     if recipe:
-        runs_by_name = [(name, run) for name, _, run in asked]
-        preset["text"] = recipes.describe(recipe, changed, runs_by_name, script.benchmark)
+        preset["text"] = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
     data = load_data(**data_arguments(_data_source(script, config, earlier)))
     teacher, teacher_size = None, 0
     if script.teacher:
@@ -107,7 +107,7 @@ def resumes(config: DistillationConfig) -> bool | str:
 
 def default_name(script, config: DistillationConfig) -> str:
     """`STUDENT-LOSS-DATASET`, from the last part of each id."""
-    what = "compare" if script.compare else config.loss
+    what = "compare" if script.compare else config.loss_class().name
     return "-".join([Path(script.student).name, what, Path(script.dataset).name])
 
 
@@ -117,7 +117,7 @@ def _push_target(script, config: DistillationConfig) -> dict | None:
         return None
     private, folder = config.hub_private_repo, config.output_dir
     repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=folder)
-    several = [config.loss, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
+    several = [config.loss_class().name, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
     folder = os.path.join(*several) if script.verdict else "."
     return {"repo_id": repo_id, "private": private, "revision": config.hub_revision, "folder": folder}
 
@@ -139,7 +139,7 @@ def _commit(key: str, script, earlier: Experiment | None) -> str | None:
     name, revision = getattr(script, key), getattr(script, f"{key}_revision")
     built = key == "student" and script.from_scratch and name.startswith("timm/")
     on_hub = name and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name) and not os.path.exists(name)
-    if not on_hub or built or name.startswith("quickstart/"):
+    if not on_hub or built or bundled(name):
         return None
     before = getattr(earlier, {"dataset": "data"}.get(key, key), None)
     if before is not None and (before.id, before.revision) == (name, revision):
@@ -214,7 +214,7 @@ def _blank_student(source: ModelSource, names: list[str]) -> tuple[torch.nn.Modu
     with torch.device("meta"):
         model = build(config, source.trust_remote_code)
     processor = processor_for(SimpleNamespace(config=config), source.id, options)
-    processor = with_size(processor, source.image_size, source.image_mean, source.image_std)
+    processor = adjust_processor(processor, source.image_size, source.image_mean, source.image_std)
     return model, Preprocessing(processor).size
 
 

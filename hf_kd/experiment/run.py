@@ -17,6 +17,7 @@ from .. import hub
 from ..checkpointing import last_checkpoint
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
+from ..losses import loss_source
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
@@ -56,6 +57,8 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     if state.is_main_process:
         check_disk(experiment)
         open_folder(experiment, resume_here)
+    for spec in experiment.runs:
+        _check_loss(spec)
     data, teacher, records = None, None, {}
     for spec in experiment.runs:
         folder = experiment.folder(spec)
@@ -82,6 +85,16 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
         _conclude(experiment, records, token)
     state.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
     return list(records.values())
+
+
+def _check_loss(spec: RunSpec) -> None:
+    """The file of a loss of the user's own must be the one that the plan was made with."""
+    source = spec.loss.source
+    if source and (now := loss_source(spec.loss.name)) != source:
+        raise ValueError(
+            f"{source['path']} is not the file that the plan was made with (sha256 {source['sha256'][:12]} there, "
+            f"{(now or {}).get('sha256', 'missing')[:12]} here): restore it, or start again in another --output_dir."
+        )
 
 
 def _here(experiment: Experiment, spec: RunSpec, token: str | None) -> dict:

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from ..config import DistillationConfig, read_json
+from ..losses import loss_class
 from ..recipes import published_hyperparameters
 from ..reporting.significance import BASELINE
 
@@ -54,8 +55,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
     Args:
         script: the `ScriptArguments`.
         config: the arguments that they share.
-        recipe: the recipe in use; the losses start from the published hyperparameters of its benchmark, or of
-            `script.benchmark`.
+        recipe: the recipe in use, whose benchmark's published hyperparameters the losses start from.
     """
     losses = variants(script, config)
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
@@ -64,6 +64,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
         for name, values in losses.items():
             values = dict(values)
             loss = values.pop("loss", name)
+            name = loss_class(loss).name if name == loss else name  # of a class of the user's own
             if script.benchmark or recipe:
                 values = published_hyperparameters(loss, script.benchmark or recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])

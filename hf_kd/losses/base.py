@@ -1,256 +1,143 @@
-"""What all losses share: the base class, the reading of labels, and the checks of tensors and numbers."""
+"""The base class of all losses: what a loss declares of itself, and how it is called."""
 
 import inspect
-import math
-import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Stands for "not in the softmax". Finite, so that 0 * log-probability is 0 and never NaN, forward and backward.
-MASKED_LOGIT = -1e30
+from .functional import check_inputs, check_number, cross_entropy
 
-CITATION_NKD_USKD = """@inproceedings{yang2023knowledge,
-  title={From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and
-         Customized Soft Labels},
-  author={Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
-  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
-  year={2023}
-}"""
-
-_warned_no_non_target = False
+# Inputs that a loss may require, and what they are. The set is open: a trainer says which it provides.
+INPUTS = {
+    "teacher_logits": "the teacher's logits, of shape (B, C)",
+    "aux_logits": "the logits of a linear head on the student's pooled intermediate feature, of shape (B, C)",
+}
 
 
-class Targets(NamedTuple):
-    """The target classes of each row, in K columns: K = 1 for integer labels, 2 for soft ones.
+class Progress(NamedTuple):
+    """How far the training is when a loss is called. The micro-batches of one optimizer step have the same.
 
-    A row without a second target repeats its first index there, with value 0 and active False.
+    Attributes:
+        step: optimizer steps done, in [0, max_steps).
+        max_steps: optimizer steps of the whole training.
+        epoch: epochs done, with a fraction: exactly 1.0 in the first step of the second epoch.
     """
 
-    index: Tensor  # (B, K) int64, class of the target
-    value: Tensor  # (B, K) float, its label value V
-    active: Tensor  # (B, K) bool
-
-
-def top_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
-    """Read integer labels (B,) or soft labels (B, C) as at most two targets per row.
-
-    The largest label value is a target. The second-largest is one iff it is strictly larger than the third-largest
-    (with C = 2: larger than 0), so that the uniform background of label smoothing is not a target.
-    """
-    if labels.ndim == 1:
-        index = labels[:, None]
-        return Targets(index, torch.ones_like(index, dtype=dtype), torch.ones_like(index, dtype=torch.bool))
-    value, index = labels.to(dtype).topk(min(3, labels.shape[1]), dim=1)
-    third = value[:, 2:] if labels.shape[1] > 2 else torch.zeros_like(value[:, :1])
-    has_second = value[:, 1:2] > third
-    active = torch.cat([torch.ones_like(has_second), has_second], dim=1)
-    return Targets(torch.where(active, index[:, :2], index[:, :1]), torch.where(active, value[:, :2], 0.0), active)
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Raise half precision to float32; float64 stays, for numerical checks."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Batch mean of -sum_i V'_i log softmax(logits)_i, V' = (1 - e) V + e / C, for integer and soft labels V."""
-    logits = at_least_float32(logits)
-    labels = labels if labels.ndim == 1 else labels.to(logits.dtype)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-
-
-def mask_targets(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
-    """Logits (B, C) whose softmax is N(softmax(logits / t)), over the non-target classes: 0 at `index` (B, K)."""
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.scatter(1, index, MASKED_LOGIT)
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
-    accepted = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not (value > low if above else value >= low) or not value <= high or value == math.inf:
-        raise ValueError(f"{name}={value!r} is not accepted: pass a finite number {accepted}")
-
-
-def check_inputs(
-    student_logits: Tensor,
-    labels: Tensor | None = None,
-    teacher_logits: Tensor | None = None,
-    weak_logits: Tensor | None = None,
-    force_values: bool = False,
-) -> None:
-    """Check shapes and dtypes always, values where that is free of a device sync.
-
-    Values are checked on CPU tensors, and on other devices only with `force_values`; never while compiling.
-
-    Raises:
-        ValueError: says which argument, which value, and the way out.
-    """
-    _check_shapes(student_logits, labels, teacher_logits, weak_logits)
-    if torch.compiler.is_compiling() or not (force_values or student_logits.device.type == "cpu"):
-        return
-    if labels is not None:
-        _check_label_values(labels, student_logits.shape[1])
-    _check_finite("student_logits", student_logits)
-    if teacher_logits is not None:
-        _check_finite("teacher_logits", teacher_logits)
-    if weak_logits is not None:
-        _check_finite("weak_logits", weak_logits)
-
-
-def _check_shapes(
-    student_logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, weak_logits: Tensor | None
-) -> None:
-    shape = tuple(student_logits.shape)
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not student_logits.is_floating_point():
-        raise ValueError(
-            f"student_logits must be floating point of shape (B, C) with B >= 1 and C >= 2, "
-            f"got {student_logits.dtype} of shape {shape}"
-        )
-    others = {"teacher_logits": teacher_logits, "weak_logits": weak_logits}
-    for name, logits in others.items():
-        if logits is None:
-            continue
-        if logits.ndim == 2 and logits.shape[0] == shape[0] and logits.shape[1] != shape[1]:
-            raise ValueError(
-                f"{name} has {logits.shape[1]} classes, student_logits has {shape[1]}: "
-                "bring both to the same classes in the same order first"
-            )
-        if tuple(logits.shape) != shape or not logits.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point of the student_logits' shape {shape}, "
-                f"got {logits.dtype} of shape {tuple(logits.shape)}"
-            )
-    if labels is None:
-        return
-    is_index = labels.dtype == torch.int64 and tuple(labels.shape) == shape[:1]
-    is_soft = labels.is_floating_point() and tuple(labels.shape) == shape
-    if not (is_index or is_soft):
-        raise ValueError(
-            f"labels must be int64 of shape {shape[:1]} or floating point of shape {shape}, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}: convert them with .long(), or .float() for "
-            "one-hot and mixed labels"
-        )
-
-
-def _check_label_values(labels: Tensor, classes: int) -> None:
-    if labels.ndim == 1:
-        bad = labels[(labels < 0) | (labels >= classes)]
-        if bad.numel():
-            raise ValueError(
-                f"labels hold {bad.numel()} value(s) outside [0, {classes}), the first is {bad[0].item()}: "
-                "leave such images out of the batch (there is no ignore index), or give the student more classes"
-            )
-        return
-    _check_finite("labels", labels)
-    if labels.min() < 0:
-        raise ValueError(
-            f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
-            "soft labels are probabilities"
-        )
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach()
-    # NaN and inf survive a sum, and one sum is many times cheaper than isfinite over all elements.
-    if math.isfinite(tensor.sum(dtype=at_least_float32(tensor[:0]).dtype).item()):
-        return
-    bad = ~tensor.isfinite()
-    if bad.any():
-        row = bad.any(1).nonzero()[0].item()
-        raise ValueError(
-            f"{name} holds {bad.sum().item()} NaN or infinite value(s) of {bad.numel()}, the first in row {row}: "
-            "look for a diverged model, a too high learning rate, or an overflow in half precision"
-        )
-
-
-def warn_if_no_non_target(targets: Targets, classes: int) -> None:
-    """Warn once that the non-target term is 0: C = 2, or C = 3 and a row with two targets (seen on CPU only)."""
-    global _warned_no_non_target
-    if classes > 3 or torch.compiler.is_compiling() or _warned_no_non_target:
-        return
-    if classes == 2 or (targets.active.device.type == "cpu" and targets.active[:, 1:].any()):
-        _warned_no_non_target = True
-        rows = "every row has" if classes == 2 else "a row with two targets has"
-        warnings.warn(
-            f"with {classes} classes {rows} at most one non-target class: the non-target term is 0 there, "
-            "and only the target term distils",
-            stacklevel=3,
-        )
+    step: float = 0.0
+    max_steps: float = 1.0
+    epoch: float = 0.0
 
 
 class DistillationLoss(nn.Module):
     """Base of all losses: cross entropy, plus the terms that a subclass adds in `method_terms`.
 
-    Subclasses set the class attributes and store every constructor argument under its own name.
+    A subclass describes itself in class attributes, which the trainer, the command line and the model card read, and
+    keeps every constructor argument (no `**kwargs`) in an attribute of the same name. It has no parameters and no
+    persistent buffers: they would be neither trained nor saved.
+
+    Attributes:
+        name: a word of letters, digits, `_`, `-` and `.`, by which records and folders name the loss. Required.
+        requires: the inputs of `forward` beyond logits and labels; a trainer provides "teacher_logits" and
+            "aux_logits" (see `INPUTS`).
+        title, formula, paper, CITATION: for the model card: the method in words ("knowledge distillation (KD)"), its
+            formula in one paragraph of Markdown, an arXiv id or a URL, and BibTeX. Each may be missing.
+        tags: for the Hub, such as "knowledge-distillation".
+        controls: runs that a verdict on this loss must beat besides plain cross entropy: their arguments by name,
+            such as `{"2xce": {"loss": "ce", "weight": 2.0}}`.
+        published: constructor arguments as published, by benchmark ("imagenet", "imagenet_deit", "cifar100").
+        published_results: by benchmark, then "teacher → student" or the student: top-1 in percent without and with
+            the loss.
+        label_weight: of the cross entropy; 1 unless the constructor sets another.
+        progress: a `Progress`, which the trainer sets before every step, after a resume too.
+        reduce_mean: averages a tensor over the ranks, or None in a single process; for statistics of the whole batch.
+            The trainer sets it in distributed training.
     """
 
-    name: str = ""
-    needs_teacher: bool = False  # forward() wants teacher_logits
-    needs_feature: bool = False  # forward() wants weak_logits, made from an intermediate feature
-    controls: dict = {}
-    requires = frozenset()
-    CITATION: str = ""
-    PRESETS: dict[str, dict[str, Any]] = {}  # published constructor arguments, by benchmark
+    name: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    title: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    CITATION: ClassVar[str] = ""
+    tags: ClassVar[tuple[str, ...]] = ()
+    controls: ClassVar[dict[str, dict[str, Any]]] = {}
+    published: ClassVar[dict[str, dict[str, Any]]] = {}
+    published_results: ClassVar[dict[str, dict[str, tuple[float, float]]]] = {}
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         check_number("label_smoothing", label_smoothing, 0, 1)
         self.label_smoothing = label_smoothing
-        self.ce_weight = 1.0
+        self.label_weight = 1.0
+        self.progress = Progress()
+        self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         self._values_checked = False
 
-    def method_terms(
-        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weak_logits: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The method's own terms, already weighted."""
+    def method_terms(self, student_logits: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+        """The method's own scalar terms by name, already weighted, from checked inputs of any floating dtype.
+
+        An override names what the class requires: `def method_terms(self, student_logits, labels, teacher_logits)`.
+        """
         return {}
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        labels: Tensor,
-        teacher_logits: Tensor | None = None,
-        weak_logits: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, student_logits: Tensor, labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Named, already weighted scalar terms, "ce" first; the total loss is their sum.
 
         Args:
             student_logits: (B, C), any floating dtype.
             labels: int64 (B,) in [0, C), or floating point (B, C) of non-negative label values.
-            teacher_logits: (B, C), for losses with `needs_teacher`, else ignored. Gets no gradient.
-            weak_logits: (B, C), for losses with `needs_feature`, else ignored.
+            **inputs: at least what `requires` names; the rest is ignored. Those that end in "_logits" are (B, C).
 
         Raises:
             ValueError: an input is missing, has a wrong shape or dtype, or (on CPU always, on other devices in the
                 first call only, never while compiling) holds values out of range.
         """
-        kind = type(self).__name__
-        if self.needs_teacher and teacher_logits is None:
-            raise ValueError(f"{kind} got teacher_logits=None: pass the teacher's logits, of shape (B, C)")
-        if self.needs_feature and weak_logits is None:
-            raise ValueError(
-                f"{kind} got weak_logits=None: pass the logits of a linear head on the student's pooled intermediate "
-                "feature, of shape (B, C)"
-            )
-        teacher_logits = teacher_logits if self.needs_teacher else None
-        weak_logits = weak_logits if self.needs_feature else None
+        required = {}
+        for name in sorted(self.requires):
+            value = inputs.get(name)
+            if value is None:
+                what = INPUTS.get(name, "which it requires")
+                raise ValueError(f"{type(self).__name__} got {name}=None: pass {name}=, {what}")
+            required[name] = value
+        logits = {name: value for name, value in required.items() if name.endswith("_logits")}
         first_call = not torch.compiler.is_compiling() and not self._values_checked
-        check_inputs(student_logits, labels, teacher_logits, weak_logits, force_values=first_call)
+        check_inputs(student_logits, labels, force_values=first_call, **logits)
         if first_call:
             self._values_checked = True
-        ce = self.ce_weight * cross_entropy(student_logits, labels, self.label_smoothing)
-        return {"ce": ce} | self.method_terms(student_logits, labels, teacher_logits, weak_logits)
+        ce = self.label_weight * cross_entropy(student_logits, labels, self.label_smoothing)
+        return {"ce": ce} | self.method_terms(student_logits, labels, **required)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The constructor arguments: what `get_loss(name, **numbers)` makes the same loss of."""
-        values = {key: getattr(self, key) for key in inspect.signature(type(self)).parameters}
-        return {key: value for key, value in values.items() if not callable(value) and value is not None}
+        """The constructor arguments: what `get_loss(name, **hyperparameters)` makes the same loss of.
+
+        Raises:
+            ValueError: the loss does not keep one of them.
+        """
+        names = list(inspect.signature(type(self)).parameters)
+        if missing := [name for name in names if not hasattr(self, name)]:
+            kind, name = type(self).__name__, missing[0]
+            raise ValueError(f"{kind} does not keep its argument {name}: set self.{name} = {name} in its __init__")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if not callable(value) and value is not None}
+
+    @classmethod
+    def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What records keep of a loss, so that cards and verdicts need not import it.
+
+        Args:
+            hyperparameters: of this run, where the formula depends on which are given.
+        """
+        return {
+            "title": cls.title,
+            "formula": cls.formula,
+            "paper": cls.paper,
+            "citation": cls.CITATION,
+            "tags": list(cls.tags),
+            "requires": sorted(cls.requires),
+            "controls": cls.controls,
+        }
 
     def extra_repr(self) -> str:
         """The constructor arguments, as in `NKDLoss(temperature=1.0, gamma=1.5, ...)`."""

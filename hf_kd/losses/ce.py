@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from .base import DistillationLoss, check_inputs, check_number, cross_entropy
+from .base import DistillationLoss
+from .functional import check_inputs, check_number, cross_entropy
 
 
 def ce_loss(
@@ -32,15 +33,17 @@ class CELoss(DistillationLoss):
     """`ce_loss` as a module: training without distillation. weight >= 0, label_smoothing in [0, 1]."""
 
     name = "ce"
+    title = "plain cross entropy"
+    formula = "weight · CE, where CE is the cross entropy."
     CITATION = """@inproceedings{szegedy2016rethinking,
   title={Rethinking the Inception Architecture for Computer Vision},
   author={Szegedy, Christian and Vanhoucke, Vincent and Ioffe, Sergey and Shlens, Jon and Wojna, Zbigniew},
   booktitle={Proceedings of the IEEE Conference on Computer Vision and Pattern Recognition},
   year={2016}
 }"""
-    PRESETS = {"imagenet": {}, "cifar100": {}}  # the baselines of arXiv 2303.13005 are plain cross entropy
+    published = {"imagenet": {}, "cifar100": {}}  # the baselines of arXiv 2303.13005 are plain cross entropy
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)
         check_number("weight", weight, 0)
-        self.weight = self.ce_weight = weight
+        self.weight = self.label_weight = weight

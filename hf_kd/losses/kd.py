@@ -1,9 +1,13 @@
 """Knowledge distillation of Hinton, Vinyals and Dean, arXiv 1503.02531."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, at_least_float32, check_inputs, check_number
+from .base import DistillationLoss
+from .functional import at_least_float32, check_inputs, check_number
 
 
 def kd_loss(
@@ -38,30 +42,66 @@ def kd_loss(
 
 
 class KDLoss(DistillationLoss):
-    """(1 - weight) * cross entropy + `kd_loss`. temperature > 0, weight and label_smoothing in [0, 1]."""
+    """ce_weight * cross entropy + `kd_loss`. temperature > 0, label_smoothing in [0, 1].
+
+    Without `ce_weight` it is 1 - weight, with weight in [0, 1]; with it, both are any numbers >= 0.
+    """
 
     name = "kd"
-    needs_teacher = True
     requires = frozenset({"teacher_logits"})
+    title = "knowledge distillation (KD)"
+    formula = (
+        "(1 − weight) · CE + weight · t² · KL(teacher ‖ student), both softened by the temperature t, where CE is the "
+        "cross entropy."
+    )
+    paper = "1503.02531"
+    tags = ("knowledge-distillation",)
     CITATION = """@article{hinton2015distilling,
   title={Distilling the Knowledge in a Neural Network},
   author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
   journal={arXiv preprint arXiv:1503.02531},
   year={2015}
 }"""
-    # The numbers that papers of this field report as "KD", not those of arXiv 1503.02531 itself.
-    PRESETS = {
+    # What papers of this field report as "KD", not arXiv 1503.02531 itself.
+    published = {
         "imagenet": {"temperature": 1.0, "weight": 0.5},
         "cifar100": {"temperature": 4.0, "weight": 0.9},
     }
+    published_results = {
+        "cifar100": {
+            "resnet56 → resnet20": (69.06, 70.66),
+            "resnet32x4 → resnet8x4": (72.50, 73.33),
+            "wrn-40-2 → wrn-16-2": (73.26, 74.92),
+            "vgg13 → vgg8": (70.36, 72.98),
+        }
+    }
 
-    def __init__(self, temperature: float = 4.0, weight: float = 0.9, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        label_smoothing: float = 0.0,
+        ce_weight: float | None = None,
+    ) -> None:
         super().__init__(label_smoothing)
         check_number("temperature", temperature, 0, above=True)
-        check_number("weight", weight, 0, 1)
-        self.temperature, self.weight, self.ce_weight = temperature, weight, 1 - weight
+        check_number("weight", weight, 0)
+        if ce_weight is not None:
+            check_number("ce_weight", ce_weight, 0)
+        elif weight > 1:
+            raise ValueError(
+                f"weight={weight!r} is not accepted without ce_weight, which is then 1 - weight: pass a number >= 0 "
+                "and <= 1, or ce_weight= too"
+            )
+        self.temperature, self.weight, self.ce_weight = temperature, weight, ce_weight
+        self.label_weight = 1 - weight if ce_weight is None else ce_weight
 
-    def method_terms(
-        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weak_logits: Tensor | None
-    ) -> dict[str, Tensor]:
+    def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         return kd_loss(student_logits, teacher_logits, self.temperature, self.weight)
+
+    @classmethod
+    def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        description = super().describe(hyperparameters)
+        if hyperparameters.get("ce_weight") is not None:
+            description["formula"] = cls.formula.replace("(1 − weight)", "ce_weight")
+        return description

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import (
-    CITATION_NKD_USKD,
-    DistillationLoss,
+from .base import DistillationLoss
+from .functional import (
     Targets,
     at_least_float32,
     check_inputs,
@@ -19,6 +18,7 @@ from .base import (
     top_targets,
     warn_if_no_non_target,
 )
+from .nkd import NKDLoss
 
 
 def uskd_loss(
@@ -127,14 +127,36 @@ class USKDLoss(DistillationLoss):
     """Cross entropy + `uskd_loss`. alpha, beta, mu >= 0; `reduce_mean` may be set on the module later."""
 
     name = "uskd"
-    needs_feature = True
     requires = frozenset({"aux_logits"})
+    title = "universal self-knowledge distillation (USKD)"
+    formula = (
+        "CE − α · P · log S at the target class + β · CE(N(Z), N(S)) + μ · CE of an auxiliary head, where CE is the "
+        "cross entropy, S the student, P its soft target, Z Zipf's law over the ranking by S and by the auxiliary "
+        "head, and N renormalises over the other classes."
+    )
+    paper = NKDLoss.paper
+    tags = ("self-distillation",)
+    CITATION = NKDLoss.CITATION
+    # With integer labels P has batch mean 1, so that ce + target is nearly twice the cross entropy.
     controls = {"2xce": {"loss": "ce", "weight": 2.0}}
-    CITATION = CITATION_NKD_USKD
-    # As published for the results of arXiv 2303.13005, one set for all ImageNet models.
-    PRESETS = {
+    # One set for all ImageNet models.
+    published = {
         "imagenet": {"alpha": 1.0, "beta": 0.1, "mu": 0.005},
         "cifar100": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
+    }
+    published_results = {
+        "imagenet": {
+            "mobilenetv1": (69.21, 70.38),
+            "mobilenetv2": (71.86, 72.41),
+            "shufflenetv2": (69.55, 70.30),
+            "resnet18": (69.90, 70.79),
+            "resnet50": (76.55, 77.07),
+            "resnet101": (77.97, 78.54),
+            "regnetx-1.6gf": (76.84, 77.30),
+            "swin-tiny": (81.18, 81.49),
+            "deit-tiny": (74.42, 74.97),
+        },
+        "cifar100": {"resnet18": (78.58, 79.90)},
     }
 
     def __init__(
@@ -151,12 +173,10 @@ class USKDLoss(DistillationLoss):
         self.alpha, self.beta, self.mu, self.target_in_rank = alpha, beta, mu, target_in_rank
         self.reduce_mean = reduce_mean
 
-    def method_terms(
-        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weak_logits: Tensor | None
-    ) -> dict[str, Tensor]:
+    def method_terms(self, student_logits: Tensor, labels: Tensor, aux_logits: Tensor) -> dict[str, Tensor]:
         return uskd_loss(
             student_logits,
-            weak_logits,
+            aux_logits,
             labels,
             self.alpha,
             self.beta,

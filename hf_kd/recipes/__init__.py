@@ -74,22 +74,22 @@ def published_hyperparameters(loss: str, benchmark: str) -> tuple[dict[str, Any]
     """A loss's published hyperparameters, and the benchmark that they were published for: {} and None without any.
 
     Args:
-        loss: a key of `LOSSES`.
+        loss: a name as for `hf_kd.losses.loss_class`.
         benchmark: or the name of a recipe, whose benchmark it then is. "imagenet_deit" falls back to "imagenet", for
             losses with one set for both.
 
     Raises:
         ValueError: no loss has hyperparameters for this benchmark; with those that there are.
     """
-    from ..losses import LOSSES
+    from ..losses import LOSSES, loss_class
 
-    published = {key: cls.PRESETS for key, cls in LOSSES.items()}
-    known = sorted({key for values in published.values() for key in values})
+    published = loss_class(loss).published
+    known = sorted({key for cls in LOSSES.values() for key in cls.published})
     wanted = load(benchmark).benchmark if benchmark in names() else benchmark
     if wanted not in known:
         raise ValueError(f"--benchmark {wanted} is unknown; there are: {', '.join(known)}.")
-    found = next((key for key in (wanted, wanted.split("_")[0]) if key in published.get(loss, {})), None)
-    return dict(published[loss][found]) if found else {}, found
+    found = next((key for key in (wanted, wanted.split("_")[0]) if key in published), None)
+    return dict(published[found]) if found else {}, found
 
 
 def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[DistillationConfig, list[str]]:

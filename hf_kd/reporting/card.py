@@ -11,9 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..losses import LOSSES
-from .record import CARD_FILE, RUN_FILE, redact
-from .significance import BASELINE, CONTROL, points
+from .record import CARD_FILE, RUN_FILE, loss_description, redact
+from .significance import BASELINE, points
 from .tables import MISSING, layout, rate
 
 HUB, FOLDER = "https://huggingface.co", "path/to/this/folder"
@@ -85,11 +84,10 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
     ]
     # Only what the weights started from: the Hub takes a second base model, the teacher, for a merge of the two.
     finetuned = _on_hub(student) and student.get("from_scratch") is False
-    kind = "knowledge-distillation" if _teaches(run) else "self-distillation" if loss == "uskd" else None
     return ModelCardData(
         library_name="timm" if student.get("library") == "timm" else "transformers",
         pipeline_tag="image-classification",
-        tags=[tag for tag in ("hf_kd", kind, loss) if tag],
+        tags=[tag for tag in ("hf_kd", *loss_description(run).get("tags", ()), loss) if tag],
         base_model=student["id"] if finetuned else None,
         base_model_relation="finetune" if finetuned else None,
         datasets=[data["id"]] if _on_hub(data) else None,
@@ -102,7 +100,8 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
 def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     student, teacher, data, loss = (_dict(run, key) for key in ("student", "teacher", "data", "loss"))
     verdict, settings, preset, timings = (_dict(run, key) for key in ("verdict", "settings", "preset", "timings"))
-    name, repo, skipped = loss.get("name"), _line(run.get("repo_id")), _dict(data, "skipped")
+    repo, skipped, description = _line(run.get("repo_id")), _dict(data, "skipped"), loss_description(run)
+    hyperparameters = {key: value for key, value in loss.items() if key != "name"}
     best, sentence = settings.get("load_best_model_at_end"), _escape(verdict.get("sentence"))
     # A number of steps, where it is given (-1: not), rules the number of epochs.
     unused = ("num_train_epochs",) if (settings.get("max_steps") or -1) > 0 else ("max_steps",)
@@ -111,21 +110,20 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": _escape(title(run)),
         "what": _what(student, data),
-        "from": _link(teacher),
-        **{known: name == known for known in LOSSES},
-        "other": name not in LOSSES and _code(name),
+        "method": _method(run),
         "verdict": sentence,
         "tests": "\n".join([">", *(_test(test) for test in verdict["tests"])])
         if sentence and verdict.get("tests")
         else "",
         "alone": not sentence,
-        "untested": not sentence and name != "ce",
+        "untested": not sentence and loss.get("name") != BASELINE,
         "run_seed": _show(run.get("seed")),
         "table": _table(run),
         "measured": data and _split(data, "eval"),
         "arms": verdict.get("runs"),
         "latency": _escape(_dict(run, "latency").get("how")),
-        "loss": loss and _join([_code(name), *_pairs({key: value for key, value in loss.items() if key != "name"})]),
+        "loss": loss and _join([_code(loss.get("name")), *_pairs(hyperparameters)]),
+        "formula": _join([_line(description.get("formula")), _source(description.get("paper"))], " "),
         "student": student and _model(student, start.get(student.get("from_scratch"))),
         "teacher": teacher and _model(teacher, taught),
         "data": data and _data(data),
@@ -145,7 +143,7 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
         "last": best is False,
         "skipped": (skipped.get("count") or skipped.get("eval_count"))
         and f"{_show(skipped.get('count'))} in training, {_show(skipped.get('eval_count'))} in evaluation",
-        "citation": name in LOSSES and LOSSES[name].CITATION,
+        "citation": (description.get("citation") or "").replace("```", ""),
     }
 
 
@@ -153,6 +151,22 @@ def _what(student: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     text = _code(student["architecture"]) if student.get("architecture") else "An image classifier"
     text += f" of {_show(student['parameters'], ',')} parameters" if student.get("parameters") is not None else ""
     return f"{text}, trained on {_link(data, 'datasets/')}"
+
+
+def _method(run: Mapping[str, Any]) -> str:
+    description = loss_description(run)
+    text = _escape(description.get("title")) or _code(_dict(run, "loss").get("name"))
+    if _teaches(run):
+        return f"{text} from {_link(_dict(run, 'teacher'))}"
+    return f"{text}, without a teacher" if "self-distillation" in description.get("tags", ()) else text
+
+
+def _source(paper: Any) -> str:
+    """The link to a paper that is given as an arXiv id or a URL."""
+    paper = _line(paper)
+    if re.fullmatch(r"[\w.-]+(/\d+)?", paper):
+        return f"From [arXiv:{paper}](https://arxiv.org/abs/{paper})."
+    return f"From <{paper}>." if re.fullmatch(r"https?://[^\s<>]+", paper) else _escape(paper)
 
 
 def _test(test: Mapping[str, Any]) -> str:
@@ -168,14 +182,16 @@ def _test(test: Mapping[str, Any]) -> str:
 def _table(run: Mapping[str, Any]) -> str:
     student, teacher = _dict(run, "student"), _dict(run, "teacher")
     arms: dict[str, list] = {}
+    controls = {*loss_description(run).get("controls", ())}
     for other in _dict(run, "verdict").get("runs") or []:
         arms.setdefault(_line(other.get("name")), []).append(_dict(other, "metrics"))
+        controls.update(loss_description(other).get("controls", ()))
     own = _code(run.get("name") or _dict(run, "loss").get("name"))
     rows = [_row(f"**this model** ({own}, seed {_show(run.get('seed'))})", [_dict(run, "metrics")], student)]
     if teacher or run.get("teacher_metrics"):
         rows.append(_row(f"teacher {_code(teacher.get('id'))}", [_dict(run, "teacher_metrics")], teacher))
     for name, metrics in arms.items():
-        role = {BASELINE: "no-KD baseline ", CONTROL: "control "}.get(name, "")
+        role = "no-KD baseline " if name == BASELINE else "control " if name in controls else ""
         several = f", mean ± standard deviation of {len(metrics)} seeds" if len(metrics) > 1 else ""
         rows.append(_row(f"{role}{_code(name)}{several}", metrics, student))
     labels = ["", *RATES.values(), *(label for label, _ in SIZES.values())]
@@ -211,7 +227,7 @@ def title(run: Mapping[str, Any]) -> str:
 
 
 def _teaches(run: Mapping[str, Any]) -> bool:
-    return getattr(LOSSES.get(_dict(run, "loss").get("name")), "needs_teacher", False)
+    return "teacher_logits" in loss_description(run).get("requires", ())
 
 
 def _on_hub(entry: Mapping[str, Any]) -> bool:
@@ -240,8 +256,8 @@ def _pairs(values: Mapping[str, Any]) -> list[str]:
     return [_code(f"{key} {value}") for key, value in values.items() if value is not None]
 
 
-def _join(parts: Iterable[str | None]) -> str:
-    return ", ".join(part for part in parts if part)
+def _join(parts: Iterable[str | None], separator: str = ", ") -> str:
+    return separator.join(part for part in parts if part)
 
 
 def _show(value: Any, form: str = "") -> str:

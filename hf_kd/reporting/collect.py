@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data import ImageData
+from ..losses import LOSSES
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
 from ..spec import DataSource, Experiment, ModelSource, run_spec
@@ -125,19 +126,23 @@ def make_record(
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
         **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
     """
-    args, history, model = trainer.args, trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
+    args, loss = trainer.args, trainer.train_loss
+    history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
     logs = [entry for entry in history if "loss" in entry]
     metrics = metrics or trainer.evaluate()
     seconds = [entry["seconds"] for entry in history if "seconds" in entry]
     teacher = trainer.eval_teacher
     if "teacher" not in known:
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
+    if teacher and teacher.mapping.kind != "identity":
+        known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
     saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
     sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     record = {
-        "name": args.loss,
-        "loss": {"name": args.loss, **trainer.train_loss.hyperparameters()},
+        "name": loss.name,
+        "loss": {"name": loss.name, **loss.hyperparameters()},
+        **({} if loss.name in LOSSES else {"loss_description": loss.describe(loss.hyperparameters())}),
         "student": {
             **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size),
             **({"size_mb": sum(saved)} if saved else {}),

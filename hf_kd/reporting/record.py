@@ -2,8 +2,9 @@
 
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
-(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), and verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`).
+(name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), verdict (None,
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`), and loss_description (of a loss that
+is not hf_kd's).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 _SECRET_TEXT = re.compile(TOKEN + r"|(--?[\w-]*token[ =]+)(?!-)\S+")
 # A path from the root or a home folder tells of the machine; its last part is what a reader needs.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~)\]}-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
 
 
 def collect_versions() -> dict[str, str | None]:
@@ -49,6 +50,18 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
     may be passed: that also covers its command.
     """
     return plain(settings, redacted=True)
+
+
+def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `DistillationLoss.describe` says of a run's loss: by the class of a loss of hf_kd, else by the record.
+
+    Nothing is imported because a record names it; {} for a loss that neither describes.
+    """
+    from ..losses import LOSSES  # torch, slow to import
+
+    loss = run.get("loss") or {}
+    own = LOSSES.get(loss.get("name"))
+    return own.describe(loss) if own else run.get("loss_description") or {}
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

@@ -9,7 +9,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-BASELINE, CONTROL = "ce", "2xce"
+from .record import loss_description
+
+BASELINE = "ce"
 TEST = "paired t-test over seeds, two-sided, 95 %"
 
 
@@ -52,20 +54,19 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
 def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
     """One verdict for each arm that distils, in the order of the runs; none without a baseline or several seeds.
 
-    An arm *helped* if the 95 % interval of its difference to the baseline is above 0, and for USKD also that of its
-    difference to the control `2xce`, where there is one: with integer labels CE + USKD's target term is nearly twice
-    the cross entropy, so what doubling it does is no merit of USKD.
+    An arm *helped* if the 95 % interval of its difference to the baseline is above 0, and also that of its difference
+    to each of its loss's `controls` that is among the runs: what a control does too is no merit of the loss.
 
     Returns:
         Dicts of loss (the arm's name), seeds, helped, sentence, and tests (see `paired_test`), one for each that it
         is compared with.
     """
-    arms = {run["name"]: (run.get("loss") or {}).get("name") for run in runs}
+    arms = {run["name"]: run for run in runs}
     given = []
-    for name, loss in arms.items():
-        if loss == "ce" or name == baseline:
+    for name, run in arms.items():
+        if (run.get("loss") or {}).get("name") == BASELINE or name == baseline:
             continue
-        others = [baseline, *([CONTROL] if loss == "uskd" and CONTROL in arms else [])]
+        others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in arms)]
         tests = [test for other in others if (test := compare(runs, name, other))]
         if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
             helped = len(tests) == len(others) and all(_above(test) for test in tests)

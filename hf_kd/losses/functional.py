@@ -1,0 +1,163 @@
+"""What the loss functions share: the reading of labels, masked logits, and the checks of tensors and numbers."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Stands for "not in the softmax". Finite, so that 0 * log-probability is 0 and never NaN, forward and backward.
+MASKED_LOGIT = -1e30
+
+_warned_no_non_target = False
+
+
+class Targets(NamedTuple):
+    """The target classes of each row, in K columns: K = 1 for integer labels, 2 for soft ones.
+
+    A row without a second target repeats its first index there, with value 0 and active False.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # (B, K) int64, class of the target; not tuple.index
+    value: Tensor  # (B, K) float, its label value V
+    active: Tensor  # (B, K) bool
+
+
+def top_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
+    """Read integer labels (B,) or soft labels (B, C) as at most two targets per row.
+
+    The largest label value is a target. The second-largest is one iff it is strictly larger than the third-largest
+    (with C = 2: larger than 0), so that the uniform background of label smoothing is not a target.
+    """
+    if labels.ndim == 1:
+        index = labels[:, None]
+        return Targets(index, torch.ones_like(index, dtype=dtype), torch.ones_like(index, dtype=torch.bool))
+    value, index = labels.to(dtype).topk(min(3, labels.shape[1]), dim=1)
+    third = value[:, 2:] if labels.shape[1] > 2 else torch.zeros_like(value[:, :1])
+    has_second = value[:, 1:2] > third
+    active = torch.cat([torch.ones_like(has_second), has_second], dim=1)
+    return Targets(torch.where(active, index[:, :2], index[:, :1]), torch.where(active, value[:, :2], 0.0), active)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Raise half precision to float32; float64 stays, for numerical checks."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Batch mean of -sum_i V'_i log softmax(logits)_i, V' = (1 - e) V + e / C, for integer and soft labels V."""
+    logits = at_least_float32(logits)
+    labels = labels if labels.ndim == 1 else labels.to(logits.dtype)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def mask_targets(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits (B, C) whose softmax is N(softmax(logits / t)), over the non-target classes: 0 at `index` (B, K)."""
+    if temperature != 1:
+        logits = logits / temperature
+    return logits.scatter(1, index, MASKED_LOGIT)
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
+    accepted = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (value > low if above else value >= low) or not value <= high or value == math.inf:
+        raise ValueError(f"{name}={value!r} is not accepted: pass a finite number {accepted}")
+
+
+def check_inputs(
+    student_logits: Tensor, labels: Tensor | None = None, force_values: bool = False, **logits: Tensor
+) -> None:
+    """Check shapes and dtypes always, values where that is free of a device sync.
+
+    Values are checked on CPU tensors, and on other devices only with `force_values`; never while compiling.
+
+    Raises:
+        ValueError: says which argument, which value, and the way out.
+    """
+    _check_shapes(student_logits, labels, logits)
+    if torch.compiler.is_compiling() or not (force_values or student_logits.device.type == "cpu"):
+        return
+    if labels is not None:
+        _check_label_values(labels, student_logits.shape[1])
+    for name, tensor in {"student_logits": student_logits, **logits}.items():
+        _check_finite(name, tensor)
+
+
+def _check_shapes(student_logits: Tensor, labels: Tensor | None, others: dict[str, Tensor]) -> None:
+    shape = tuple(student_logits.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not student_logits.is_floating_point():
+        raise ValueError(
+            f"student_logits must be floating point of shape (B, C) with B >= 1 and C >= 2, "
+            f"got {student_logits.dtype} of shape {shape}"
+        )
+    for name, logits in others.items():
+        if logits.ndim == 2 and logits.shape[0] == shape[0] and logits.shape[1] != shape[1]:
+            raise ValueError(
+                f"{name} has {logits.shape[1]} classes, student_logits has {shape[1]}: "
+                "bring both to the same classes in the same order first"
+            )
+        if tuple(logits.shape) != shape or not logits.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point of the student_logits' shape {shape}, "
+                f"got {logits.dtype} of shape {tuple(logits.shape)}"
+            )
+    if labels is None:
+        return
+    is_index = labels.dtype == torch.int64 and tuple(labels.shape) == shape[:1]
+    is_soft = labels.is_floating_point() and tuple(labels.shape) == shape
+    if not (is_index or is_soft):
+        raise ValueError(
+            f"labels must be int64 of shape {shape[:1]} or floating point of shape {shape}, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}: convert them with .long(), or .float() for "
+            "one-hot and mixed labels"
+        )
+
+
+def _check_label_values(labels: Tensor, classes: int) -> None:
+    if labels.ndim == 1:
+        bad = labels[(labels < 0) | (labels >= classes)]
+        if bad.numel():
+            raise ValueError(
+                f"labels hold {bad.numel()} value(s) outside [0, {classes}), the first is {bad[0].item()}: "
+                "leave such images out of the batch (there is no ignore index), or give the student more classes"
+            )
+        return
+    _check_finite("labels", labels)
+    if labels.min() < 0:
+        raise ValueError(
+            f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
+            "soft labels are probabilities"
+        )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    tensor = tensor.detach()
+    # NaN and inf survive a sum, and one sum is many times cheaper than isfinite over all elements.
+    if math.isfinite(tensor.sum(dtype=at_least_float32(tensor[:0]).dtype).item()):
+        return
+    bad = ~tensor.isfinite()
+    if bad.any():
+        row = bad.any(1).nonzero()[0].item()
+        raise ValueError(
+            f"{name} holds {bad.sum().item()} NaN or infinite value(s) of {bad.numel()}, the first in row {row}: "
+            "look for a diverged model, a too high learning rate, or an overflow in half precision"
+        )
+
+
+def warn_if_no_non_target(targets: Targets, classes: int) -> None:
+    """Warn once that the non-target term is 0: C = 2, or C = 3 and a row with two targets (seen on CPU only)."""
+    global _warned_no_non_target
+    if classes > 3 or torch.compiler.is_compiling() or _warned_no_non_target:
+        return
+    if classes == 2 or (targets.active.device.type == "cpu" and targets.active[:, 1:].any()):
+        _warned_no_non_target = True
+        rows = "every row has" if classes == 2 else "a row with two targets has"
+        warnings.warn(
+            f"with {classes} classes {rows} at most one non-target class: the non-target term is 0 there, "
+            "and only the target term distils",
+            stacklevel=3,
+        )

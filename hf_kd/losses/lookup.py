@@ -1,0 +1,142 @@
+"""Which loss a name stands for: one of `LOSSES`, or a class of your own, `package.module:Class` or `file.py:Class`.
+
+A class of your own is imported when you name it. Readers of records look in `LOSSES` alone and import nothing.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeGuard
+
+from .base import DistillationLoss
+from .ce import CELoss
+from .kd import KDLoss
+from .nkd import NKDLoss
+from .uskd import USKDLoss
+
+LOSSES: dict[str, type[DistillationLoss]] = {"ce": CELoss, "kd": KDLoss, "nkd": NKDLoss, "uskd": USKDLoss}
+
+
+def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
+    """The class of a loss.
+
+    Args:
+        name: a key of `LOSSES`, `package.module:Class`, `file.py:Class`, or a class, which is checked and returned.
+            A file is run once for each of its versions.
+
+    Raises:
+        ValueError: unknown name (the nearest are named), a file or module that cannot be imported, or a class that is
+            no `DistillationLoss` with a name of its own.
+    """
+    if isinstance(name, type):
+        return _checked(name, f"{name.__module__}:{name.__qualname__}")
+    if name in LOSSES:
+        return LOSSES[name]
+    origin, colon, attribute = str(name).rpartition(":")
+    if not colon:
+        near = " or ".join(difflib.get_close_matches(attribute.lower(), LOSSES, n=2, cutoff=0.4))
+        hint = f"did you mean {near}? " if near else ""
+        raise ValueError(
+            f"unknown loss {name!r}: {hint}pass one of {', '.join(LOSSES)}, or a class of your own as "
+            "package.module:Class or file.py:Class"
+        )
+    module = _import_file(Path(origin)) if origin.endswith(".py") else _import_module(origin)
+    found = getattr(module, attribute, None)
+    if found is None:
+        classes = [key for key, value in vars(module).items() if _is_loss(value)]
+        near = ", ".join(difflib.get_close_matches(attribute, classes, n=3, cutoff=0))
+        raise ValueError(
+            f"loss {name!r}: {origin} has no class {attribute}; it has {near or 'no subclass of DistillationLoss'}"
+        )
+    return _checked(found, name)
+
+
+def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
+    """Build the loss `name` (see `loss_class`) with its constructor's arguments.
+
+    Raises:
+        ValueError: unknown name, unknown argument, or a number out of its range.
+    """
+    cls = loss_class(name)
+    accepted = inspect.signature(cls).parameters
+    unknown = [key for key in kwargs if key not in accepted]
+    if unknown:
+        key = unknown[0]
+        raise ValueError(f"{name} takes no argument {key}={kwargs[key]!r}: it accepts {', '.join(accepted)}")
+    return cls(**kwargs)
+
+
+def loss_source(loss: str | type[DistillationLoss]) -> dict[str, str] | None:
+    """Where the code of a loss of your own is: its file's `path` and `sha256`. The loss itself is not imported.
+
+    Returns:
+        None for hf_kd's own losses, and for a class that no file holds, as in a notebook.
+    """
+    if loss in LOSSES or loss in LOSSES.values():
+        return None
+    try:
+        if isinstance(loss, type):
+            file = inspect.getsourcefile(loss)
+        elif (origin := loss.rpartition(":")[0]).endswith(".py"):
+            file = origin
+        else:
+            spec = importlib.util.find_spec(origin) if origin else None
+            file = spec.origin if spec else None
+        return {"path": str(Path(file).resolve()), "sha256": _sha256(Path(file).read_bytes())} if file else None
+    except (OSError, TypeError, ImportError):
+        return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _import_file(path: Path) -> ModuleType:
+    try:
+        name = f"hf_kd_loss_{path.stem}_{_sha256(str(path.resolve()).encode() + path.read_bytes())[:12]}"
+    except OSError as error:
+        raise ValueError(f"loss file {path} cannot be read: {error.strerror}") from error
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"the loss's module {name!r} cannot be imported ({error}): install its package, or name the file: "
+            f"{name.replace('.', '/') or 'file'}.py:Class"
+        ) from error
+
+
+def _is_loss(value: Any) -> TypeGuard[type[DistillationLoss]]:
+    return inspect.isclass(value) and issubclass(value, DistillationLoss) and value is not DistillationLoss
+
+
+def _checked(found: Any, name: str) -> type[DistillationLoss]:
+    if not _is_loss(found):
+        raise ValueError(f"loss {name!r} is no subclass of hf_kd.losses.DistillationLoss")
+    if not re.fullmatch(r"\w[\w.-]*", found.name):
+        raise ValueError(
+            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, - and ., which "
+            "records and folders call it by"
+        )
+    if LOSSES.get(found.name, found) is not found:
+        raise ValueError(f"loss {name!r} has the name {found.name!r} of a loss of hf_kd: give it another")
+    return found
