@@ -62,6 +62,8 @@ class DataSource:
     eval_size: int | None = None
     classes: list[str] | None = None
     fingerprint: str | None = None
+    split_sizes: dict[str, int] | None = None
+    split_fingerprints: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
