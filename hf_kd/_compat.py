@@ -30,6 +30,7 @@ OVERRIDDEN = {
     "transformers.Trainer._get_output_dir": "trial",
     "transformers.Trainer._save": "output_dir state_dict",
     "transformers.Trainer._save_checkpoint": "model trial",
+    "transformers.Trainer.call_model_init": "trial",
     "transformers.Trainer.compute_loss": "model inputs return_outputs num_items_in_batch",
     "transformers.Trainer.create_scheduler": "num_training_steps optimizer",
     "transformers.Trainer.evaluation_loop": (
@@ -64,7 +65,10 @@ USED = {
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
-    "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref": None,
+    "transformers.integrations.deepspeed.HfDeepSpeedConfig": "config_file_or_dict",
+    "transformers.integrations.deepspeed.deepspeed_config": "",
+    "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled": "",
+    "transformers.integrations.deepspeed.unset_hf_deepspeed_config": "",
     "transformers.trainer.TRAINER_STATE_NAME": None,
     "transformers.trainer_callback.TrainerState.save_to_json": "json_path",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_helpers import NAMES, rows, trainer_for
+from transformers import TrainerCallback
 
 from hf_kd.checkpointing import ABANDONED, STAGING, last_checkpoint
 from hf_kd.trainer import DistillationTrainer
@@ -18,9 +19,21 @@ def steps(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
 
 
-def saving(folder, max_steps, **settings):
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def saving(folder, max_steps, stop=None, **settings):
+    """A trainer that saves every second step; `stop`: the step after which it is stopped before its end."""
     settings = {"save_strategy": "steps", "save_steps": 2, "loss": "ce"} | settings
-    return trainer_for(folder, "resnet", max_steps=max_steps, **settings)
+    trainer = trainer_for(folder, "resnet", max_steps=max_steps, **settings)
+    if stop:
+        trainer.add_callback(StopAt(stop))
+    return trainer
 
 
 def weights(trainer):
@@ -33,7 +46,7 @@ def test_going_back_and_on_resumes_from_there(tmp_path, caplog):
     assert steps(tmp_path) == [2, 4, 6, 8] and not (tmp_path / STAGING).exists()
     kept = (tmp_path / "checkpoint-8" / "optimizer.pt").read_bytes()
     caplog.clear()
-    saving(tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saving(tmp_path, 8, stop=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
     assert steps(tmp_path) == [2, 4] and steps(tmp_path / f"{ABANDONED}-1") == [4, 6, 8]
     assert (tmp_path / f"{ABANDONED}-1" / "checkpoint-8" / "optimizer.pt").read_bytes() == kept
@@ -48,7 +61,7 @@ def test_going_back_and_on_resumes_from_there(tmp_path, caplog):
 
 def test_going_back_holds_although_nothing_was_saved_since(tmp_path):
     saving(tmp_path, 6).train()
-    saving(tmp_path, 3, save_strategy="no").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saving(tmp_path, 6, stop=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
 
 
@@ -130,7 +143,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
 
 def test_rotation_counts_only_this_course(tmp_path):
     saving(tmp_path, 8).train()
-    resumed = saving(tmp_path, 6, save_total_limit=2)
+    resumed = saving(tmp_path, 8, stop=6, save_total_limit=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert steps(tmp_path) == [4, 6] and steps(tmp_path / f"{ABANDONED}-1") == [4, 6, 8]
 
