@@ -431,15 +431,11 @@ class DistillationTrainer(Trainer):
                 "names, its preprocessing, and that it was trained for these classes."
             )
         if "dropped_mass" in metrics:
-            dropped, mapping = metrics["dropped_mass"], self.teacher.mapping
-            message = (
-                f"the teacher puts {dropped:.1%} of its probability on those of its {len(mapping.source_names)} "
-                f"classes that are not among the data's {len(mapping.members)}; it is left out of what it teaches"
+            (logger.warning_once if metrics["dropped_mass"] > 0.5 else logger.info)(
+                f"{metrics['dropped_mass']:.1%} of the teacher's probability is on those of its "
+                f"{len(self.teacher.class_names)} classes that the data does not have, and is left out: if that is "
+                "much, check class_map, and that the teacher was trained for such images."
             )
-            if dropped > 0.5:
-                logger.warning_once(f"{message}: check class_map, and that it was trained for such images.")
-            else:
-                logger.info(f"{message}.")
 
     # ---- training, saving, resuming ----
 
