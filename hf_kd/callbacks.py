@@ -1,16 +1,27 @@
-"""Callbacks of the trainer: saving on Ctrl-C, and a log of the last step."""
+"""Callbacks of the trainer: a call when training begins, saving on Ctrl-C, and a log of the last step."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+class OnTrainBegin(TrainerCallback):
+    """Calls a function when training begins, after everything is loaded."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
 
 
 class SaveOnInterrupt(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Whole checkpoints, and nothing lost on the way: what is complete, what is loaded, and what Ctrl-C does."""
+"""Checkpoints: which is the last, saving them whole, loading every weight of them, and plain student weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,11 +25,21 @@ from .models.preprocessing import Preprocessing
 logger = logging.get_logger(__name__)
 
 HEAD_FILE = "aux_head.safetensors"
+STAGING, ABANDONED = ".incomplete", "abandoned"  # folders in output_dir: being saved; of an earlier course
 _TIMM_DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
+def _checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder with their steps, in order of them."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((int(f.name.split("-")[-1]), f) for f in folders if f.name.split("-")[-1].isdigit())
+
+
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint in a folder, or None. One that a kill cut off in writing does not count."""
+    """The newest complete checkpoint of the run in a folder, or None.
+
+    It is the one with the most steps: those of an earlier course of the run are moved away (see `set_aside`).
+    """
 
     def complete(folder: Path) -> bool:
         try:  # written last
@@ -37,12 +48,86 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
             return False
         return True
 
-    folders = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda f: int(f.name.split("-")[-1]), reverse=True):
+    for _, folder in reversed(_checkpoints(output_dir)):
         if complete(folder):
             return str(folder)
         logger.warning(f"{folder} is incomplete (the run was cut off while it was written): trying an earlier one.")
     return None
+
+
+def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | None, step: int) -> None:
+    """Moves the checkpoints that training, as it starts now, does not continue, into a folder `abandoned-N`.
+
+    After going back to step 2, those of step 4 and later are of another course of the run: the last checkpoint is
+    that of step 2. Also removes what a run that was killed while it saved has left.
+
+    Args:
+        output_dir: where checkpoints are saved.
+        resumed_from: the checkpoint that training continues from; None: it starts anew.
+        step: the number of steps it has done already.
+    """
+    output_dir = Path(output_dir)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+    ours = resumed_from is not None and Path(resumed_from).resolve().parent == output_dir.resolve()
+    later = [folder for number, folder in _checkpoints(output_dir) if not ours or number > step]
+    if not later:
+        return
+    number = 1
+    while (abandoned := output_dir / f"{ABANDONED}-{number}").exists():
+        number += 1
+    abandoned.mkdir()
+    for folder in later:
+        folder.rename(abandoned / folder.name)
+    start = f"continues from {resumed_from}" if resumed_from else "starts from the beginning"
+    logger.warning(
+        f"this training {start}: {', '.join(folder.name for folder in later)} of an earlier one "
+        f"{'are' if later[1:] else 'is'} now in {abandoned}; delete that folder if you do not need it."
+    )
+
+
+@contextlib.contextmanager
+def complete_checkpoint(trainer, output_dir: str | os.PathLike):
+    """A folder to save a checkpoint in, which gets its place in `output_dir` when all processes have written it.
+
+    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would:
+    the oldest, but neither the newest nor the best.
+
+    Raises:
+        FloatingPointError: weights are not finite.
+    """
+    args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    staging, final = output_dir / STAGING, output_dir / name
+    check_finite(trainer.model, args.output_dir, state.global_step)
+    try:
+        yield str(staging)
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if args.save_strategy != "no" and (best == final or best.is_dir()):  # the trainer looks for it in staging
+            state.best_model_checkpoint = str(best)
+            if args.should_save:
+                state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+        trainer.accelerator.wait_for_everyone()
+        with args.main_process_first(local=False):
+            if args.local_process_index == 0 and (staging / name).exists():  # on each node: it may have its own disk
+                _move(final, staging / "replaced")
+                (staging / name).rename(final)
+                if args.should_save and (args.save_total_limit or 0) > 0:
+                    _rotate(output_dir, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+    finally:
+        if args.local_process_index == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
+    folders = [folder for _, folder in _checkpoints(output_dir)]
+    excess = len(folders) - max(limit, len(kept))
+    for folder in [folder for folder in folders if folder not in kept][: max(excess, 0)]:
+        _move(folder, output_dir / STAGING / folder.name)  # deleted from there, since deleting can be cut off too
+
+
+def _move(folder: Path, target: Path) -> None:
+    if folder.exists():
+        folder.rename(target)
 
 
 def save_head(student: nn.Module, folder: str | os.PathLike) -> None:

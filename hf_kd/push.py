@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
 
 import huggingface_hub
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import logging
 
 from .hub import LOGIN, user_message
 from .reporting.card import write_card
-from .reporting.collect import make_record, write_record
 from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
 
-logger = logging.get_logger(__name__)
+__all__ = ["check_push", "publish", "push"]
+
+logger = logging.getLogger(__name__)
 
 # What is pushed of a run's folder, as patterns; nothing else ever is.
 PUSHED = (
@@ -177,64 +177,55 @@ def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
     return push(folder, repo_id, **options)
 
 
-class PushesWhenAsked:
-    """The part of a trainer that pushes: a check before training, one commit when `push_to_hub` is called.
+# ---- the trainer's part: `init_hf_repo`, `create_model_card` and `push_to_hub` call these ----
+# transformers would create the repository first, and upload all that is in the folder, its pickled arguments too.
 
-    `transformers.Trainer` would create the repository first, push every checkpoint, and upload all that is in the
-    folder, its pickled arguments too.
-    """
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
-        self.hub_model_id = self.push_in_progress = None
-        if self.is_world_process_zero():
-            self.hub_model_id = check_push(**self._to(token, private), folder=self.args.output_dir)
+def push_target(args, token: str | None = None, private: bool | None = None) -> dict:
+    """repo_id, token and private, as passed or as the trainer's arguments have them."""
+    private = args.hub_private_repo if private is None else private
+    return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
 
-    def _to(self, token: str | None, private: bool | None) -> dict:
-        args = self.args
-        private = args.hub_private_repo if private is None else private
-        return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
 
-    def _record_is_missing(self) -> bool:
-        """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
-        if self.eval_dataset is None or isinstance(self.eval_dataset, dict) or self.preprocessing is None:
-            return False
-        file = Path(self.args.output_dir) / RUN_FILE
-        history = json.loads(file.read_text()).get("history") if file.is_file() else None
-        return not history or history[-1].get("step", 0) < self.state.global_step
+def _record_is_missing(trainer) -> bool:
+    """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
+    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict) or trainer.preprocessing is None:
+        return False
+    file = Path(trainer.args.output_dir) / RUN_FILE
+    history = json.loads(file.read_text()).get("history") if file.is_file() else None
+    return not history or history[-1].get("step", 0) < trainer.state.global_step
 
-    def push_to_hub(
-        self,
-        commit_message: str = "Distilled with hf_kd",
-        *,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> str | None:
-        """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
-        Where there is no run.json of this training yet, it is made, if there is one evaluation set and a processor:
-        with a new evaluation, and what a trainer knows. For more, such as the data's name, see
-        `hf_kd.reporting.collect`.
+def _add_missing_record(trainer) -> None:
+    """On all ranks: writes run.json, curves and card, with a new evaluation, where the record is missing."""
+    from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
-        Args:
-            commit_message: of the one commit.
-            token, revision, private: default: `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+    from .reporting.collect import make_record, write_record
 
-        Returns:
-            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+    missing = [trainer.is_world_process_zero() and _record_is_missing(trainer)]
+    broadcast_object_list(missing)
+    metrics = trainer.evaluate() if missing[0] else None  # on all ranks, as the first one has found
+    if metrics and trainer.is_world_process_zero():
+        write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
-        Raises:
-            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
-        """
-        self.save_model()
-        missing = [self.is_world_process_zero() and self._record_is_missing()]
-        broadcast_object_list(missing)
-        metrics = self.evaluate() if missing[0] else None  # on all ranks, as the first one has found
-        if not self.is_world_process_zero():
-            return None
-        folder, to = self.args.output_dir, self._to(token, private)
-        if metrics:
-            write_record(make_record(self, metrics), folder)
-        to["repo_id"] = check_push(**to, folder=folder)
-        return publish(folder, **to, revision=revision or self.args.hub_revision, message=commit_message)
+
+def card_of_run(trainer) -> None:
+    """Writes the card of a trainer's run; see `DistillationTrainer.create_model_card`."""
+    if trainer.args.world_size == 1:
+        _add_missing_record(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    if (Path(trainer.args.output_dir) / RUN_FILE).is_file():
+        write_card(trainer.args.output_dir)
+    else:
+        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {trainer.args.output_dir}")
+
+
+def push_run(trainer, message: str, token: str | None, revision: str | None, private: bool | None) -> str | None:
+    """On all ranks: pushes a saved student with its record; see `DistillationTrainer.push_to_hub`."""
+    _add_missing_record(trainer)
+    if not trainer.is_world_process_zero():
+        return None
+    folder, target = trainer.args.output_dir, push_target(trainer.args, token, private)
+    target["repo_id"] = check_push(**target, folder=folder)
+    return publish(folder, **target, revision=revision or trainer.args.hub_revision, message=message)

@@ -15,15 +15,10 @@ from torchvision.transforms import v2
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
-from .callbacks import LogLastStep, SaveOnInterrupt
-from .checkpointing import (
-    check_finite,
-    full_disk_named,
-    last_checkpoint,
-    load_weights,
-    save_head,
-    weights_to_save,
-)
+from . import checkpointing, push
+from ._compat import check_upstream
+from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
+from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig
 from .data import ImageCollator, ImageDataset, Mixer, as_image_dataset, build_transform
 from .losses import DistillationLoss, Progress
@@ -32,12 +27,14 @@ from .models.auxiliary_head import add_auxiliary_head
 from .models.forward import logits_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
-from .push import PushesWhenAsked
+from .reporting.collect import known_plan
+from .reporting.record import write_json
+from .spec import PLAN_FILE, Experiment, continue_plan
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(PushesWhenAsked, Trainer):
+class DistillationTrainer(Trainer):
     """Trains a student with `args.loss`, evaluates it, and measures it against a teacher.
 
     Args:
@@ -54,6 +51,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
         loss: a `DistillationLoss` in the place of `args.loss` and `args.loss_kwargs`; `self.args` is then a copy that
             names it.
+        plan: what is trained, as plan.json and the record keep it; default: what the trainer knows of it.
         callbacks, model_init, **kwargs: as in `Trainer`.
 
     A term that depends on the batch as a whole (USKD's mean of S_t^2) is averaged over the ranks; with gradient
@@ -80,8 +78,10 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         callbacks=None,
         loss: DistillationLoss | None = None,
         model_init=None,
+        plan: Experiment | None = None,
         **kwargs,
     ):
+        check_upstream()
         if not isinstance(args, DistillationConfig):
             raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
         if args.n_gpu > 1:
@@ -99,6 +99,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             )
         args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
+        self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
         self.train_loss.check_trainable()
@@ -123,6 +124,8 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         self._meter: ClassificationMeter | None = None
         self._own_collator = data_collator is None
         self._interrupt = SaveOnInterrupt()
+        self._resumed_from: str | None = None
+        self._staging: str | None = None
         super().__init__(
             model=model,
             args=args,
@@ -130,7 +133,7 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), self._interrupt, LogLastStep()],
+            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogLastStep()],
             model_init=model_init,
             **kwargs,
         )
@@ -214,13 +217,10 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if given:  # transformers keeps one loader for all datasets that are given, where workers persist
-            kept, self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}), {}
-        loader = super().get_eval_dataloader(eval_dataset)
-        if given:
-            self._eval_dataloaders = kept
-        return loader
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # transformers keeps one loader for all datasets that are passed, where workers persist.
+        return self._get_dataloader(eval_dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
     def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):
         self._steps_per_epoch = num_update_steps_per_epoch
@@ -419,9 +419,10 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+        self._write_plan(resume_from_checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             self._check_teacher()
-        self._started = time.perf_counter()
+        self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
             torch.compiler.reset()
@@ -434,34 +435,44 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
         return result
 
-    def _init_training_state(self, *args, **kwargs):
-        result = super()._init_training_state(*args, **kwargs)
-        self._terms_since = None
+    def _write_plan(self, checkpoint: str | None) -> None:
+        """Writes plan.json before the first step; a continuation must be of the same plan."""
+        self.plan = self.plan or known_plan(self)
+        if checkpoint:
+            continue_plan(self.plan, checkpoint)
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / PLAN_FILE, self.plan.to_dict())
+
+    def _begin(self) -> None:
+        """Training begins, with the state of the checkpoint that it continues from, if any."""
+        self._terms_since = self._staging = None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
-        return result
+        if self.args.should_save:
+            checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 
-    def _finalize_training(self, *args, **kwargs):
-        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
-            self.state.best_model_checkpoint = None
-        return super()._finalize_training(*args, **kwargs)
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
         """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
-        check_finite(self.model, self.args.output_dir, self.state.global_step)
-        with full_disk_named(self.args.output_dir):
+        folder = self._get_output_dir(trial)
+        with full_disk_named(folder), checkpointing.complete_checkpoint(self, folder) as self._staging:
             super()._save_checkpoint(model, trial)
+        self._staging = None
+        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
+            self.state.best_model_checkpoint = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student as a plain model, and the auxiliary head beside it in checkpoints only. Pushes nothing."""
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
-        if _internal_call and self.args.should_save:
-            save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+        if _internal_call and output_dir and self.args.should_save:
+            checkpointing.save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
-        super()._save(output_dir, weights_to_save(student, self.processing_class, state_dict))
+        super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -472,6 +483,39 @@ class DistillationTrainer(PushesWhenAsked, Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+    # ---- pushing ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
+        self.hub_model_id = self.push_in_progress = None
+        if self.is_world_process_zero():
+            target = push.push_target(self.args, token, private)
+            self.hub_model_id = push.check_push(**target, folder=self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed.
+
+        Makes run.json first where it is missing, if this is the only process (it takes an evaluation).
+        """
+        push.card_of_run(self)
+
+    def push_to_hub(self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None):
+        """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
+
+        Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
+        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`.
+
+        token, revision and private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+
+        Returns:
+            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+
+        Raises:
+            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
+        """
+        self.save_model()
+        return push.push_run(self, commit_message, token, revision, private)
 
 
 def hard_labels(labels: torch.Tensor) -> torch.Tensor:

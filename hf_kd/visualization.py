@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RIGHT, GAP, GREY = "#3f90da", "#bd1f01", "#555555"
 
+__all__ = ["plot_confusions", "plot_reliability", "plot_soft_labels", "show_images", "uskd_soft_labels"]
+
 
 def show_images(images: Any, titles: Sequence[str] | None = None, columns: int = 8, side: float = 1.4) -> Figure:
     """Images in a grid, each with a title.

@@ -355,12 +355,11 @@ def test_load_from_the_hub_asks_for_the_right_thing(monkeypatch):
         load_data("owner/name", eval_split="test")
 
 
-def test_load_quickstart(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "QUICKSTART", tmp_path / "q")
-    with pytest.raises(ValueError, match="clone"):
-        load_data("quickstart")
-    write_parquet(tmp_path / "q", {"train": [0, 1], "test": [1]})
-    assert len(load_data("quickstart").train) == 2
+def test_a_local_folder_of_the_same_name_is_reached_by_its_path(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "quickstart", {"train": [0, 1], "test": [1]})
+    monkeypatch.chdir(tmp_path)
+    assert len(load_data("quickstart").train) == 6000
+    assert len(load_data("./quickstart").train) == 2
 
 
 def test_load_errors_say_what_there_is_and_the_way_out(tmp_path, monkeypatch):

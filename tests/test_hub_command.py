@@ -270,7 +270,7 @@ def test_a_continuation_starts_from_the_commits_of_its_run(here, served, tmp_pat
     assert short(*run, "--resume-from-checkpoint", "last", "--student_revision", "main") == 1  # asked for now: the new
     capsys.readouterr()
     assert short(*run, "--resume_from_checkpoint", "last", "--student_revision", moved) == 1
-    assert f"student_revision ({here.student_sha} there, {moved} here)" in capsys.readouterr().err
+    assert f"student.commit ({here.student_sha} there, {moved} here)" in capsys.readouterr().err
 
 
 def test_foreign_code_is_not_run_unless_asked_for(here, tmp_path, capsys):

@@ -1,13 +1,85 @@
 """Settings that nobody gave: chosen by the student's kind, and never over what was given."""
 
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import yaml
 from tiny import KINDS, tiny, tiny_config
 from transformers import RegNetConfig, TimmWrapperConfig
 
 from hf_kd import recipes
 from hf_kd.cli.arguments import parse
+from hf_kd.config import DistillationConfig
+from hf_kd.experiment.variants import run_configs
 from hf_kd.losses import LOSSES
 from hf_kd.models.loading import model_family
+
+CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
+LOSS_KWARGS = {key for loss in LOSSES.values() for key in inspect.signature(loss).parameters}
+CIFAR = {
+    "augment": "pad_crop",
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.1,
+    "weight_decay": 5e-4,
+    "max_grad_norm": 0,
+    "lr_scheduler_type": "constant",
+    "lr_step_epochs": [60, 120, 160],
+    "lr_step_factor": 0.2,
+    "num_train_epochs": 200,
+    "per_device_train_batch_size": 128,
+    "gradient_accumulation_steps": 1,
+    "eval_strategy": "epoch",
+    "save_total_limit": 1,
+    "seed": 0,
+}
+CIFAR_STUDENT = {
+    "image_size": 128,
+    "image_mean": [0.50707, 0.48655, 0.44092],
+    "image_std": [0.26733, 0.25644, 0.27615],
+    "from_scratch": True,
+}
+# What the files in examples/configs set in full before they named a recipe, and the hyperparameters of their losses.
+SHIPPED = {
+    "cifar100_resnet18_nkd": (CIFAR, CIFAR_STUDENT, {"nkd": {"temperature": 3.0, "gamma": 3.5}}),
+    "cifar100_resnet18_uskd": (CIFAR, CIFAR_STUDENT, {"uskd": {"alpha": 0.1, "beta": 0.1, "mu": 0.1}}),
+    "cifar100_resnet34_teacher": (CIFAR, CIFAR_STUDENT, {"ce": {}}),
+    "cifar100_deit_tiny_uskd": (
+        {
+            "augment": "deit",
+            "mixup_alpha": 0.8,
+            "cutmix_alpha": 1.0,
+            "label_smoothing_factor": 0.1,
+            "num_train_epochs": 50,
+            "per_device_train_batch_size": 128,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.06,
+            "weight_decay": 0.05,
+            "optim": "adamw_torch",
+            "max_grad_norm": 5.0,
+            "seed": 0,
+        },
+        {"image_size": None, "from_scratch": False},
+        {"uskd": {"alpha": 1.0, "beta": 0.1, "mu": 0.005}},
+    ),
+} | {
+    f"cifar100_cpu_{student}": (
+        {"augment": "pad_crop", "per_device_train_batch_size": 128, "warmup_steps": 400, "max_grad_norm": 1.0},
+        {"image_size": size, "image_mean": None, "seeds": [0, 1, 2]},
+        {
+            "ce": {},
+            "2xce": {"weight": 2.0},
+            "kd": {"temperature": 4.0, "weight": 0.9},
+            "nkd": {"temperature": 3.0, "gamma": 3.5},
+            "uskd": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
+        },
+    )
+    for student, size in (("cnn", 48), ("vit", None))
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,18 +103,18 @@ def test_choice(kind, scratch, data, name):
     assert recipes.choose(kind, scratch, data) == name
 
 
-@pytest.mark.parametrize("name", recipes.PRESETS)
+@pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_preset_makes_a_valid_run_of_every_loss(name, loss):
     script, config = parse(["--student", "x", "--teacher", "y", "--loss", loss, "--use_cpu", "--compare", loss])
-    config, _ = recipes.apply(name, config, script.given)
-    preset = recipes.PRESETS[name]
-    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == preset.batch
-    for key, value in preset.values.items():
+    config, _ = recipes.apply(name, config, script.explicit)
+    recipe = recipes.load(name)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == recipe.global_batch_size
+    for key, value in recipe.settings.items():
         got = getattr(config, key)
         assert getattr(got, "value", got) == value, key
-    (_, arm), *_ = script.arms(config, name)
-    assert arm.build_loss().hyperparameters()["label_smoothing"] == preset.values.get("label_smoothing_factor", 0.0)
+    (_, _, run), *_ = run_configs(script, config, name)
+    assert run.build_loss().hyperparameters()["label_smoothing"] == recipe.settings.get("label_smoothing_factor", 0.0)
 
 
 def test_the_papers_numbers():
@@ -54,12 +126,24 @@ def test_the_papers_numbers():
     assert recipes.published_hyperparameters("nkd", "cnn_scratch_cifar")[0] == {"temperature": 3.0, "gamma": 3.5}
     assert recipes.published_hyperparameters("uskd", "vit_scratch")[0] == {"alpha": 1.0, "beta": 0.1, "mu": 0.005}
     assert recipes.published_hyperparameters("uskd", "cnn_scratch_cifar")[0] == {"alpha": 0.1, "beta": 0.1, "mu": 0.1}
+    assert recipes.published_hyperparameters("uskd", "imagenet_deit")[1] == "imagenet"  # one set for all models
+    assert recipes.published_hyperparameters("mine", "cifar100") == ({}, None)
+    with pytest.raises(ValueError, match="cifar10 is unknown; there are: cifar100, imagenet, imagenet_deit"):
+        recipes.published_hyperparameters("nkd", "cifar10")
+    vit, cnn, cifar = (recipes.load(name) for name in ("vit_scratch", "cnn_scratch", "cnn_scratch_cifar"))
+    assert [recipe.global_batch_size for recipe in (vit, cnn, cifar)] == [1024, 256, 128]
+    for recipe, epochs, decay in ((cnn, [30, 60, 90, 100], 1e-4), (cifar, [60, 120, 160, 200], 5e-4)):
+        settings = recipe.settings
+        assert [*settings["lr_step_epochs"], settings["num_train_epochs"]] == epochs
+        assert (settings["learning_rate"], settings["weight_decay"]) == (0.1, decay)
+    assert vit.settings["warmup_steps"] * vit.settings["num_train_epochs"] == pytest.approx(20)
+    assert (vit.settings["learning_rate"], vit.settings["weight_decay"]) == (1e-3, 0.05)
 
 
 def test_what_was_given_stays():
     argv = ["--student", "x", "--use_cpu", "--learning_rate=3e-4", "--per_device_train_batch_size", "8"]
     script, config = parse(argv)
-    config, changed = recipes.apply("vit_finetune", config, script.given)
+    config, changed = recipes.apply("vit_finetune", config, script.explicit)
     assert (config.learning_rate, config.per_device_train_batch_size) == (3e-4, 8)
     assert config.gradient_accumulation_steps == 16 and config.mixup_alpha == 0.8  # in all the preset's batch
     assert changed == ["learning_rate", "per_device_train_batch_size"]
@@ -67,20 +151,20 @@ def test_what_was_given_stays():
 
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
     script, config = parse(["--student", "x", "--use_cpu", "--num_train_epochs", "10"])
-    assert recipes.apply("cnn_scratch", config, script.given)[0].lr_step_epochs == pytest.approx([3, 6, 9])
+    assert recipes.apply("cnn_scratch", config, script.explicit)[0].lr_step_epochs == pytest.approx([3, 6, 9])
     script, config = parse(["--student", "x", "--use_cpu", "--max_steps", "10"])
-    config, _ = recipes.apply("cnn_scratch", config, script.given)
+    config, _ = recipes.apply("cnn_scratch", config, script.explicit)
     assert config.lr_step_epochs is None and config.lr_scheduler_type == "cosine"
 
 
 def test_settings_that_do_not_go_with_the_preset_s_others():
     script, config = parse(["--student", "x", "--use_cpu", "--lr_step_epochs", "10", "20"])
-    config, _ = recipes.apply("cnn_finetune", config, script.given)
+    config, _ = recipes.apply("cnn_finetune", config, script.explicit)
     assert config.lr_step_epochs == [10, 20] and config.warmup_steps == 0
     script, config = parse(["--student", "x", "--use_cpu", "--load_best_model_at_end", "true"])
-    assert recipes.apply("vit_finetune", config, script.given)[0].load_best_model_at_end
+    assert recipes.apply("vit_finetune", config, script.explicit)[0].load_best_model_at_end
     script, config = parse(["--student", "x", "--use_cpu", "--gradient_accumulation_steps", "2"])
-    assert recipes.apply("vit_scratch", config, script.given)[0].per_device_train_batch_size == 512
+    assert recipes.apply("vit_scratch", config, script.explicit)[0].per_device_train_batch_size == 512
 
 
 @pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
@@ -93,8 +177,9 @@ def test_a_batch_of_nothing_is_refused(name):
 
 def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
-    config, changed = recipes.apply("vit_finetune", config, script.given)
-    line = recipes.describe("vit_finetune", changed, script.arms(config, "vit_finetune"))
+    config, changed = recipes.apply("vit_finetune", config, script.explicit)
+    runs = [(name, run) for name, _, run in run_configs(script, config, "vit_finetune")]
+    line = recipes.describe("vit_finetune", changed, runs)
     assert "uskd: beta 0.1, mu 0.005 (published for imagenet)" in line and "alpha" not in line
     assert "as you set them: eval_strategy, loss_kwargs" in line
 
@@ -118,5 +203,79 @@ def test_a_config_file_is_a_recipe_of_its_own(tmp_path):
     assert script.preset == "none"
     file.write_text("student: x\nlearning_rate: 0.5\npreset: cnn_scratch\nload_best_model_at_end: true\n")
     script, config = parse(["--config", str(file), "--use_cpu"])
-    config, _ = recipes.apply(script.preset, config, script.given)
+    config, _ = recipes.apply(script.preset, config, script.explicit)
     assert config.learning_rate == 0.5 and config.weight_decay == 1e-4
+
+
+def test_a_recipe_has_settings_and_no_hyperparameters_of_losses():
+    for recipe in map(recipes.load, recipes.names()):
+        assert set(recipe.settings) <= set(DistillationConfig.__dataclass_fields__) - LOSS_KWARGS - {"loss_kwargs"}
+        assert set(recipe.student) <= {"image_size", "image_mean", "image_std"}
+    with pytest.raises(ValueError, match="--preset cnn is unknown; there are: cnn_finetune, cnn_scratch"):
+        recipes.load("cnn")
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_shipped_configs_that_name_a_recipe_or_a_benchmark_mean_what_they_meant_in_full(file):
+    path = CONFIGS / f"{file}.yaml"
+    settings, arguments, losses = SHIPPED[file]
+    script, config = parse(["--config", str(path), "--use_cpu"])
+    preset = None if script.preset == "none" else script.preset
+    if preset:
+        config, changed = recipes.apply(preset, config, script.explicit)
+        assert set(changed) <= {"num_train_epochs", "warmup_steps"}
+        arguments = arguments | {"preset": preset}
+        for key, value in recipes.load(preset).student.items():
+            assert key not in script.explicit
+            setattr(script, key, value)
+    for key, value in settings.items():
+        got = getattr(config, key)
+        assert getattr(got, "value", got) == value, key
+    assert {key: getattr(script, key) for key in arguments} == arguments
+    runs = {name: run for name, _, run in run_configs(script, config, preset)}
+    assert {name: run.loss_kwargs for name, run in runs.items()} == losses
+    if preset:  # nothing of the recipe and of the loss classes stands in the file again
+        given = yaml.safe_load(path.read_text())
+        assert not {"loss_kwargs", *recipes.load(preset).student} & given.keys()
+        same = [key for key, value in recipes.load(preset).settings.items() if given.get(key) == value]
+        assert same == []
+
+
+def test_a_benchmark_gives_the_published_hyperparameters_and_yours_win():
+    argv = ["--student", "x", "--teacher", "y", "--use_cpu", "--loss", "nkd", "--loss_kwargs", '{"gamma": 9}']
+    script, config = parse([*argv, "--preset", "none", "--benchmark", "cifar100"])
+    script.check(config)
+    assert run_configs(script, config, None)[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
+    script, config = parse([*argv, "--preset", "cnn_finetune", "--benchmark", "cifar100"])  # over the preset's own
+    assert run_configs(script, config, "cnn_finetune")[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
+    script, config = parse([*argv, "--benchmark", "cifar"])
+    with pytest.raises(ValueError, match="--benchmark cifar is unknown"):
+        script.check(config)
+
+
+def test_where_each_setting_came_from():
+    script, config = parse(["--student", "x", "--use_cpu", "--learning_rate", "1", "--loss_kwargs", '{"alpha": 9}'])
+    before = recipes.provenance("cnn_scratch_cifar", config, script.explicit)
+    assert (before["learning_rate"], before["weight_decay"]) == ("you", "preset cnn_scratch_cifar")
+    assert (before["student"], before["image_size"]) == ("you", "preset cnn_scratch_cifar")
+    assert "seed" not in before  # the default, which neither has set
+    after, changed = recipes.apply("cnn_scratch_cifar", config, script.explicit)
+    assert recipes.provenance("cnn_scratch_cifar", after, script.explicit) == before
+    assert set(changed) <= {key for key, source in before.items() if source == "you"}
+    assert set(recipes.provenance(None, config, script.explicit).values()) == {"you"}
+    (_, _, run), *_ = run_configs(script, after, "cnn_scratch_cifar")
+    sources = recipes.loss_provenance(run, "cnn_scratch_cifar")
+    assert (sources["alpha"], sources["beta"]) == ("you", "published for cifar100")
+    assert sources["target_in_rank"] == "default"
+
+
+def test_the_names_of_the_recipes_cost_no_heavy_import():
+    # hf_kd itself is replaced by an empty package, so that only this module's imports count.
+    code = (
+        "import sys, types; package = types.ModuleType('hf_kd'); package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['hf_kd'] = package; import hf_kd.recipes, hf_kd.quickstart; print(*hf_kd.recipes.names())\n"
+        "print(*sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
+    )
+    folder = str(Path(recipes.__file__).parents[1])
+    lines = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
+    assert lines == "cnn_finetune cnn_scratch cnn_scratch_cifar vit_finetune vit_scratch\n\n"

@@ -57,7 +57,7 @@ print("ANSWER " + json.dumps(logs, default=str))
 def tracked(tmp_path_factory):
     """`(folder, seen, logs, hub)` of one USKD run for each tracker, as the command line runs it."""
     folder = tmp_path_factory.mktemp("trackers")
-    common = "distill --student examples/quickstart/student --dataset quickstart --from_scratch --loss uskd".split()
+    common = "distill --student quickstart/student --dataset quickstart --from_scratch --loss uskd".split()
     common += "--preset none --max_train_samples 96 --max_eval_samples 32 --per_device_train_batch_size 16".split()
     common += "--max_steps 6 --logging_steps 2 --eval_strategy steps --eval_steps 3 --save_strategy no".split()
     common += "--disable_tqdm true --use_cpu --seed 0".split()

@@ -1,4 +1,4 @@
-"""Rebuild the quickstart: its images, its architectures and its teacher.
+"""Rebuild what `hf_kd/quickstart` holds: images, architectures and the teacher of the quick start.
 
     apt-get install dataset-fashion-mnist            # Debian's package (MIT), the only thing needed from outside
     python examples/quickstart/build.py --work_dir outputs/quickstart-build
@@ -21,7 +21,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import ResNetConfig, ViTImageProcessor
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "hf_kd" / "quickstart"
 NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 PIXELS = 64  # the stem of a ResNet divides by 4; at 28 px too little is left
 
@@ -80,8 +81,8 @@ def main() -> None:
         for split, stem in (("train", "train"), ("test", "t10k"))
     }
     for split, per_class in (("train", 600), ("test", 200)):
-        subset(*parts[split], per_class).to_parquet(HERE / f"{split}.parquet")
-    architecture(HERE / "student", [16, 32, 64], [1, 1, 1])
+        subset(*parts[split], per_class).to_parquet(FOLDER / "data" / f"{split}.parquet")
+    architecture(FOLDER / "student", [16, 32, 64], [1, 1, 1])
     whole = args.work_dir / "fashion-mnist"
     whole.mkdir(parents=True, exist_ok=True)
     for split, (images, labels) in parts.items():
@@ -94,10 +95,10 @@ def main() -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "examples/run_distill.py"]
     command += ["--config", "examples/configs/quickstart_teacher.yaml", "--output_dir", str(run)]
     command += ["--student", str(args.work_dir / "architecture"), "--dataset", str(whole)]
-    subprocess.run([*command, "--resume_from_checkpoint", "last"], cwd=HERE.parents[1], check=True)
+    subprocess.run([*command, "--resume_from_checkpoint", "last"], cwd=ROOT, check=True)
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        (HERE / "teacher").mkdir(exist_ok=True)
-        shutil.copy(run / name, HERE / "teacher" / name)
+        (FOLDER / "teacher").mkdir(exist_ok=True)
+        shutil.copy(run / name, FOLDER / "teacher" / name)
 
 
 if __name__ == "__main__":

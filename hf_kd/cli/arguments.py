@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
-import os
 from dataclasses import dataclass, field
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..config import DistillationConfig, read_json
-from ..losses import loss_class
-from ..recipes import EVERY_EPOCH, PRESETS, published_hyperparameters
-from ..reporting.significance import BASELINE
+from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 
 
 @dataclass
@@ -32,8 +28,15 @@ class ScriptArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": f"Settings for what you do not set: {', '.join(PRESETS)}, auto (by the student's kind), or none. "
-            "Default: auto, and none with --config, which is a recipe of its own."
+            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or "
+            "none. Default: auto; with a --config file that names no preset: none."
+        },
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or "
+            "cifar100. Default: the preset's benchmark."
         },
     )
     from_scratch: bool = field(
@@ -80,9 +83,10 @@ class ScriptArguments:
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the models' repositories."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan (runs, steps, sizes, disk) and stop."})
     traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
 
-    given = frozenset()  # names of the arguments that were set by hand; no field, thus no argument
+    explicit = frozenset()  # names of the arguments that the user has set; no field, thus no argument
 
     def check(self, config: DistillationConfig) -> None:
         """Finds everything about the arguments that can be wrong without looking at data or models.
@@ -92,8 +96,10 @@ class ScriptArguments:
         """
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
-        if self.preset not in (None, "auto", "none", *PRESETS):
-            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(PRESETS)}.")
+        if self.preset not in (None, "auto", "none", *names()):
+            raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
+        if self.benchmark:
+            published_hyperparameters(config.loss, self.benchmark)
         if isinstance(self.class_map, str) and self.class_map.startswith("{"):
             self.class_map = read_json("class_map", self.class_map)
         for seed in self.seeds or ():
@@ -113,65 +119,15 @@ class ScriptArguments:
                 "--push_to_hub pushes one student, and here are several: drop it and push the one you want "
                 "afterwards, with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
             )
+        checkpoint = str(config.resume_from_checkpoint or "last")
+        if checkpoint.lower() not in ("true", "last") and (self.compare is not None or self.verdict or self.seeds):
+            raise ValueError(
+                f"a comparison resumes each of its runs: --resume_from_checkpoint last, not {checkpoint}."
+            )
         if self.compare is not None and config.loss_kwargs:
             raise ValueError(
                 "loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers."
             )
-        for _, arm in self.arms(config):
-            # In a comparison the teacher also measures the agreement of students that do not learn from it.
-            if "teacher_logits" in arm.loss_class().requires or not (self.verdict or self.compare):
-                arm.check_teacher(self.teacher is not None)
-
-    def arms(self, config: DistillationConfig, preset: str | None = None) -> list[tuple[str, DistillationConfig]]:
-        """The runs asked for, with their names: each loss with each seed, in a folder of its own if they are several.
-
-        Args:
-            config: of all of them.
-            preset: the preset in use, whose published numbers the losses start from.
-        """
-        losses = {config.loss: {"loss": config.loss, **(config.loss_kwargs or {})}}
-        if self.verdict:
-            smooth = {k: v for k, v in (config.loss_kwargs or {}).items() if k == "label_smoothing"}
-            controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
-            losses = {name: {**numbers, **smooth} for name, numbers in controls.items()} | losses
-        elif self.compare is not None:
-            losses = self._compared()
-        seeds = self.seeds or [config.seed + i for i in range(3 if self.verdict else 1)]
-        arms = []
-        for seed in seeds:  # first, so that a comparison that is cut off has whole pairs
-            for name, numbers in losses.items():
-                numbers = dict(numbers)
-                loss = numbers.pop("loss", name)
-                name = loss_class(loss).name if name == loss else name  # of a class of your own
-                if preset:
-                    numbers = published_hyperparameters(loss, preset)[0] | numbers
-                several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
-                arm = dataclasses.replace(
-                    config,
-                    loss=loss,
-                    loss_kwargs=numbers,
-                    seed=seed,
-                    data_seed=seed if config.data_seed == config.seed else config.data_seed,
-                    output_dir=os.path.join(config.output_dir, *several),
-                    run_name="-".join([config.run_name or os.path.basename(config.output_dir), *several]),
-                    push_to_hub=False,  # by the command line, once, after everything is saved
-                )
-                arms.append((name, arm))
-        return arms
-
-    def _compared(self) -> dict[str, dict]:
-        given = self.compare
-        if isinstance(given, str):
-            given = read_json("compare", given) if given.lstrip().startswith("{") else given.split(",")
-        if not isinstance(given, dict):
-            names = [str(name).strip() for name in given]
-            given = dict.fromkeys(names, {})
-            if len(given) < len(names):
-                raise ValueError(f"--compare {','.join(names)} names a loss twice: as JSON, each has a name.")
-        for name, numbers in given.items():
-            if not isinstance(numbers or {}, dict):
-                raise ValueError(f"compare: {name} needs an object with the numbers of its loss, got {numbers!r}.")
-        return {name: numbers or {} for name, numbers in given.items()}
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -262,8 +218,8 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
         raise ValueError(f"there is no argument {unknown[0]}. Nearest: {', '.join(near) or 'none; see --help'}.")
     options = {argument.split("=")[0] for argument in argv}
-    script.given = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
-    script.given |= {*values}
+    script.explicit = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
+    script.explicit |= {*values}
     script.preset = preset
     return script, config
 
@@ -285,3 +241,20 @@ def _read_config(path: str, known: dict[str, argparse.Action]) -> dict:
         if value is False and "no" in (known[key].choices or ()):  # YAML reads `no` as False
             values[key] = "no"
     return values
+
+
+# Of a command, what says how to push, resume and show errors is not needed to reproduce its run.
+_NOT_RECORDED = (
+    "resume_from_checkpoint push_to_hub hub_model_id hub_token hub_private_repo hub_revision dry_run traceback"
+).split()
+
+
+def command_to_record(argv: list[str]) -> list[str]:
+    """The arguments without those that do not describe the run, and without any token."""
+    kept, dropped = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            dropped = argument[2:].split("=")[0].replace("-", "_") in _NOT_RECORDED
+        if not dropped:
+            kept.append(argument)
+    return kept

@@ -12,11 +12,11 @@ from datasets import Dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..hub import resolve
+from ..quickstart import bundled
 from .columns import class_names, encode_labels, find_columns
 
 logger = logging.getLogger(__name__)
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 EVAL_SPLITS = ("validation", "valid", "val", "test")
 
 
@@ -33,6 +33,8 @@ class ImageData:
     revision: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    eval_fraction: float | None = None
+    fingerprint: str = ""
 
 
 def load_data(
@@ -51,10 +53,10 @@ def load_data(
     """Loads an image classification dataset and checks every label of it.
 
     Args:
-        name: "quickstart" (bundled with the repository), a local folder of parquet files, or of images in a folder for
-            each class (with or without train/ and test/, val/, valid/ or validation/ above them), a local parquet
-            file, a folder that `save_to_disk` wrote, or the id of a dataset on the Hub. What starts with ".", "/" or
-            "~", ends with ".parquet", or exists is local and never looked for on the Hub.
+        name: "quickstart" (bundled), a local folder of parquet files, or of images in a folder for each class (with or
+            without train/ and test/, val/, valid/ or validation/ above them), a local parquet file, a folder that
+            `save_to_disk` wrote, or the id of a dataset on the Hub. What starts with ".", "/" or "~", ends with
+            ".parquet", or exists is local and never looked for on the Hub.
         config_name: of the dataset, if it has several.
         revision: commit, tag or branch on the Hub.
         train_split: None: "train", or the only split there is.
@@ -107,14 +109,13 @@ def load_data(
 
 def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
     """All splits by name, and the commit on the Hub that they came from; None if from this machine."""
-    path = QUICKSTART if name == "quickstart" else Path(name).expanduser()
-    local = name == "quickstart" or name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
-    needed = path / "train.parquet" if name == "quickstart" else path
-    if local and not needed.exists():
-        way_out = "it comes with the repository, not with the package: clone it, then `pip install -e .`"
-        if name != "quickstart":
-            way_out = "this reads as a local path; a dataset on the Hub is written owner/name"
-        raise ValueError(f"dataset {name!r}: there is no {needed.absolute()}; {way_out}")
+    path = bundled(name) or Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
+    if local and not path.exists():
+        raise ValueError(
+            f"dataset {name!r}: there is no {path.absolute()}; this reads as a local path; a dataset on the Hub is "
+            "written owner/name"
+        )
     commit = None
     try:
         if not local:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.auto_augment import posterize, rand_augment_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -47,6 +45,9 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
+    from timm.data.auto_augment import rand_augment_transform  # slow to import
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN
+
     # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
     settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
     rand_augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
@@ -57,6 +58,8 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
 
 
 def _posterize(image, bits: int, **kwargs):
+    from timm.data.auto_augment import posterize
+
     # The strongest level keeps 0 bits, which Pillow made black up to version 12 and refuses since.
     return posterize(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)
 
@@ -79,6 +82,8 @@ class NoiseErasing(v2.RandomErasing):
         super().__init__(p=p, value="random")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
         params = super().make_params(flat_inputs)
         if params["v"] is not None:
             std, mean = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))

@@ -8,10 +8,16 @@ import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+)
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..hub import resolve
+from ..quickstart import bundled
 
 logger = logging.get_logger(__name__)
 
@@ -19,12 +25,12 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def check_id(model: str | os.PathLike) -> str:
-    """The Hub id or local folder, as text.
+    """The Hub id or local folder, as text; of a bundled model ("quickstart/student") its folder.
 
     Raises:
         ValueError: if it can only be a folder and there is none (the Hub's own message would be a riddle).
     """
-    text = os.path.expanduser(os.fspath(model))
+    text = os.path.expanduser(os.fspath(bundled(model) or model))
     if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise ValueError(f"no such folder: {text} (seen from {os.getcwd()}). A Hub id has the form OWNER/NAME.")
     return text
@@ -35,6 +41,7 @@ def load_config(name: str, hub: dict):
 
     `hub["revision"]` becomes the commit that it stands for: what is loaded with `hub` next is of the same commit.
     """
+    name = check_id(name)
     if not os.path.isdir(name):
         hub["revision"] = resolve(name, hub["revision"])
     config = AutoConfig.from_pretrained(name, **hub)
@@ -51,8 +58,8 @@ def commit_of(model: nn.Module) -> str | None:
 
 def build(config, trust_remote_code: bool = False):
     """A randomly initialised classifier of a config (which may, unlike in transformers, name no architecture)."""
-    if config.architectures is None and type(config) in AutoModelForImageClassification._model_mapping:
-        known = AutoModelForImageClassification._model_mapping[type(config)]
+    if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
     module = AutoModelForImageClassification.from_config(
         config, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -115,7 +122,7 @@ def loading_faults(info: dict) -> set[str]:
 
 def processor_for(module, name: str, hub: dict):
     """The image processor saved beside a model; ImageNet's statistics, with a warning, if there truly is none."""
-    config = module.config
+    config, name = module.config, check_id(name)
     if config.model_type == "timm_wrapper" and getattr(config, "pretrained_cfg", None):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 

@@ -71,7 +71,7 @@ def load_student(
             module, info = load_classifier(name, config, hub, dtype=torch.float32)
             _check_loaded(module, name, info)
         processor = processor or processor_for(module, name, hub)
-    processor = _with_size(processor, image_size, image_mean, image_std)
+    processor = with_size(processor, image_size, image_mean, image_std)
     if image_size:
         try:
             dry_run(module, (image_size, image_size))
@@ -132,7 +132,7 @@ def _check_loaded(module, name: str, info: dict) -> None:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")
 
 
-def _with_size(processor, image_size, image_mean, image_std):
+def with_size(processor, image_size, image_mean, image_std):
     """The processor with another input size (a plain square resize) and other statistics, where they are given."""
     if image_size is None and image_mean is None and image_std is None:
         return processor

@@ -1,4 +1,8 @@
-"""Settings for a student nobody has set anything for, by its kind, by whether it is pretrained, and by the loss."""
+"""Recipes: settings for what the user does not set, one YAML file each.
+
+A recipe holds schedule and augmentation. The hyperparameters of a loss are not in it: they are the loss class's
+published ones for the recipe's benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,162 +10,161 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import DistillationConfig
-from ..losses import loss_class
+import yaml
 
-PAPER = "arXiv 2303.13005"
+if TYPE_CHECKING:  # the names of the recipes are part of the help, which needs no torch
+    from ..config import DistillationConfig
+
+# What every recipe sets, and thus what is known before one is chosen.
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
-_DEIT = {
-    "augment": "deit",
-    "mixup_alpha": 0.8,
-    "cutmix_alpha": 1.0,
-    "label_smoothing_factor": 0.1,
-    "optim": "adamw_torch",
-    "weight_decay": 0.05,
-    "max_grad_norm": 5.0,
-    "lr_scheduler_type": "cosine",
-}
-_SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "max_grad_norm": 0.0}
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A recipe.
+class Recipe:
+    """Settings that belong together.
 
     Attributes:
+        name: that of its file, without .yaml.
         source: where it comes from, in words.
-        batch: images in one optimizer step, over all processes.
-        values: settings of `DistillationConfig`.
+        benchmark: the key of the losses' published hyperparameters: "imagenet", "imagenet_deit" or "cifar100".
+        global_batch_size: images in one optimizer step, over all processes.
+        settings: of `DistillationConfig`.
         student: arguments of `load_student`.
     """
 
+    name: str
     source: str
-    batch: int
-    values: dict[str, Any]
+    benchmark: str
+    global_batch_size: int
+    settings: dict[str, Any]
     student: dict[str, Any] = field(default_factory=dict)
 
 
-PRESETS = {
-    "vit_scratch": Preset(
-        f"how {PAPER} trains ViTs on ImageNet: after DeiT (arXiv 2012.12877), here without its repeated augmentation "
-        "and stochastic depth",
-        1024,
-        {**_DEIT, "learning_rate": 1e-3, "num_train_epochs": 300, "warmup_steps": 20 / 300},
-    ),
-    "vit_finetune": Preset(
-        f"augmentation, regularisation and optimizer as {PAPER} trains ViTs; learning rate and epochs for pretrained "
-        "weights are hf_kd's own",
-        128,
-        {**_DEIT, "learning_rate": 1e-4, "num_train_epochs": 30, "warmup_steps": 0.05},
-    ),
-    "cnn_scratch": Preset(
-        f"how {PAPER} trains CNNs on ImageNet",
-        256,
-        {
-            **_SGD,
-            "lr_scheduler_type": "constant",
-            "augment": "resized_crop",
-            "learning_rate": 0.1,
-            "weight_decay": 1e-4,
-            "num_train_epochs": 100,
-            "lr_step_epochs": [30, 60, 90],
-            "lr_step_factor": 0.1,
-        },
-    ),
-    "cnn_scratch_cifar": Preset(
-        f"how {PAPER} trains CNNs on CIFAR-100; at 128 px a standard ResNet has the feature maps of CIFAR's at 32",
-        128,
-        {
-            **_SGD,
-            "lr_scheduler_type": "constant",
-            "augment": "pad_crop",
-            "learning_rate": 0.1,
-            "weight_decay": 5e-4,
-            "num_train_epochs": 200,
-            "lr_step_epochs": [60, 120, 160],
-            "lr_step_factor": 0.2,
-        },
-        {
-            "image_size": 128,
-            "image_mean": [0.50707, 0.48655, 0.44092],
-            "image_std": [0.26733, 0.25644, 0.27615],
-        },
-    ),
-    "cnn_finetune": Preset(
-        f"hf_kd's own, for pretrained weights; optimizer as {PAPER} trains CNNs",
-        128,
-        {
-            **_SGD,
-            "augment": "resized_crop",
-            "learning_rate": 0.01,
-            "weight_decay": 1e-4,
-            "num_train_epochs": 30,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.05,
-        },
-    ),
-}
+def names() -> list[str]:
+    """The names of all recipes, sorted."""
+    return sorted(file.stem for file in Path(__file__).parent.glob("*.yaml"))
 
 
-def choose(kind: str, from_scratch: bool, dataset: str) -> str:
-    """The name of the preset for a student's kind ("vit" or "cnn"), its start, and the data."""
-    if not from_scratch:
-        return f"{kind}_finetune"
-    cifar = kind == "cnn" and "cifar" in Path(dataset).name.lower()
-    return "cnn_scratch_cifar" if cifar else f"{kind}_scratch"
-
-
-def published_hyperparameters(loss: str, name: str) -> tuple[dict[str, Any], str]:
-    """A loss's published numbers that belong to a preset, and the benchmark that they were published for."""
-    published = loss_class(loss).published
-    wanted = ("imagenet_deit", "imagenet") if name.startswith("vit") else ("imagenet",)
-    wanted = ("cifar100",) if name.endswith("cifar") else wanted
-    benchmark = next((key for key in wanted if key in published), "")
-    return dict(published.get(benchmark, {})), benchmark
-
-
-def apply(name: str, config: DistillationConfig, given: set[str]) -> tuple[DistillationConfig, list[str]]:
-    """The config with a preset's values wherever `given` does not name the setting, and what of it was given.
-
-    The batch is reached by accumulating micro-batches of at most 128 images a process, or of the size or number
-    that is given; USKD's batch statistic is that of a micro-batch.
+@cache
+def load(name: str) -> Recipe:
+    """The recipe of that name.
 
     Raises:
-        ValueError: a batch size or a number of accumulation steps below 1.
+        ValueError: there is none; with those that there are.
     """
+    if name not in names():
+        raise ValueError(f"--preset {name} is unknown; there are: {', '.join(names())}.")
+    text = Path(__file__).with_name(f"{name}.yaml").read_text("utf-8")
+    return Recipe(name=name, **yaml.safe_load(text))
+
+
+def choose(family: str, from_scratch: bool, dataset: str) -> str:
+    """The name of the recipe for a student's family ("vit" or "cnn"), its start, and the dataset."""
+    if not from_scratch:
+        return f"{family}_finetune"
+    cifar = family == "cnn" and "cifar" in Path(dataset).name.lower()
+    return "cnn_scratch_cifar" if cifar else f"{family}_scratch"
+
+
+def published_hyperparameters(loss: str, benchmark: str) -> tuple[dict[str, Any], str | None]:
+    """A loss's published hyperparameters, and the benchmark that they were published for: {} and None without any.
+
+    Args:
+        loss: a name as for `hf_kd.losses.loss_class`.
+        benchmark: or the name of a recipe, whose benchmark it then is. "imagenet_deit" falls back to "imagenet", for
+            losses with one set for both.
+
+    Raises:
+        ValueError: no loss has hyperparameters for this benchmark; with those that there are.
+    """
+    from ..losses import LOSSES, loss_class
+
+    published = loss_class(loss).published
+    known = sorted({key for cls in LOSSES.values() for key in cls.published})
+    wanted = load(benchmark).benchmark if benchmark in names() else benchmark
+    if wanted not in known:
+        raise ValueError(f"--benchmark {wanted} is unknown; there are: {', '.join(known)}.")
+    found = next((key for key in (wanted, wanted.split("_")[0]) if key in published), None)
+    return dict(published[found]) if found else {}, found
+
+
+def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[DistillationConfig, list[str]]:
+    """The config with a recipe's values for all settings that are not explicit, and which of the recipe's were.
+
+    The global batch size is reached by accumulating micro-batches of at most 128 images a process, or of the size or
+    number that is explicit; USKD's batch statistic is that of a micro-batch.
+
+    Args:
+        name: of the recipe.
+        config: as the user has set it.
+        explicit: names of the settings, of the config and of the student, that the user has set.
+
+    Raises:
+        ValueError: an unknown recipe, or a batch size or number of accumulation steps below 1.
+    """
+    values = _settings(name, config, explicit)
+    changed = sorted({*values, *load(name).student, "loss_kwargs"} & explicit)
+    return dataclasses.replace(config, **{key: v for key, v in values.items() if key not in explicit}), changed
+
+
+def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict[str, Any]:
+    """The recipe's settings, made to fit the explicit ones."""
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key}={getattr(config, key)} must be at least 1.")
-    preset = PRESETS[name]
-    values = {**EVERY_EPOCH, **preset.values, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
-    each = math.ceil(preset.batch / config.world_size)
-    most = config.per_device_train_batch_size if "per_device_train_batch_size" in given else 128
-    steps = math.ceil(each / most)
-    steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in given else steps
-    values |= {"gradient_accumulation_steps": steps, "per_device_train_batch_size": max(1, each // steps)}
-    if "lr_step_epochs" in given:
+    recipe = load(name)
+    values = {**EVERY_EPOCH, **recipe.settings, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
+    per_process = math.ceil(recipe.global_batch_size / config.world_size)
+    largest = config.per_device_train_batch_size if "per_device_train_batch_size" in explicit else 128
+    steps = math.ceil(per_process / largest)
+    steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in explicit else steps
+    values |= {"gradient_accumulation_steps": steps, "per_device_train_batch_size": max(1, per_process // steps)}
+    if "lr_step_epochs" in explicit:
         values["warmup_steps"] = 0
     elif "lr_step_epochs" in values:  # a shorter run keeps the schedule's shape
-        share = config.num_train_epochs / values["num_train_epochs"] if "num_train_epochs" in given else 1
+        share = config.num_train_epochs / values["num_train_epochs"] if "num_train_epochs" in explicit else 1
         values["lr_step_epochs"] = [share * epoch for epoch in values["lr_step_epochs"]]
-        if {"lr_scheduler_type", "max_steps", "warmup_steps"} & given:  # which steps do not go with
+        if {"lr_scheduler_type", "max_steps", "warmup_steps"} & explicit:  # which steps do not go with
             del values["lr_step_epochs"]
             values["lr_scheduler_type"] = "cosine"
-    changed = sorted({*values, *preset.student, "loss_kwargs"} & given)
-    return dataclasses.replace(config, **{k: v for k, v in values.items() if k not in given}), changed
+    return values
 
 
-def describe(name: str, changed: list[str], arms: list[tuple[str, DistillationConfig]]) -> str:
-    """One line: the preset, where it and the losses' numbers come from, and what is not from there."""
-    text = f"preset {name}: {PRESETS[name].source}."
-    for arm, config in dict(arms).items():
-        published, benchmark = published_hyperparameters(config.loss, name)
-        kept = [f"{key} {value:g}" for key, value in published.items() if config.loss_kwargs.get(key) == value]
+def provenance(name: str | None, config: DistillationConfig, explicit: set[str]) -> dict[str, str]:
+    """Where each setting came from, by its name: "you" or "preset NAME"; arguments as for `apply`, or no recipe.
+
+    Settings that neither has set are left out.
+    """
+    values = {**_settings(name, config, explicit), **load(name).student} if name else {}
+    return {key: "you" if key in explicit else f"preset {name}" for key in sorted({*values, *explicit})}
+
+
+def loss_provenance(config: DistillationConfig, benchmark: str | None) -> dict[str, str]:
+    """Where each hyperparameter of a run's loss came from: "published for BENCHMARK", "you" or "default".
+
+    `benchmark` is one, or the name of a recipe; see `published_hyperparameters`.
+    """
+    published, found = published_hyperparameters(config.loss, benchmark) if benchmark else ({}, None)
+    sources = dict.fromkeys(config.build_loss().hyperparameters(), "default")
+    for key, value in (config.loss_kwargs or {}).items():
+        sources[key] = f"published for {found}" if published.get(key) == value else "you"
+    return sources
+
+
+def describe(
+    name: str, changed: list[str], runs: list[tuple[str, DistillationConfig]], benchmark: str | None = None
+) -> str:
+    """One line: the recipe, where it and the losses' hyperparameters come from, and what is not from there."""
+    text = f"preset {name}: {load(name).source}."
+    for run, config in dict(runs).items():
+        sources = loss_provenance(config, benchmark or name)
+        kept = [key for key, source in sources.items() if source.startswith("published")]
         if kept:
-            text += f" {arm}: {', '.join(kept)} (published for {benchmark})."
+            text += f" {run}: {', '.join(f'{key} {config.loss_kwargs[key]:g}' for key in kept)} ({sources[kept[0]]})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
     return f"{text} (--preset none: without.)"

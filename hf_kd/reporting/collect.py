@@ -16,6 +16,7 @@ from ..data import ImageData
 from ..losses import LOSSES
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
+from ..spec import DataSource, Experiment, ModelSource, run_spec
 from . import record as records
 from .card import write_card
 from .curves import plot_curves
@@ -78,6 +79,33 @@ def cpu_name() -> str:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def known_plan(trainer) -> Experiment:
+    """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
+
+    def source(model: torch.nn.Module, name: str | None = None) -> ModelSource:
+        name = name or getattr(model, "name_or_path", None) or type(model).__name__
+        return ModelSource(name, commit=commit_of(model))
+
+    def size(dataset) -> int | None:
+        return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
+
+    config, teacher = getattr(trainer.model, "config", None), trainer.eval_teacher
+    plan = Experiment(
+        output_dir=trainer.args.output_dir,
+        student=source(trainer.model),
+        teacher=teacher and source(teacher.model, teacher.name),
+        data=DataSource(
+            train_size=size(trainer.train_dataset),
+            eval_size=size(trainer.eval_dataset),
+            classes=config and [config.id2label[i] for i in sorted(config.id2label)],
+        ),
+        train_image_size=trainer.args.train_image_size,
+        runs=(run_spec(trainer.args),),
+        versions=records.collect_versions(),
+    )
+    return Experiment.from_dict(plan.to_dict())
 
 
 def make_record(
@@ -146,6 +174,7 @@ def make_record(
         "preset": None,
         "repo_id": None,
         "verdict": None,
+        "plan": trainer.plan and trainer.plan.to_dict(),
         **known,
     }
     return records.redact(record)

@@ -49,7 +49,7 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
     "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run
     may be passed: that also covers its command.
     """
-    return _plain(settings, redacted=True)
+    return plain(settings, redacted=True)
 
 
 def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,29 +79,29 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     try:
         # An undecodable byte of a file name is a lone surrogate, and Python's escape of it is also JSON's.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            dump(_plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
+            dump(plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _plain(obj: Any, redacted: bool = False) -> Any:
-    """Only dict, list, str, int, bool, None and finite floats."""
+def plain(obj: Any, redacted: bool = False) -> Any:
+    """A copy of only dict, list, str, int, bool, None and finite floats; `redacted` as in `redact`."""
     if isinstance(obj, Enum):
-        return _plain(obj.value, redacted)
+        return plain(obj.value, redacted)
     if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float
-        return _plain(obj.tolist(), redacted)
+        return plain(obj.tolist(), redacted)
     if obj is None or isinstance(obj, bool | int):
         return obj
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
         kept = ((str(key), value) for key, value in obj.items())
-        return {key: _plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
+        return {key: plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
     if isinstance(obj, list | tuple | set | frozenset):
         items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
-        return [_plain(item, redacted) for item in items]
+        return [plain(item, redacted) for item in items]
     if not redacted:
         return str(obj)
     text = str(obj).replace(f"{Path.cwd()}{os.sep}", "")

@@ -1,0 +1,129 @@
+"""The output folder of an experiment: its plan, which runs are finished, and the room on its disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ..reporting.record import RUN_FILE, redact, write_json
+from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, differences, read_plan
+from .lock import RunLock
+
+GIGABYTE = 1e9
+
+
+def open_folder(experiment: Experiment, resume: bool) -> None:
+    """Writes plan.json into the output folder, or holds the plan against the one that is there.
+
+    Of a new experiment the file is created exclusively: a later process with an equal plan joins it, one with another
+    plan is refused. A continuation may add runs and change what is resumable.
+
+    Args:
+        experiment: what is asked for.
+        resume: whether to continue what is in the folder.
+
+    Raises:
+        ValueError: the folder holds something else, or nothing is left in it to be started.
+    """
+    folder = Path(experiment.output_dir)
+    old = earlier_plan(folder, resume) or create_plan(experiment)
+    if old is None:
+        return
+    check_same(old, experiment, folder)
+    folders = {run.key: run.folder for run in old.runs}
+    for run in experiment.runs:
+        if run.key in folders and run.folder != folders[run.key]:
+            raise ValueError(
+                f"{folder} has the run {run.key!r} in {folders[run.key]!r}, and this command would train it in "
+                f"{run.folder!r}: give --compare and --seeds as before, or choose another --output_dir."
+            )
+    if resume:
+        new = {run.key for run in experiment.runs}
+        kept = tuple(run for run in old.runs if run.key not in new)
+        write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=kept + experiment.runs).to_dict())
+        return
+    if {run.key for run in old.runs} != {run.key for run in experiment.runs}:
+        names = "; ".join(run.key for run in old.runs)
+        raise ValueError(
+            f"{folder} holds a comparison of other runs ({names}). Add runs to it with --resume_from_checkpoint last, "
+            "or choose another --output_dir."
+        )
+    if all(RunLock(experiment.folder(run)).started for run in experiment.runs):
+        raise ValueError(
+            f"output_dir {folder} is in use: all of its {len(old.runs)} runs have been started. Continue those that "
+            f"were interrupted with `hf-kd resume {folder}`, choose another --output_dir, or remove it."
+        )
+
+
+def continues(folder: str | os.PathLike, resume: bool | str) -> bool:
+    """Whether `resume` is True or a checkpoint in this folder; one of another folder starts a new run in this one."""
+    return resume is True or bool(resume and Path(resume).resolve().parent == Path(folder).resolve())
+
+
+def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
+    """The plan that is in an output folder already; None where the folder is empty or missing.
+
+    Raises:
+        ValueError: the folder is in use and has no plan, or there is nothing in it to resume.
+    """
+    folder = Path(folder)
+    old = read_plan(folder)
+    if old is None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir {folder} is in use and has no {PLAN_FILE}, so that it can't be continued: choose another "
+            "--output_dir, or remove it."
+        )
+    if old is None and resume:
+        raise ValueError(
+            f"there is no {PLAN_FILE} in {folder}, so there is nothing to resume: leave --resume_from_checkpoint out."
+        )
+    return old
+
+
+def create_plan(experiment: Experiment) -> Experiment | None:
+    """Creates plan.json if there is none, whole or not at all; returns the plan that another process created first."""
+    folder = Path(experiment.output_dir)
+    temporary = folder / f".{PLAN_FILE}.{os.getpid()}.new"
+    write_json(temporary, experiment.to_dict())
+    try:
+        os.link(temporary, folder / PLAN_FILE)  # unlike a rename it fails if the file is there
+    except FileExistsError:
+        return read_plan(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return None
+
+
+def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
+    """The record of a run that was trained to the end that the plan asks for; else None.
+
+    Raises:
+        ValueError: the record is that of another run.
+    """
+    file = experiment.folder(spec) / RUN_FILE
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text("utf-8"))
+    if "runs" in record or not record.get("plan"):
+        return None
+    there = Experiment.from_dict(record["plan"]).runs[0]
+    ours = Experiment.from_dict(redact(experiment.of(spec).to_dict())).runs[0]  # as the record keeps it
+    if differences(dataclasses.replace(there, schedule=ours.schedule), ours):
+        raise ValueError(f"{file} is the record of another run than {PLAN_FILE} says: move it elsewhere.")
+    return record if there.schedule == ours.schedule else None
+
+
+def check_disk(experiment: Experiment) -> None:
+    """Raises OSError where the file system of the output folder has less room than the plan says is needed."""
+    needed = (experiment.requirements or {}).get("disk_bytes") or 0
+    folder = Path(experiment.output_dir).absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{needed / GIGABYTE:.1f} GB are needed in {experiment.output_dir} and {free / GIGABYTE:.1f} GB are free: "
+            "choose another --output_dir, or keep fewer checkpoints with --save_total_limit 1 or --save_strategy no."
+        )

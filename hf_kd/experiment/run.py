@@ -1,0 +1,283 @@
+"""Carrying out a plan: every run that is to be trained, then the comparison, the cards and the push."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import set_seed
+from transformers.utils import logging
+
+from .. import hub
+from ..checkpointing import last_checkpoint
+from ..config import DistillationConfig
+from ..data import ImageData, load_data
+from ..losses import loss_source
+from ..models.student import load_student
+from ..models.teacher import Teacher, load_teacher
+from ..push import publish
+from ..reporting.card import write_card
+from ..reporting.collect import describe_model, make_record, write_record
+from ..reporting.curves import plot_curves
+from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
+from ..reporting.significance import verdicts
+from ..reporting.tables import comparison_table, teacher_row_of
+from ..spec import Experiment, RunSpec
+from ..trainer import DistillationTrainer
+from .folder import check_disk, continues, finished_record, open_folder
+from .lock import RunLock
+from .plan import data_arguments
+
+logger = logging.get_logger(__name__)
+
+
+def run(experiment: Experiment, resume: bool | str = False, token: str | None = None) -> list[dict]:
+    """Trains the runs of a plan, and writes models, records, curves and cards; pushes if the plan says so.
+
+    Args:
+        experiment: the plan.
+        resume: True: go on with each run from its newest complete checkpoint; a path: with the only run from that
+            checkpoint; False: train the runs that nobody has started.
+        token: for the Hub; default: the one that is logged in.
+
+    Returns:
+        The records of the finished runs, as far as they are known to this process.
+
+    Raises:
+        ValueError: the folder holds another experiment, or nothing is left to do in it.
+    """
+    configs = {r.key: DistillationConfig(**{**r.arguments(), **_here(experiment, r, token)}) for r in experiment.runs}
+    state = PartialState()
+    resume_here = continues(experiment.output_dir, resume)
+    if state.is_main_process:
+        check_disk(experiment)
+        open_folder(experiment, resume_here)
+    for spec in experiment.runs:
+        _check_loss(spec)
+    data, teacher, records = None, None, {}
+    for spec in experiment.runs:
+        folder = experiment.folder(spec)
+        lock, claim = RunLock(folder), [None]
+        if state.is_main_process:
+            claim = [_claim(experiment, spec, lock, resume_here)]
+        broadcast_object_list(claim)
+        if isinstance(claim[0], dict):
+            records[spec.key] = claim[0]
+        elif claim[0] == "train":
+            if data is None:
+                data = _load_data(experiment)
+                teacher = _load_teacher(experiment, data)
+            try:
+                checkpoint = last_checkpoint(folder) if resume is True else resume or None
+                measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
+                if resume and checkpoint is None:
+                    logger.warning(f"no checkpoint in {folder}: starting from the beginning")
+                record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint)
+                records[spec.key] = record
+            finally:
+                lock.release()
+    if state.is_main_process:
+        _conclude(experiment, records, token)
+    state.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
+    return list(records.values())
+
+
+def _check_loss(spec: RunSpec) -> None:
+    """The file of a loss of the user's own must be the one that the plan was made with."""
+    source = spec.loss.source
+    if source and (now := loss_source(spec.loss.name)) != source:
+        raise ValueError(
+            f"{source['path']} is not the file that the plan was made with (sha256 {source['sha256'][:12]} there, "
+            f"{(now or {}).get('sha256', 'missing')[:12]} here): restore it, or start again in another --output_dir."
+        )
+
+
+def _here(experiment: Experiment, spec: RunSpec, token: str | None) -> dict:
+    return {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
+
+
+def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | str:
+    """The record of a run that is finished; "train" where it is ours to train; "busy" otherwise."""
+    record = finished_record(experiment, spec)
+    if record and resume:
+        logger.warning(f"{spec.key}: already finished, see {experiment.folder(spec) / RUN_FILE}")
+    if record:
+        return record
+    if lock.acquire(new=not resume):
+        return "train"
+    if resume:
+        logger.warning(f"{spec.key} is being trained by {lock.holder()}: left to it")
+    return "busy"
+
+
+def _load_data(experiment: Experiment) -> ImageData:
+    data = load_data(**data_arguments(experiment.data))
+    if data.fingerprint != experiment.data.fingerprint:
+        raise ValueError(
+            f"the images of {experiment.data.id} are not those of the plan in {experiment.output_dir}: their "
+            f"fingerprint is {data.fingerprint[:16]}, there it is {str(experiment.data.fingerprint)[:16]}. Restore "
+            "the dataset, or start again in another --output_dir."
+        )
+    return data
+
+
+def _load_teacher(experiment: Experiment, data: ImageData) -> Teacher | None:
+    source = experiment.teacher
+    if source is None:
+        return None
+    return load_teacher(
+        source.id,
+        id2label=data.names,
+        class_map=source.class_map,
+        revision=source.commit or source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+
+
+def _train(
+    experiment: Experiment,
+    spec: RunSpec,
+    config: DistillationConfig,
+    data: ImageData,
+    teacher: Teacher | None,
+    teacher_metrics: dict | None,
+    checkpoint: str | None,
+) -> dict:
+    """Trains, evaluates and saves one student; returns its record."""
+    source = experiment.student
+    set_seed(spec.seed)  # the same initial weights for every loss
+    student, processor = load_student(
+        source.id,
+        id2label=data.names,
+        from_scratch=source.from_scratch,
+        image_size=source.image_size,
+        image_mean=source.image_mean,
+        image_std=source.image_std,
+        revision=source.commit or source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    trainer = DistillationTrainer(
+        student,
+        config,
+        teacher=teacher if "teacher_logits" in config.loss_class().requires else None,
+        eval_teacher=teacher,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=processor,
+        plan=experiment.of(spec),
+    )
+    if config.process_index == 0:
+        print(f"\n{spec.key}: {trainer.train_loss}")
+    if teacher is not None and teacher_metrics is None:
+        teacher_metrics = trainer.measure_teacher()
+    trainer.teacher_metrics = teacher_metrics
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()  # before anything else can go wrong
+    metrics = trainer.evaluate()
+    skipped = tuple(sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped))
+    if config.process_index:
+        return {"teacher_metrics": teacher_metrics}  # the record is the first process's
+    record = make_record(
+        trainer,
+        metrics,
+        data,
+        {"id": source.id, "from_scratch": source.from_scratch},
+        skipped,
+        name=spec.name,
+        settings={**_asked(experiment), **config.to_dict()},
+        command=experiment.command,
+        preset=experiment.preset,
+        teacher=teacher and describe_model(teacher.model, experiment.teacher.id, teacher.preprocessing.size),
+    )
+    write_record(record, config.output_dir)
+    return record
+
+
+def _asked(experiment: Experiment) -> dict:
+    """The plan's sources by the names of their options."""
+    student, teacher, data = experiment.student, experiment.teacher, experiment.data
+    values = {key: value for key, value in dataclasses.asdict(student).items() if key.startswith(("image_", "from_"))}
+    keys = ("train_split", "eval_split", "eval_fraction", "max_train_samples", "max_eval_samples")
+    return {
+        "student": student.id,
+        "student_revision": student.commit,
+        "teacher": teacher and teacher.id,
+        "teacher_revision": teacher and teacher.commit,
+        "class_map": teacher and teacher.class_map,
+        "dataset": data.id,
+        "dataset_revision": data.commit,
+        "dataset_config": data.config_name,
+        "trust_remote_code": student.trust_remote_code,
+        **values,
+        **{key: getattr(data, key) for key in keys},
+    }
+
+
+def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None) -> None:
+    """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them."""
+    records |= {
+        r.key: found for r in experiment.runs if r.key not in records and (found := finished_record(experiment, r))
+    }
+    missing = [r.key for r in experiment.runs if r.key not in records]
+    if missing:
+        print(
+            f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
+            f"follows when they are; go on with interrupted ones with: hf-kd resume {experiment.output_dir}"
+        )
+        return
+    runs = [records[r.key] for r in experiment.runs]
+    report(runs, [experiment.folder(r) for r in experiment.runs], Path(experiment.output_dir), experiment.command)
+    if experiment.push:
+        _push(experiment, token)
+
+
+def report(runs: list[dict], folders: list[Path], output_dir: Path, command: str | None) -> None:
+    """Prints the table and the verdicts, and writes the comparison and the cards.
+
+    Args:
+        runs: the records.
+        folders: where each run's record is.
+        output_dir: of the comparison.
+        command: the command line, for the record.
+    """
+    found = verdicts(runs)
+    print("\n" + comparison_table(runs, teacher_row_of(runs[0])))
+    for verdict in found:
+        print(f"\n{verdict['sentence']}")
+    if len(runs) > 1:
+        comparison = {"command": command, "runs": runs, "verdicts": found}
+        write_json(output_dir / RUN_FILE, redact(comparison))
+        plot_curves(runs, output_dir / CURVES_FILE)
+        brief = [{key: run.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for run in runs]
+        for run_, folder in zip(runs, folders, strict=True):
+            own = next((verdict for verdict in found if verdict["loss"] == run_["name"]), None)
+            own = own and {**own, "runs": brief}
+            if own != run_.get("verdict"):
+                run_ |= {"verdict": own, "command": redact({"command": command})["command"]}
+                write_json(folder / RUN_FILE, run_)
+    for folder in folders:
+        write_card(folder)
+    print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
+
+
+def _push(experiment: Experiment, token: str | None) -> None:
+    to = experiment.push
+    folder = str(Path(experiment.output_dir) / to["folder"])
+    try:
+        url = publish(folder, to["repo_id"], token=token, private=to["private"], revision=to["revision"])
+    except Exception as error:  # the model is safe on disk, and nothing that the Hub answers may hide that
+        branch = ["--revision", to["revision"]] if to["revision"] else []
+        private = ["--private"] if to["private"] else []
+        again = shlex.join(["hf-kd", "push", os.path.normpath(folder), to["repo_id"], *branch, *private])
+        print(
+            f"\nwarning: the push to {to['repo_id']} failed: {hub.user_message(error) or error}\n"
+            f"The model is in {folder}. Push it with: {again}",
+            file=sys.stderr,
+        )
+    else:
+        print(f"Pushed to {url}")

@@ -1,0 +1,158 @@
+"""Checkpoints are whole or not there, and the last one is of the course that the run took last."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_helpers import NAMES, rows, trainer_for
+
+from hf_kd.checkpointing import ABANDONED, STAGING, last_checkpoint
+from hf_kd.trainer import DistillationTrainer
+
+
+def steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
+
+
+def saving(folder, max_steps, **settings):
+    settings = {"save_strategy": "steps", "save_steps": 2, "loss": "ce"} | settings
+    return trainer_for(folder, "resnet", max_steps=max_steps, **settings)
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_going_back_and_on_resumes_from_there(tmp_path, caplog):
+    straight = saving(tmp_path, 8)
+    straight.train()
+    assert steps(tmp_path) == [2, 4, 6, 8] and not (tmp_path / STAGING).exists()
+    kept = (tmp_path / "checkpoint-8" / "optimizer.pt").read_bytes()
+    caplog.clear()
+    saving(tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
+    assert steps(tmp_path) == [2, 4] and steps(tmp_path / f"{ABANDONED}-1") == [4, 6, 8]
+    assert (tmp_path / f"{ABANDONED}-1" / "checkpoint-8" / "optimizer.pt").read_bytes() == kept
+    (message,) = (r.getMessage() for r in caplog.records if ABANDONED in r.getMessage())
+    assert "checkpoint-2: checkpoint-4, checkpoint-6, checkpoint-8 of an earlier one are now in" in message
+    again = saving(tmp_path, 8)
+    again.train(resume_from_checkpoint=True)
+    assert steps(tmp_path) == [2, 4, 6, 8]
+    for name, value in weights(again).items():
+        assert torch.equal(value, straight.model.state_dict()[name]), name
+
+
+def test_going_back_holds_although_nothing_was_saved_since(tmp_path):
+    saving(tmp_path, 6).train()
+    saving(tmp_path, 3, save_strategy="no").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+
+
+def test_a_training_that_starts_anew_keeps_what_was_there(tmp_path, caplog):
+    saving(tmp_path, 4).train()
+    saving(tmp_path, 2).train()
+    assert steps(tmp_path) == [2] and steps(tmp_path / f"{ABANDONED}-1") == [2, 4]
+    assert "this training starts from the beginning: checkpoint-2, checkpoint-4" in caplog.text
+    elsewhere = tmp_path / "elsewhere"
+    saving(elsewhere, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saving(tmp_path, 6).train(resume_from_checkpoint=str(elsewhere / "checkpoint-4"))  # not the course of the 2 here
+    assert steps(tmp_path) == [6] and steps(tmp_path / f"{ABANDONED}-2") == [2]
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoints import saving
+trainer = saving({folder!r}, 6)
+save = trainer._save_rng_state
+def killed(*args):
+    if trainer.state.global_step == 4:
+        os._exit(9)
+    return save(*args)
+trainer._save_rng_state = killed
+trainer.train()
+"""
+
+
+def test_a_run_killed_while_it_saves_leaves_no_half_checkpoint(tmp_path):
+    whole = saving(tmp_path / "whole", 6)
+    whole.train()
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "cut"))
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 9
+    assert steps(tmp_path / "cut") == [2]
+    assert (tmp_path / "cut" / STAGING / "checkpoint-4" / "model.safetensors").is_file()
+    resumed = saving(tmp_path / "cut", 6)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps(tmp_path / "cut") == [2, 4, 6] and not (tmp_path / "cut" / STAGING).exists()
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+
+
+def test_a_save_that_fails_keeps_the_last_checkpoint_and_cleans_up(tmp_path, monkeypatch):
+    trainer = saving(tmp_path, 4, save_total_limit=1)
+    save = DistillationTrainer._save_rng_state
+
+    def full(self, output_dir):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, output_dir)
+
+    monkeypatch.setattr(DistillationTrainer, "_save_rng_state", full)
+    with pytest.raises(OSError) as error:
+        trainer.train()
+    assert error.value.filename == str(tmp_path)
+    assert steps(tmp_path) == [2] and not (tmp_path / STAGING).exists()
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = saving(tmp_path, 8, evaluation=rows(12, seed=1), save_total_limit=2, **best)
+    accuracy = iter([0.2, 0.9, 0.4, 0.3])
+    evaluate, seen = trainer.evaluate, []
+
+    def measured(*args, **kwargs):
+        seen.append(steps(tmp_path))
+        return evaluate(*args, **kwargs) | {"eval_top1": next(accuracy)}
+
+    trainer.evaluate = measured
+    trainer.train()
+    assert seen == [[], [2], [2, 4], [4, 6]]
+    assert steps(tmp_path) == [4, 8]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    for step in (4, 8):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-4")
+
+
+def test_rotation_counts_only_this_course(tmp_path):
+    saving(tmp_path, 8).train()
+    resumed = saving(tmp_path, 6, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert steps(tmp_path) == [4, 6] and steps(tmp_path / f"{ABANDONED}-1") == [4, 6, 8]
+
+
+def test_saving_a_step_twice_replaces_it(tmp_path):
+    trainer = saving(tmp_path, 2)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "checkpoint-is-incomplete.txt").touch()  # of transformers' save on SIGTERM
+    trainer._save_checkpoint(trainer.model, None)
+    assert steps(tmp_path) == [2] and not (tmp_path / "checkpoint-2" / "checkpoint-is-incomplete.txt").exists()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not (tmp_path / STAGING).exists()
+
+
+def test_the_card_is_ours_when_transformers_asks_for_one(tmp_path, caplog):
+    trainer = saving(tmp_path, 1)
+    trainer.create_model_card(model_name="x")  # nothing to evaluate on, thus no record
+    assert "no card is written" in caplog.text and not (tmp_path / "README.md").exists()
+    trainer = saving(tmp_path, 1, evaluation=rows(12, seed=1))
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="x", tags=["y"])
+    card = (tmp_path / "README.md").read_text()
+    assert "hf_kd" in card and "generated_from_trainer" not in card
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["data"]["classes"] == len(NAMES) and f"{100 * record['metrics']['top1']:.2f}" in card

@@ -1,0 +1,303 @@
+"""The plan of an experiment: what it holds, what a continuation may change, and who trains a run."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+from cli_helpers import REPOSITORY, distill
+from tiny import tiny
+
+from hf_kd import DistillationConfig
+from hf_kd.cli import main
+from hf_kd.cli.arguments import command_to_record, parse
+from hf_kd.experiment.folder import check_disk
+from hf_kd.experiment.launcher import check_processes
+from hf_kd.experiment.lock import RunLock
+from hf_kd.experiment.plan import plan
+from hf_kd.spec import Experiment, check_same, differences, read_plan, run_spec
+
+
+def config(folder="out", **values):
+    values = {"loss": "ce", "use_cpu": True, "report_to": "none", "lr_scheduler_type": "constant"} | values
+    return DistillationConfig(str(folder), **values)
+
+
+def experiment(**values):
+    spec = run_spec(config(**values))
+    return Experiment.from_dict(Experiment(output_dir="out", runs=(spec,)).to_dict())
+
+
+def run_json(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+# ---- the specification ----
+
+
+def test_a_plan_survives_its_file():
+    plan_ = experiment(loss="nkd", loss_kwargs={"gamma": 0.5}, lr_step_epochs=[1.0], optim_args="momentum=0.9")
+    assert Experiment.from_dict(json.loads(json.dumps(plan_.to_dict()))) == plan_
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan_.runs[0].seed = 1
+    with pytest.raises(ValueError, match="schema version 0"):
+        Experiment.from_dict(plan_.to_dict() | {"schema_version": 0})
+
+
+def test_a_run_is_trained_with_what_its_spec_says():
+    asked = config(
+        loss="uskd", loss_kwargs={"beta": 0.3}, warmup_steps=0.1, label_smoothing_factor=0.1, seed=7, eval_steps=5,
+        eval_strategy="steps", bf16=True, mixup_alpha=0.2, hub_token="hf_" + "x" * 34,
+    )  # fmt: skip
+    spec = run_spec(asked)
+    again = DistillationConfig(**spec.arguments()).to_dict()
+    before = asked.to_dict() | {"loss_kwargs": again["loss_kwargs"]}
+    assert {k: v for k, v in again.items() if "token" not in k} == {
+        k: v for k, v in before.items() if "token" not in k
+    }
+    assert spec.loss.hyperparameters["beta"] == 0.3 and "x" * 34 not in str(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1.0}, "learning_rate (5e-05 there, 1.0 here)"),
+        ({"loss": "nkd"}, "loss.name (ce there, nkd here)"),
+        ({"loss_kwargs": {"weight": 2.0}}, "loss.hyperparameters.weight (1.0 there, 2.0 here)"),
+        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size (8 there, 3 here)"),
+        ({"augment": "flip"}, "augment (resized_crop there, flip here)"),
+        ({"seed": 1}, "seed (42 there, 1 here)"),
+        ({"num_train_epochs": 1}, "can't be shorter"),
+    ],
+)
+def test_a_continuation_that_would_train_otherwise_is_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_same(experiment(), experiment(**change), "out")
+
+
+@pytest.mark.parametrize(
+    "change", [{"logging_steps": 7}, {"save_total_limit": 3}, {"dataloader_num_workers": 2}, {"num_train_epochs": 9}]
+)
+def test_what_does_not_change_the_past_is_free(change):
+    assert differences(experiment(), experiment(**change)) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "free"),
+    [
+        ({"lr_scheduler_type": "cosine"}, False),
+        ({"lr_scheduler_type": "linear"}, False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}, True),
+        ({"lr_scheduler_type": "cosine", "lr_step_epochs": [1.0]}, True),
+    ],
+)
+def test_more_epochs_only_where_the_past_does_not_depend_on_them(schedule, free):
+    found = differences(experiment(**schedule), experiment(**schedule, num_train_epochs=9))
+    assert (found == []) == free
+    assert free or "depends on the length of training" in found[0]
+
+
+# ---- planning ----
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--compare", "ce,nkd", "--teacher", things / "teacher", "--seeds", "1", "2", "--output_dir", out]
+    assert distill(things, *more, "--dry_run") == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "48 images to train on",
+        "24 to evaluate on",
+        "6 classes",
+        "6 steps a run of 16 images",
+        "32 px",
+        "GB",
+    ):
+        assert text in printed, text
+    assert [name in printed for name in ("ce, seed 1", "nkd, seed 2")] == [True, True]
+    assert not out.exists()
+
+
+def test_the_plan_holds_what_the_run_depends_on(things, tmp_path):
+    model, processor = tiny("vit", size=48, names=[f"class {i}" for i in range(6)])
+    model.save_pretrained(tmp_path / "large"), processor.save_pretrained(tmp_path / "large")
+    argv = ["--config", str(things / "config.yaml"), "--loss", "nkd", "--teacher", str(tmp_path / "large")]
+    plan_ = plan(*parse([*argv, "--output_dir", str(tmp_path / "out")]), "hf-kd distill")
+    assert plan_.train_image_size == 48 and plan_.runs[0].settings["train_image_size"] == 48
+    assert (plan_.data.train_size, plan_.data.eval_size, len(plan_.data.classes)) == (48, 24, 6)
+    assert plan_.data.fingerprint and plan_.teacher.id == str(tmp_path / "large")
+    assert plan_.requirements["steps"] == 6 and plan_.requirements["disk_bytes"] > 4 * plan_.requirements["parameters"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_is_an_error_before_the_start(things, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    assert distill(things, "--output_dir", tmp_path / "out") == 1
+    assert "GB are free: choose another --output_dir" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    check_disk(Experiment(output_dir=str(tmp_path)))  # a plan that knows no size asks for none
+
+
+def test_no_token_is_recorded():
+    token = "hf_" + "x" * 34
+    argv = ["--student", "a/b", "--hub_token", token, f"--hub_token={token}", "--push_to_hub", "--loss", "ce"]
+    assert command_to_record(argv) == ["--student", "a/b", "--loss", "ce"]
+
+
+# ---- resuming ----
+
+
+def test_an_unfinished_run_is_continued_as_what_it_was(things, tmp_path, capsys):
+    """Cut off, then asked to go on as something else; then from its plan alone, without a further argument."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert distill(things, "--output_dir", out, "--loss", "uskd") == 0
+    before = run_json(out)
+    (out / "run.json").unlink()
+    for folder in out.glob("checkpoint-*"):
+        if folder.name != "checkpoint-3":
+            folder.rename(tmp_path / folder.name)
+    more = ["--output_dir", out, "--resume_from_checkpoint", "last", "--loss", "ce", "--learning_rate", "0.1"]
+    capsys.readouterr()
+    assert distill(things, *more, "--seed", "3") == 1
+    error = capsys.readouterr().err
+    for text in (
+        "loss.name (uskd there, ce here)",
+        "learning_rate (0.001 there, 0.1 here)",
+        "seed (42 there, 3 here)",
+    ):
+        assert text in error
+    hint = re.search("`(hf-kd resume [^`]+)`", error)[1]
+    assert main(shlex.split(hint)[1:]) == 0
+    assert run_json(out)["metrics"] == before["metrics"]
+    assert distill(things, "--output_dir", whole, "--resume_from_checkpoint", "last") == 1
+    assert "nothing to resume" in capsys.readouterr().err
+    assert main(["resume", str(tmp_path / "nowhere")]) == 1
+    assert "there is no plan.json" in capsys.readouterr().err
+
+
+def test_the_record_has_the_plan_without_paths(things, tmp_path):
+    out = tmp_path / "out"
+    assert distill(things, "--output_dir", out) == 0
+    record, plan_ = run_json(out), read_plan(out)
+    assert record["plan"]["data"]["fingerprint"] == plan_.data.fingerprint
+    assert plan_.student.id == str(things / "student") and record["plan"]["student"]["id"] == "student"
+
+
+def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--compare", '{"a": {"loss": "ce"}, "b": {"loss": "ce"}}', "--output_dir", out]
+    argv = ["--config", str(things / "config.yaml"), *map(str, more)]
+    out.mkdir()
+    (out / "plan.json").write_text(json.dumps(plan(*parse(argv)).to_dict()))
+    (out / "a").mkdir()
+    holder = hold(out / "a")  # another process trains it
+    try:
+        assert distill(things, *more, "--learning_rate", "7") == 1
+        assert "learning_rate (0.001 there, 7.0 here)" in capsys.readouterr().err
+        assert distill(things, *more) == 0
+        assert "1 of 2 runs are not finished: a, seed 42" in capsys.readouterr().out
+        assert (out / "b" / "run.json").is_file() and not (out / "a" / "run.json").exists()
+        assert distill(things, *more) == 1
+        error = capsys.readouterr().err
+        assert "all of its 2 runs have been started" in error
+        assert main(["resume", str(out)]) == 0  # not while it is being trained
+        assert not (out / "a" / "run.json").exists()
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    hint = re.search("`(hf-kd resume [^`]+)`", error)[1]
+    assert main(shlex.split(hint)[1:]) == 0
+    runs = run_json(out)["runs"]
+    assert [run["name"] for run in runs] == ["a", "b"] and runs[0]["metrics"] == runs[1]["metrics"]
+
+
+def hold(folder):
+    """A process that holds the lock of a run, and a child of it, as a loader's worker, that outlives it."""
+    code = f"""
+import os, sys, time
+from hf_kd.experiment.lock import RunLock
+assert RunLock({str(folder)!r}).acquire(new=True)
+read, write = os.pipe()
+if os.fork() == 0:
+    os.close(1), os.close(2)
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path):
+    holder = hold(tmp_path)
+    lock = RunLock(tmp_path)
+    assert lock.started and not lock.acquire(new=False) and not lock.acquire(new=True)
+    assert f"process {holder.pid} on " in lock.holder()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert lock.acquire(new=False)
+    lock.release()
+    assert not RunLock(tmp_path).acquire(new=True)  # somebody started it once
+
+
+def test_without_locks_of_the_file_system_the_process_id_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_kd.experiment.lock.fcntl", None)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert first.acquire(new=True) and not second.acquire(new=False)
+    text = json.loads(second.file.read_text())
+    second.file.write_text(json.dumps(text | {"pid": 2**22 + 1}))  # beyond what Linux gives out
+    assert second.acquire(new=False)
+    second.file.write_text(json.dumps(text | {"host": "elsewhere"}))
+    assert not RunLock(tmp_path).acquire(new=False)
+
+
+# ---- the launcher ----
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(monkeypatch):
+    check_processes(config())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"2 processes were asked for, and this runs one.*--multi_gpu --num_processes 2"
+    ):
+        check_processes(types.SimpleNamespace(world_size=1))
+
+
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused(things, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += [
+        "examples/run_distill.py",
+        "--config",
+        str(things / "config.yaml"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ)
+    assert done.returncode != 0
+    assert "error: 2 processes were asked for, and this runs one." in done.stderr
+    assert "--multi_gpu --num_processes 2 examples/run_distill.py" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the same images for every run ----
+
+
+def test_kd_of_weight_0_is_cross_entropy_with_a_larger_teacher(things, tmp_path):
+    model, processor = tiny("resnet", size=48, names=[f"class {i}" for i in range(6)])
+    model.save_pretrained(tmp_path / "large"), processor.save_pretrained(tmp_path / "large")
+    spec = '{"ce": {}, "kd": {"weight": 0.0}}'
+    more = ["--compare", spec, "--teacher", tmp_path / "large", "--augment", "resized_crop", "--mixup_alpha", "0.2"]
+    assert distill(things, *more, "--output_dir", tmp_path / "out", "--num_train_epochs", "1") == 0
+    ce, kd = run_json(tmp_path / "out")["runs"]
+    assert ce["metrics"] == kd["metrics"]
+    weights = [(tmp_path / "out" / name / "model.safetensors").read_bytes() for name in ("ce", "kd")]
+    assert weights[0] == weights[1]
