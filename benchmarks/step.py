@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing
-from hf_kd.data import ImageCollator, ImageDataset
+from hf_kd.data import ImageDataset, TrainingCollator
 from hf_kd.reporting.record import collect_versions
 
 CLASSES = 1000
@@ -89,7 +89,7 @@ def by_hand(args, data):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     loader = DataLoader(
-        ImageDataset(data, "image", "label"), args.batch, shuffle=True, collate_fn=ImageCollator(size=args.size)
+        ImageDataset(data, "image", "label"), args.batch, shuffle=True, collate_fn=TrainingCollator(size=args.size)
     )
 
     def run() -> list[float]:

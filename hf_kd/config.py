@@ -57,17 +57,20 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
     )
     augment: str = field(
-        default="resized_crop",
+        default="",
         metadata={
-            "help": f"Training augmentation of images that come without one: {', '.join(AUGMENTS)}. pad_crop is the "
-            "CIFAR standard, resized_crop ImageNet's, deit adds RandAugment and random erasing."
+            "help": f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, "
+            "resized_crop ImageNet's, deit adds RandAugment and random erasing. Default: resized_crop."
         },
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: off. DeiT uses 0.8."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off. DeiT uses 1.0."})
     train_image_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels of the shared training image. Default: the larger of student and teacher."},
+        metadata={
+            "help": "Side in pixels to which every training image is brought, the same for all runs of a comparison. "
+            "Default: the largest of student, teacher and evaluation teacher."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
@@ -108,6 +111,8 @@ class DistillationConfig(TrainingArguments):
         if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser names no argument
             self.loss_kwargs = read_json("loss_kwargs", self.loss_kwargs)
         self.build_loss()
+        self.augment_given = bool(self.augment)  # the default is not refused where it cannot apply
+        self.augment = self.augment or "resized_crop"
         if self.augment not in AUGMENTS:
             raise ValueError(f"augment={self.augment!r} is unknown; there are: {', '.join(AUGMENTS)}.")
         if self.remove_unused_columns:

@@ -1,14 +1,28 @@
-"""Class names: which class of one list is which of another."""
+"""Class names and class mappings: of which classes of one list each class of another is made."""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import re
+import shlex
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+_WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
+_SHOWN = 8  # names in a message
 
 
-def label_maps(names: list[str] | dict[int, str]) -> dict:
+def label_maps(names: Sequence[str] | Mapping[int, str]) -> dict:
     """`id2label` and `label2id` of a config, from class names in order (or an id2label)."""
-    id2label = {int(i): str(n) for i, n in (names.items() if isinstance(names, dict) else enumerate(names))}
+    id2label = {int(i): str(n) for i, n in (names.items() if isinstance(names, Mapping) else enumerate(names))}
     if sorted(id2label) != list(range(len(id2label))):
         raise ValueError(f"id2label must number its {len(id2label)} classes from 0 on, it has {sorted(id2label)[:8]}.")
     id2label = dict(sorted(id2label.items()))
@@ -22,75 +36,304 @@ def name_classes(config, id2label) -> None:
         config.label_names = list(config.id2label.values())
 
 
-def _key(name: str) -> str:
-    """Class names are compared without regard to case, underscores, hyphens and surrounding space."""
-    return re.sub(r"[\s_\-]+", " ", str(name)).strip().casefold()
+def are_placeholders(names: Mapping[int, str]) -> bool:
+    """Whether these are what transformers calls the classes of a model that names none."""
+    return all(name == f"LABEL_{i}" for i, name in names.items())
 
 
-def match_classes(teacher_names: dict[int, str], student_names: dict[int, str], class_map=None) -> list[int]:
-    """For each class of the student, the teacher's index of it.
+@dataclass(frozen=True)
+class ClassMapping:
+    """Of which source classes (a teacher's, a checkpoint's) each target class (the data's) is made.
+
+    Attributes:
+        members: for each target class, the indices of its source classes; no source class is in two.
+        source_names, target_names: the class names in label order.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    source_names: tuple[str, ...]
+    target_names: tuple[str, ...]
+
+    @classmethod
+    def between(cls, source, target, class_map=None) -> ClassMapping:
+        """The mapping from the source's classes to the target's.
+
+        Without `class_map`, and for what a dict leaves out, classes are matched by name: the whole name, else the
+        WordNet id (known for ImageNet's classes in their usual order, whatever they are called), else one of the
+        synonyms that ImageNet's names list, if one class alone has it. Case, underscores and hyphens do not count.
+
+        Args:
+            source, target: class names in label order, or an id2label.
+            class_map: `"by_index"` (the i-th is the i-th), a list with an entry for each target class, a dict from
+                target names to entries, or what `read_class_map` reads these from. An entry is the name, the WordNet
+                id or the index of a source class, or a list of these, whose probabilities are added.
+
+        Raises:
+            ValueError: classes that are not found, are found several times, or would be used twice; with their names
+                and a `class_map` that can be typed.
+        """
+        source, target = (tuple(label_maps(names)["id2label"].values()) for names in (source, target))
+        class_map = read_class_map(class_map)
+        if class_map == "by_index" and len(source) != len(target):
+            try:
+                hint = cls.between(source, target) and "leave class_map out: all classes are found by name."
+            except ValueError as error:
+                hint = str(error)
+            raise ValueError(
+                f'class_map="by_index" needs equal counts, the teacher has {len(source)} classes, the data '
+                f"{len(target)}: {hint}"
+            )
+        # Names that occur twice are no question in two equal lists.
+        if class_map == "by_index" or (class_map is None and [*map(_key, source)] == [*map(_key, target)]):
+            return cls(tuple((i,) for i in range(len(source))), source, target)
+        place = {_key(name): i for i, name in enumerate(target)}
+        if isinstance(class_map, (list, tuple)):
+            if len(class_map) != len(target):
+                raise ValueError(
+                    f"class_map needs an entry for each of {len(target)} classes, it has {len(class_map)}."
+                )
+            mapped = dict(enumerate(class_map))
+        else:
+            mapped = {place.get(_key(name), str(name)): entry for name, entry in (class_map or {}).items()}
+        unknown = [name for name in mapped if isinstance(name, str)]
+        if unknown:
+            raise ValueError(
+                f"class_map names {len(unknown)} classes that the data does not have: {unknown[:_SHOWN]}; "
+                f"it has {list(target)[:_SHOWN]}."
+            )
+        entries = [mapped.get(i, name) for i, name in enumerate(target)]
+        entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+        for item in chain.from_iterable(entry or [entry] for entry in entries):
+            if type(item) not in (int, str) or (type(item) is int and not 0 <= item < len(source)):
+                raise ValueError(f"class_map has {item!r}, which is no name and no index in [0, {len(source)}).")
+        of_text = iter(_candidates(source, [item for item in chain(*entries) if isinstance(item, str)]))
+        found = [[(e, next(of_text) if isinstance(e, str) else [e]) for e in entry] for entry in entries]
+        members = [tuple(dict.fromkeys(i[0] for _, i in items if len(i) == 1)) for items in found]
+        counts = Counter(chain(*members))
+        done = [
+            all(len(i) == 1 for _, i in items) and all(counts[i] == 1 for i in indices)
+            for items, indices in zip(found, members, strict=True)
+        ]
+        if not all(done):
+            shared = [target[i] for i, indices in enumerate(members) if any(counts[j] > 1 for j in indices)]
+            raise ValueError(_unmatched(source, target, mapped, found, done, shared))
+        return cls(tuple(members), source, target)
+
+    @functools.cached_property
+    def rows(self) -> list[int] | None:
+        """The source index of each target class; None if a class is made of several."""
+        return [m[0] for m in self.members] if all(len(m) == 1 for m in self.members) else None
+
+    @property
+    def kind(self) -> str:
+        """identity, permutation, subset (some source classes are left out) or many-to-one."""
+        if self.rows is None:
+            return "many-to-one"
+        if len(self.rows) < len(self.source_names):
+            return "subset"
+        return "identity" if self.rows == sorted(self.rows) else "permutation"
+
+    @functools.cached_property
+    def index(self) -> torch.Tensor:
+        """int64 `(targets, most members)`; a class of fewer members is filled up with the count of source classes."""
+        width, blank = max(map(len, self.members)), len(self.source_names)
+        return torch.tensor([[*m, *[blank] * (width - len(m))] for m in self.members])
+
+    def apply(self, logits: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `(B, targets)` from the source's `(B, sources)`.
+
+        Of a permutation they are the very same numbers. Else they are log-probabilities at temperature 1, that of a
+        class the logsumexp of its members'; softmax renormalises them over the classes that are kept.
+
+        Args:
+            index: `self.index` on the device of `logits`, where it is kept there.
+        """
+        index = self.index.to(logits.device) if index is None else index
+        if self.kind in ("identity", "permutation"):
+            return logits.index_select(1, index[:, 0])
+        return F.pad(logits.log_softmax(1), (0, 1), value=-torch.inf)[:, index].logsumexp(2)
+
+    def dropped_mass(self, mapped: torch.Tensor) -> torch.Tensor:
+        """`(B,)` in [0, 1]: the probability of the source classes that are left out, from what `apply` gave."""
+        if sum(map(len, self.members)) == len(self.source_names):
+            return mapped.new_zeros(len(mapped))
+        return -torch.expm1(mapped.logsumexp(1)).clamp(max=0)
+
+    def describe(self) -> dict:
+        """For the record: the kind, both counts, and (unless it is the identity) `[target, {index: source}]` pairs."""
+        text = {"kind": self.kind, "source_classes": len(self.source_names), "target_classes": len(self.target_names)}
+        parts = [{i: self.source_names[i] for i in indices} for indices in self.members]
+        pairs = [list(pair) for pair in zip(self.target_names, parts, strict=True)]
+        return text if self.kind == "identity" else {**text, "classes": pairs}
+
+
+def read_class_map(value):
+    """A class map as `ClassMapping.between` takes it: None, `"by_index"`, a list or a dict.
 
     Args:
-        teacher_names, student_names: id2label of each.
-        class_map: where names alone don't do: `"by_index"` (the i-th class is the i-th class), a list with the
-            teacher's index for each class of the student, or a dict from student names to teacher names.
+        value: one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one.
 
     Raises:
-        ValueError: unequal counts, unmatched or ambiguous names; with numbers, names and the way out.
+        ValueError: it is none of these.
     """
-    n_teacher, n_student = len(teacher_names), len(student_names)
-    way_out = 'pass class_map= ("by_index", the list of the teacher\'s indices, or a dict {student: teacher} of names)'
-    if isinstance(class_map, (list, tuple)):
-        order = [int(i) for i in class_map]
-        if len(order) != n_student or len(set(order)) != n_student or not all(0 <= i < n_teacher for i in order):
-            raise ValueError(
-                f"class_map must list {n_student} different teacher indices in [0, {n_teacher}), one for each class "
-                f"of the student; it has {len(order)} ({len(set(order))} different)."
-            )
-        return order
-    if n_teacher != n_student:
-        raise ValueError(f"the teacher has {n_teacher} classes, the student {n_student}: {way_out}.")
-    if class_map == "by_index":
-        return list(range(n_student))
-    if class_map is not None and not isinstance(class_map, dict):
-        raise ValueError(f"class_map={class_map!r} is not understood: {way_out}.")
-    renamed = {_key(k): _key(v) for k, v in (class_map or {}).items()}
-    unknown = sorted(renamed.keys() - {_key(name) for name in student_names.values()})
-    if unknown:
-        raise ValueError(f"class_map renames {len(unknown)} classes that the student does not have: {unknown[:8]}.")
-    wanted = [renamed.get(_key(student_names[i]), _key(student_names[i])) for i in range(n_student)]
-    if wanted == [_key(teacher_names[i]) for i in range(n_student)]:  # names that occur twice are no question then
-        return list(range(n_student))
-    index: dict[str, int] = {}
-    for i, name in teacher_names.items():
-        index.setdefault(_key(name), int(i))
-    missing = [student_names[i] for i, key in enumerate(wanted) if key not in index]
-    if missing:
-        theirs = [teacher_names[index[key]] for key in sorted(index.keys() - set(wanted))]
+    if value is None or value == "by_index" or not isinstance(value, (str, os.PathLike)):
+        return value
+    import yaml
+
+    path = Path(value).expanduser()
+    try:
+        if str(value).lstrip().startswith(("{", "[")):
+            return json.loads(value)
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except json.JSONDecodeError as error:
+        raise ValueError(f"class_map is not valid JSON ({error}): {value}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"class_map: {path} cannot be read as YAML or JSON: {error}") from error
+    except OSError as error:
         raise ValueError(
-            f"{len(missing)} of the student's {n_student} classes have no class of that name in the teacher: "
-            f"{missing[:8]}; the teacher's unmatched ones: {theirs[:8]}. Check that both know the same classes, or "
-            f"{way_out}."
-        )
-    order = [index[key] for key in wanted]
-    double = [student_names[order.index(i)] for i, n in Counter(order).items() if n > 1]
-    if double:
-        raise ValueError(f"class names are not unique, so they can't be matched: {double[:8]}; {way_out}.")
-    return order
+            f"class_map={value!r} is not understood: it is not by_index, not JSON, and there is no file {path} "
+            f"(seen from {os.getcwd()})."
+        ) from error
+    if not isinstance(read, (list, dict)):
+        raise ValueError(f"class_map: {path} holds no list and no mapping of classes, but {read!r:.80}.")
+    return read
+
+
+def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
+    """Which rows of a checkpoint's classification head are for the classes of the data.
+
+    A class that the checkpoint knows keeps its row. Where it does not know all and the counts are equal, the other
+    classes take the other rows in order, under their new names.
+
+    Returns:
+        `(rows, renamed)`: the row of each class, or None if the head must be new; the count of new names.
+    """
+    source, target = (list(label_maps(x)["id2label"].values()) for x in (own, names))
+    if are_placeholders(own):
+        return (list(range(len(target))) if len(source) == len(target) else None), 0
+    try:
+        return ClassMapping.between(source, target).rows, 0
+    except ValueError:
+        if len(source) != len(target):
+            return None, 0
+    found = [indices[0] if len(indices) == 1 else None for indices in _candidates(source, target)]
+    found = [i if found.count(i) == 1 else None for i in found]
+    others = iter(sorted(set(range(len(source))) - set(found)))
+    return [next(others) if i is None else i for i in found], found.count(None)
 
 
 def check_class_order(data: list[str], student: dict[int, str]) -> None:
     """The i-th class of the data must be the student's i-th: else it learns, and is saved with, wrong names."""
-    if len(student) == len(data) and all(name == f"LABEL_{i}" for i, name in student.items()):
-        return  # a student without names of its own
-    way_out = "load the student with load_student(..., id2label=names), names in the order of the data"
+    if len(student) == len(data) and are_placeholders(student):
+        return
+    hint = "load the student with load_student(..., id2label=names), names in the order of the data"
     try:
-        order = match_classes(student, dict(enumerate(data)))
-    except ValueError as error:
+        rows = ClassMapping.between(student, data).rows if len(student) == len(data) else None
+    except ValueError:
+        rows = None
+    if rows is None:
         differ = [(data[i], student.get(i)) for i in range(len(data)) if data[i] != student.get(i)][:5]
         raise ValueError(
             f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in {differ}: "
-            f"{way_out}."
-        ) from error
-    if order != list(range(len(data))):
-        raise ValueError(f"data and student have the same classes in another order: {way_out}.")
+            f"{hint}."
+        )
+    if rows != list(range(len(data))):
+        raise ValueError(f"data and student have the same classes in another order: {hint}.")
+
+
+def _key(name) -> str:
+    """Class names are compared without regard to case, underscores, hyphens and surrounding space."""
+    return re.sub(r"[\s_\-]+", " ", str(name)).strip().casefold()
+
+
+@functools.cache
+def _imagenet(subset: str = "imagenet-1k"):
+    from timm.data import ImageNetInfo  # which takes seconds
+
+    return ImageNetInfo(subset)
+
+
+def _synonyms(name: str) -> set[str]:
+    """Keys of all that "tench, Tinca tinca: a fish", "n01440764" or "n01440764-tench" call their class."""
+    wordnet = _WORDNET_ID.match(name)
+    if wordnet:
+        try:
+            lemmas = _imagenet().label_name_to_description(wordnet.group())
+        except KeyError:  # no class of any ImageNet
+            lemmas = ""
+        name = f"{name[wordnet.end() :]},{lemmas}"
+    return {_key(word) for word in name.partition(":")[0].split(",")} - {""}
+
+
+def _wordnet_ids(names: Sequence[str]) -> list[str | None]:
+    """The WordNet id that each name starts with, or by its place where the names are an ImageNet's in its order."""
+    ids = [match and match.group() for match in map(_WORDNET_ID.match, names)]
+    if len(names) >= 1000 and not any(ids):
+        from timm.data import infer_imagenet_subset
+
+        subset = infer_imagenet_subset({"num_classes": len(names)})
+        expected = _imagenet(subset).label_descriptions() if subset else []
+        same = [not _synonyms(a).isdisjoint(_synonyms(b)) for a, b in zip(names, expected, strict=False)]
+        if sum(same) > len(names) / 2:  # of classes in another order it is next to none
+            ids = [i if agrees else None for i, agrees in zip(_imagenet(subset).label_names(), same, strict=True)]
+    return ids
+
+
+def _positions(groups) -> dict:
+    """For each key its places in a sequence of groups of keys."""
+    places: dict = {}
+    for i, group in enumerate(groups):
+        for key in group:
+            places.setdefault(key, []).append(i)
+    return places
+
+
+def _candidates(source: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """For each name the source classes that it may mean: one, if it is found."""
+    by_name = _positions([_key(name)] for name in source)
+    found = [by_name.get(_key(name), []) for name in names]
+    if all(len(indices) == 1 for indices in found) and len({i for (i,) in found}) == len(names):
+        return found
+    ids: list = [None] * len(names)
+    if min(len(source), len(names)) >= 1000 or any(map(_WORDNET_ID.match, chain(source, names))):
+        ids, by_id = _wordnet_ids(names), _positions([i] for i in _wordnet_ids(source))
+    by_word, counts = _positions(map(_synonyms, source)), Counter(map(_key, names))
+    for i, name in enumerate(names):
+        if (len(found[i]) != 1 or counts[_key(name)] > 1) and ids[i] and ids[i] in by_id:
+            found[i] = by_id[ids[i]]
+        elif not found[i]:
+            found[i] = sorted(set(chain.from_iterable(by_word.get(word, []) for word in _synonyms(name))))
+    return found
+
+
+def _unmatched(source, target, mapped: dict, found: list[list], done: list[bool], shared: list[str]) -> str:
+    """The message about classes that are not matched, with ways to say which is which that work as they stand."""
+    missing = [item for item, indices in chain(*found) if not indices]
+    several = {item: indices[:_SHOWN] for item, indices in chain(*found) if len(indices) > 1}
+    used = {i for items, sure in zip(found, done, strict=True) if sure for _, indices in items for i in indices}
+    free = [i for i in range(len(source)) if i not in used]
+    todo = [i for i, sure in enumerate(done) if not sure]
+    parts = []
+    if missing:
+        parts.append(
+            f"{len(missing)} of the data's {len(target)} classes have no class of that name in the teacher: "
+            f"{missing[:_SHOWN]}; the teacher's unmatched ones: {[source[i] for i in free[:_SHOWN]]}"
+        )
+    if several:
+        parts.append(f"the teacher has several classes of the name: {dict(list(several.items())[:_SHOWN])}")
+    if shared:
+        parts.append(f"names are not unique, one class of the teacher would be that of {shared[:_SHOWN]}")
+    if len(todo) > len(free):
+        parts.append(f"it has {len(source)} classes, too few: use a teacher that knows the data's {len(target)}")
+        return f"{'; '.join(parts)}."
+    ways = ['"by_index" (--class_map by_index)'] if len(source) == len(target) else []
+    if len(todo) <= _SHOWN and len(set(map(_key, target))) == len(target):
+        names, guess = Counter(map(_key, source)), dict(mapped)
+        for i in todo:
+            j = next((j for _, indices in found[i] for j in indices if j in free), free[0])
+            guess[i] = source[j] if names[_key(source[j])] == 1 else j
+            free.remove(j)
+        text = json.dumps({target[i]: entry for i, entry in guess.items()}, ensure_ascii=False)
+        ways.insert(0, f"{text} (--class_map {shlex.quote(text)})")
+    ways.append("a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)")
+    return f"{'; '.join(parts)}. Say which class is which with class_map={', '.join(ways)}."

@@ -62,6 +62,8 @@ class DataSource:
     eval_size: int | None = None
     classes: list[str] | None = None
     fingerprint: str | None = None
+    split_sizes: dict[str, int] | None = None
+    split_fingerprints: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train and with which learning rate. The length may grow where the past does not depend on it."""
+    """How long to train and with which learning rate. The length may change where the past does not depend on it."""
 
     num_train_epochs: float
     max_steps: int
@@ -274,9 +276,7 @@ def _schedule_differences(old: Schedule, new: Schedule) -> list[str]:
         a, b = pairs[key]
         if a == b:
             continue
-        if b < a:
-            found.append(_difference(key, a, b) + ": a continuation can't be shorter")
-        elif not new.past_is_fixed:
+        if not new.past_is_fixed:
             found.append(
                 _difference(key, a, b)
                 + f": with lr_scheduler_type={new.lr_scheduler_type} and warmup_steps={new.warmup_steps:g} the "
@@ -311,7 +311,8 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
     """Refuses to go on from a checkpoint of another run.
 
     Raises:
-        ValueError: the folder of the checkpoint has no plan, or another one; with what differs.
+        ValueError: the folder of the checkpoint has no plan, or another one, with what differs; or the checkpoint is
+            further than the plan goes.
     """
     folder = Path(checkpoint).absolute().parent
     old = read_plan(folder)
@@ -321,6 +322,13 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
             f"new run from its weights, load them: load_student({str(checkpoint)!r}), or --student {checkpoint}."
         )
     check_same(old, plan, folder)
+    state, schedule = json.loads(Path(checkpoint, "trainer_state.json").read_text()), plan.runs[0].schedule
+    done, length = state["epoch"], schedule.num_train_epochs
+    if schedule.max_steps > 0:
+        done, length = state["global_step"], schedule.max_steps
+    if done > length:
+        what = "max_steps" if schedule.max_steps > 0 else "num_train_epochs"
+        raise ValueError(f"{checkpoint} is at {done:g}, beyond {what}={length:g}: go on from an earlier checkpoint.")
 
 
 def read_plan(folder: str | os.PathLike) -> Experiment | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.transforms import v2
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
@@ -20,7 +19,15 @@ from ._compat import check_upstream
 from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig
-from .data import ImageCollator, ImageDataset, Mixer, as_image_dataset, build_transform
+from .data import (
+    EvaluationCollator,
+    ImageDataset,
+    Mixer,
+    TrainingCollator,
+    as_image_dataset,
+    augmentation_of,
+    build_transform,
+)
 from .losses import DistillationLoss, Progress
 from .metrics import ClassificationMeter, sample_statistics
 from .models.auxiliary_head import add_auxiliary_head
@@ -44,11 +51,12 @@ class DistillationTrainer(Trainer):
             order by name. It stays outside the student: never trained, never saved, always in eval mode.
         eval_teacher: a teacher for the agreement metrics only; default: `teacher`.
         train_dataset, eval_dataset: a `datasets.Dataset` with an image column is decoded and, for training, augmented
-            (`args.augment`) here. Any other map-style dataset is used as it is: its items are dicts with `pixels`,
-            `image` or `img` (an image), or with `pixel_values` normalised for the student, and with `label` or
-            `labels`. With `pixel_values`, the student's preprocessing is inverted to show the teacher the image.
+            (`args.augment`) here, and so is any other map-style dataset of pairs (image, label), or of dicts with
+            `pixels`, `image` or `img` and with `label` or `labels`. Items with `pixel_values`, normalised for the
+            student, stay as they are; the teacher is shown what inverting the student's preprocessing gives.
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
-        data_collator: default: a `ImageCollator`; one of your own must give the keys that it gives.
+        data_collator: default: `TrainingCollator` and `EvaluationCollator`. One of your own must give their keys; it
+            gets the items of any dataset without an image column as they are.
         loss: a `DistillationLoss` in the place of `args.loss` and `args.loss_kwargs`; `self.args` is then a copy that
             names it.
         plan: what is trained, as plan.json and the record keep it; default: what the trainer knows of it.
@@ -58,6 +66,7 @@ class DistillationTrainer(Trainer):
     accumulation it is that of each micro-batch. Everything else is exact for accumulation, uneven micro-batches too.
 
     Attributes:
+        augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
         skipped, eval_skipped (`dict[str, None]`): the images that this process could not decode in training and in
             evaluation, in order of appearance.
     """
@@ -107,11 +116,14 @@ class DistillationTrainer(Trainer):
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
             student = self._made = self.call_model_init()
-        train_dataset = as_image_dataset(train_dataset, self._id2label(student), args)
-        eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args)
+        self._own_collator = data_collator is None
+        train_dataset = as_image_dataset(train_dataset, self._id2label(student), args, self._own_collator)
+        eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args, self._own_collator)
+        self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
         given = functools.partial(aligned_teacher, model=student, id2label=self._id2label(student), args=args)
         self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
-        self.eval_teacher = given(eval_teacher) or self.teacher or given(teacher)
+        same = eval_teacher is None or eval_teacher is teacher
+        self.eval_teacher = (self.teacher or given(teacher)) if same else given(eval_teacher)
         if model is not None:
             self._add_head(model)
         self.skipped: dict[str, None] = {}
@@ -122,7 +134,6 @@ class DistillationTrainer(Trainer):
         self._steps_per_epoch = 1
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self._meter: ClassificationMeter | None = None
-        self._own_collator = data_collator is None
         self._interrupt = SaveOnInterrupt()
         self._resumed_from: str | None = None
         self._staging: str | None = None
@@ -177,40 +188,33 @@ class DistillationTrainer(Trainer):
 
     # ---- data ----
 
-    def _shared_size(self) -> int:
-        if self.args.train_image_size:
+    @property
+    def train_image_size(self) -> int | None:
+        """Side in pixels of every training image: the largest of student, teacher and evaluation teacher, unless set.
+        None without an image processor: images are stacked as they are."""
+        if self.args.train_image_size or self.preprocessing is None:
             return self.args.train_image_size
-        preprocessings = [self._need_preprocessing(), *([self.teacher.preprocessing] if self.teacher else [])]
-        return max(max(preprocessing.size) for preprocessing in preprocessings)
+        teachers = [t.preprocessing for t in (self.teacher, self.eval_teacher) if t is not None]
+        return max(max(preprocessing.size) for preprocessing in (self.preprocessing, *teachers))
 
-    def _collator(self, training: bool) -> ImageCollator:
-        args = self.args
+    def _collator(self, training: bool) -> TrainingCollator | EvaluationCollator:
+        args, own, teacher = self.args, self.preprocessing, self.eval_teacher
         if training:
-            mixer = None
-            if args.mixup_alpha or args.cutmix_alpha:
-                mixer = Mixer(self._num_classes(self.model), args.mixup_alpha, args.cutmix_alpha)
-            size = self._shared_size() if self.preprocessing else None
-            return ImageCollator(size=size, mixer=mixer, label_column=args.label_column)
-        frame = self.preprocessing.resize_and_crop if self.preprocessing else None
-        other = self.eval_teacher is not None and self.eval_teacher.preprocessing != self.preprocessing
-        teacher_frame = self.eval_teacher.preprocessing.resize_and_crop if other else None
-        return ImageCollator(frame, teacher_frame, label_column=args.label_column, keep_skipped=True)
-
-    def _augmentation(self):
-        size = self._shared_size() if self.args.augment in ("resized_crop", "deit") else None
-        transform = build_transform(self.args.augment, size)
-        if self.args.train_image_size and size is None:
-            resize = v2.Resize((self.args.train_image_size,) * 2, v2.InterpolationMode.BICUBIC, antialias=True)
-            transform = v2.Compose([transform, resize])
-        return transform
+            alphas = args.mixup_alpha, args.cutmix_alpha
+            mixer = Mixer(self._num_classes(self.model), *alphas) if any(alphas) else None
+            return TrainingCollator(self.train_image_size, mixer, args.data_seed, own and own.interpolation)
+        other = teacher.preprocessing if teacher is not None and teacher.preprocessing != own else None
+        return EvaluationCollator(own and own.resize_and_crop, other and other.resize_and_crop)
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = as_image_dataset(dataset, self._id2label(self.model), self.args)
+        dataset = as_image_dataset(dataset, self._id2label(self.model), self.args, self._own_collator)
         if is_training and isinstance(dataset, ImageDataset):
+            self.augmentation_applied = augmentation_of(dataset, self.args)
             dataset = copy.copy(dataset)  # evaluation on the same dataset must not see the augmentation
-            dataset.transform = dataset.transform or self._augmentation()
+            if self.augmentation_applied:
+                dataset.transform = build_transform(self.augmentation_applied, self.train_image_size)
             dataset.replacement = True
         if self._own_collator:
             self.data_collator = self._collator(is_training)
@@ -277,7 +281,7 @@ class DistillationTrainer(Trainer):
             return None
         pixels = inputs.get("teacher_pixels", inputs.get("pixels"))
         if pixels is None:
-            pixels = self._need_preprocessing().invert(inputs["pixel_values"])
+            pixels = self._need_preprocessing().denormalize(inputs["pixel_values"])
         return teacher(pixels, cropped=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -367,7 +371,8 @@ class DistillationTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data).
+        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data),
+        and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
 
         Args:
             samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
@@ -379,7 +384,7 @@ class DistillationTrainer(Trainer):
         part = source
         if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
             part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
-        meter = ClassificationMeter()
+        meter, dropped = ClassificationMeter(), torch.zeros(())
         with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
             for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
                 inputs.pop("skipped", None)
@@ -387,10 +392,14 @@ class DistillationTrainer(Trainer):
                     inputs.pop("teacher_pixels", None)
                 inputs = self._prepare_inputs(inputs)
                 logits = self._teacher_logits(teacher, inputs)
-                meter.update(
-                    self.accelerator.gather_for_metrics(sample_statistics(logits, hard_labels(inputs["labels"])))
-                )
+                statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
+                mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
+                gathered = self.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
+                meter.update(gathered[:, :-1])
+                dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
         metrics = meter.compute()
+        if teacher.mapping.kind in ("subset", "many-to-one"):
+            metrics["dropped_mass"] = dropped.item() / metrics["n"]
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
@@ -406,6 +415,16 @@ class DistillationTrainer(Trainer):
                 f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
                 "names, its preprocessing, and that it was trained for these classes."
             )
+        if "dropped_mass" in metrics:
+            dropped, mapping = metrics["dropped_mass"], self.teacher.mapping
+            message = (
+                f"the teacher puts {dropped:.1%} of its probability on those of its {len(mapping.source_names)} "
+                f"classes that are not among the data's {len(mapping.members)}; it is left out of what it teaches"
+            )
+            if dropped > 0.5:
+                logger.warning_once(f"{message}: check class_map, and that it was trained for such images.")
+            else:
+                logger.info(f"{message}.")
 
     # ---- training, saving, resuming ----
 

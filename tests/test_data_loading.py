@@ -16,9 +16,10 @@ from data_helpers import pytestmark as pytestmark
 from torch.utils.data import DataLoader
 
 from hf_kd.data import (
-    ImageCollator,
+    EvaluationCollator,
     ImageDataset,
     Mixer,
+    TrainingCollator,
     build_transform,
     class_names,
     find_columns,
@@ -65,7 +66,8 @@ def test_items_depend_on_seed_epoch_and_index_alone():
 
     for workers, persistent in ((0, False), (2, False), (2, True)):
         dataset = ImageDataset(table, "image", "label", EveryRng(), seed=5)
-        loader = DataLoader(dataset, 5, collate_fn=ImageCollator(), num_workers=workers, persistent_workers=persistent)
+        options = {"num_workers": workers, "persistent_workers": persistent}
+        loader = DataLoader(dataset, 5, collate_fn=TrainingCollator(), **options)
         for epoch in (0, 1, 0):
             assert torch.equal(epoch_of(loader, dataset, epoch), expected[epoch]), (workers, persistent, epoch)
 
@@ -75,7 +77,7 @@ def test_spawned_workers_see_the_epoch():
     loader = DataLoader(
         dataset,
         4,
-        collate_fn=ImageCollator(),
+        collate_fn=TrainingCollator(),
         num_workers=1,
         persistent_workers=True,
         multiprocessing_context="spawn",
@@ -86,7 +88,7 @@ def test_spawned_workers_see_the_epoch():
 
 def test_dataset_and_mixing_leave_the_callers_generators_alone():
     dataset = ImageDataset(image_table(), "image", "label", build_transform("deit", 16))
-    collator = ImageCollator(mixer=Mixer(3, 0.8, 1.0))
+    collator = TrainingCollator(mixer=Mixer(3, 0.8, 1.0))
 
     def draws():
         return random.random(), np.random.random(), float(torch.rand(()))
@@ -110,9 +112,10 @@ def test_items_and_undecodable_images():
     dataset = pickle.loads(pickle.dumps(ImageDataset(table, "image", "label")))
     assert len(dataset) == 12
     item = dataset[2]
-    assert set(item) == {"pixels", "labels", "seed"} and item["labels"] == 2 and isinstance(item["seed"], int)
+    assert set(item) == {"pixels", "labels", "index", "epoch"}
+    assert (item["labels"], item["index"], item["epoch"]) == (2, 2, 0)
     assert torch.equal(item["pixels"], torch.from_numpy(photo(16, 16, seed=2)).permute(2, 0, 1))
-    assert set(dataset[1]) == {"skipped"} and dataset[1]["skipped"].startswith("1: ")
+    assert set(dataset[1]) == {"skipped", "index", "epoch"} and dataset[1]["skipped"].startswith("1: ")
     with pytest.raises(IndexError):
         dataset[12]
     with pytest.raises(ValueError, match="image.*label"):
@@ -127,77 +130,85 @@ def test_collator_accepts_every_kind_of_item():
     pixels = torch.from_numpy(rgb).permute(2, 0, 1)
     for key in ("pixels", "image", "img"):
         kinds = [pixels, rgb, PIL.Image.fromarray(rgb), {"bytes": encode(rgb), "path": None}]
-        for label_key in ("labels", "label", "kind"):
-            batch = ImageCollator(label_column="kind")([{key: x, label_key: i} for i, x in enumerate(kinds)])
+        for label_key in ("labels", "label"):
+            batch = TrainingCollator()([{key: x, label_key: i} for i, x in enumerate(kinds)])
             assert torch.equal(batch["pixels"], torch.stack([pixels] * 4)) and batch["pixels"].is_contiguous()
             assert set(batch) == {"pixels", "labels"}
             assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [0, 1, 2, 3]
     values = torch.randn(2, 3, 8, 8)
-    batch = ImageCollator()([{"pixel_values": values[i], "label": [0.25, 0.75]} for i in range(2)])
+    batch = TrainingCollator()([{"pixel_values": values[i], "label": [0.25, 0.75]} for i in range(2)])
     assert torch.equal(batch["pixel_values"], values) and "pixels" not in batch
     assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [[0.25, 0.75]] * 2
-    batch = ImageCollator()([{"pixel_values": values[i].numpy(), "labels": np.int64(i)} for i in range(2)])
+    batch = TrainingCollator()([{"pixel_values": values[i].numpy(), "labels": np.int64(i)} for i in range(2)])
     assert torch.equal(batch["pixel_values"], values) and batch["labels"].tolist() == [0, 1]
     with pytest.raises(ValueError, match="photo, kind"):
-        ImageCollator()([{"photo": rgb, "kind": 1}])
+        TrainingCollator()([{"photo": rgb, "kind": 1}])
     with pytest.raises(ValueError, match="photo, label"):
-        ImageCollator()([{"photo": rgb, "label": 1}])
+        TrainingCollator()([{"photo": rgb, "label": 1}])
 
 
 def test_collator_shapes_and_frames():
     items = [{"image": photo(20 + i, 30), "label": i} for i in range(3)]
-    with pytest.raises(ValueError, match="size"):
-        ImageCollator()(items)
-    batch = ImageCollator(size=16)(items)
+    for collator, hint in ((TrainingCollator(), "train_image_size"), (EvaluationCollator(), "processing_class")):
+        with pytest.raises(ValueError, match=f"several shapes.*{hint}"):
+            collator(items)
+    batch = TrainingCollator(size=16)(items)
     assert batch["pixels"].shape == (3, 3, 16, 16) and batch["pixels"].dtype == torch.uint8
     for item, pixels in zip(items, batch["pixels"], strict=True):
         expected = np.asarray(PIL.Image.fromarray(item["image"]).resize((16, 16), PIL.Image.BICUBIC))
         assert np.abs(pixels.permute(1, 2, 0).int().numpy() - expected.astype(int)).max() <= 2
-    assert ImageCollator(size=16)(items[:1])["pixels"].shape == (1, 3, 20, 30)
+    # An image is brought to the size whatever the others of its batch are.
+    assert torch.equal(TrainingCollator(size=16)(items[:1])["pixels"], batch["pixels"][:1])
 
     def frame(side):
         return lambda images: torch.stack([image[:, :side, :side] for image in images])
 
-    batch = ImageCollator(frame=frame(4), teacher_frame=frame(8))(items)
+    batch = EvaluationCollator(frame(4), frame(8))(items)
     assert batch["pixels"].shape == (3, 3, 4, 4) and batch["teacher_pixels"].shape == (3, 3, 8, 8)
     assert torch.equal(batch["teacher_pixels"][:, :, :4, :4], batch["pixels"])
-    for wrong in ({"teacher_frame": frame(4)}, {"keep_skipped": True}):
-        with pytest.raises(ValueError, match="mixer"):
-            ImageCollator(mixer=Mixer(3, 1.0), **wrong)
 
 
 def test_collator_drops_or_keeps_what_cannot_be_decoded():
     dataset = ImageDataset(image_table(broken=(0, 2)), "image", "label")
-    items = [dataset[i] for i in range(4)] + [{"image": b"broken", "label": 1}]
-    batch = ImageCollator()(items)
+    items = [dataset[i] for i in range(4)] + [{"image": b"broken", "label": 1, "index": 4, "epoch": 0}]
+    batch = TrainingCollator()(items)
     assert batch["pixels"].shape == (2, 3, 16, 16) and batch["labels"].tolist() == [1, 0]
     assert [text.split(":")[0] for text in batch["skipped"]] == [
         "0",
         "2",
         "no image file that Pillow knows; it begins with b'broken'",
     ]
-    kept = ImageCollator(keep_skipped=True)(items)
+    kept = EvaluationCollator()(items)
     assert kept["labels"].tolist() == [-100, 1, -100, 0, -100] and kept["skipped"] == batch["skipped"]
     assert kept["pixels"].shape == (5, 3, 16, 16) and kept["pixels"][[0, 2, 4]].sum() == 0
     assert torch.equal(kept["pixels"][[1, 3]], batch["pixels"])
 
     soft = [{"image": photo(8, 8), "label": [0.5, 0.5]}, {"skipped": "x"}]
-    assert ImageCollator(keep_skipped=True)(soft)["labels"].tolist() == [[0.5, 0.5], [-100, -100]]
+    assert EvaluationCollator()(soft)["labels"].tolist() == [[0.5, 0.5], [-100, -100]]
     lost = [{"skipped": "a.png: truncated"}, {"skipped": "b.png: empty"}]
-    for collator in (ImageCollator(), ImageCollator(keep_skipped=True)):
+    assert batch["index"].tolist() == [1, 3] and kept["index"].tolist() == [0, 1, 2, 3, 4] and kept["epoch"] == 0
+    for collator in (TrainingCollator(), EvaluationCollator()):
         with pytest.raises(ValueError, match="a.png: truncated; b.png: empty"):
             collator(lost)
-    for options in ({"size": 6}, {"frame": lambda images: torch.stack([x[:, :6, :6] for x in images])}):
-        batch = ImageCollator(keep_skipped=True, **options)(lost)
-        assert batch["pixels"].shape == (2, 3, 6, 6) and batch["labels"].tolist() == [-100, -100]
+    batch = EvaluationCollator(lambda images: torch.stack([x[:, :6, :6] for x in images]))(lost)
+    assert batch["pixels"].shape == (2, 3, 6, 6) and batch["labels"].tolist() == [-100, -100]
 
 
 def test_collator_mixes_last():
-    items = [{"pixels": photo(8, 8, seed=i), "labels": i, "seed": 7} for i in range(4)]
-    batch = ImageCollator(mixer=Mixer(4, mixup_alpha=1.0))(items)
+    items = [{"pixels": photo(8, 8, seed=i), "labels": i, "index": 7 + i, "epoch": 2} for i in range(4)]
+    batch = TrainingCollator(mixer=Mixer(4, mixup_alpha=1.0))(items)
+    assert batch["index"].tolist() == [7, 8, 9, 10] and batch["epoch"] == 2
     pixels = torch.stack([torch.from_numpy(item["pixels"]).permute(2, 0, 1) for item in items]) / 255
     expected = torch.einsum("bc,chwd->bhwd", batch["labels"], pixels)
     assert 0 < batch["labels"].max() < 1 and torch.allclose(batch["pixels"], expected, atol=1e-5)
+
+    def draw(seed=0, epoch=2, keys=(7, 8, 9, 10)):
+        same = [item | {"index": key, "epoch": epoch} for item, key in zip(items, keys, strict=True)]
+        return TrainingCollator(mixer=Mixer(4, mixup_alpha=1.0), seed=seed)(same)["labels"]
+
+    assert torch.equal(draw(), batch["labels"]) and torch.equal(draw(keys=(7, 1, 2, 3)), batch["labels"])
+    for other in (draw(seed=1), draw(epoch=3), draw(keys=(8, 7, 9, 10))):  # f(seed, epoch, first key) alone
+        assert not torch.equal(other, batch["labels"])
 
 
 # ---- columns and loading
@@ -255,7 +266,7 @@ def test_load_parquet_folder_with_integer_labels(tmp_path):
     assert data.names == list("01234") == data.train.features["label"].names == data.eval.features["label"].names
     assert data.train["label"][:] == [0, 1, 2, 3] * 5 and data.name == folder and data.revision is None
     assert first_pixel(data.train[3], "img") == tuple(photo(8, 8, seed=3)[0, 0])
-    assert load_data(folder, eval_split="test", train_split="test", eval_fraction=0.5).train.num_rows == 1
+    assert load_data(folder, eval_split="train", train_split="train", eval_fraction=0.5).train.num_rows == 8
 
 
 def test_load_text_labels_the_same_way_in_both_splits(tmp_path):
@@ -276,10 +287,10 @@ def test_load_holds_out_the_same_stratified_part(tmp_path, caplog):
         for part in (data.train, data.eval)
     ]
     assert len(set(pixels[0])) == 80 and not set(pixels[0]) & set(pixels[1])
-    again, other = load_data(path, eval_fraction=0.2), load_data(path, eval_fraction=0.2, seed=1)
-    assert again.eval.to_dict() == data.eval.to_dict() != other.eval.to_dict()
-    with pytest.raises(ValueError, match="eval_fraction=0.001"):
-        load_data(path, eval_fraction=0.001)
+    assert load_data(path, eval_fraction=0.2).eval.to_dict() == data.eval.to_dict()
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"eval_fraction={fraction}.*--eval_fraction"):
+            load_data(path, eval_fraction=fraction)
 
 
 def test_load_fewer_samples(tmp_path):
@@ -287,7 +298,6 @@ def test_load_fewer_samples(tmp_path):
     data = load_data(folder, max_train_samples=6, max_eval_samples=100)
     assert len(data.train) == 6 and len(data.eval) == 30 and len(data.names) == 30
     assert data.train["label"][:] == load_data(folder, max_train_samples=6).train["label"][:]
-    assert data.train["label"][:] != load_data(folder, max_train_samples=6, seed=1).train["label"][:]
     assert data.train["label"][:] != list(range(6))
     with pytest.raises(ValueError, match="max_eval_samples"):
         load_data(folder, max_eval_samples=0)

@@ -104,7 +104,9 @@ def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(tmp_path):
     assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == [
         "stopped at step 10"
     ] * 2
-    assert (tmp_path / "2" / "checkpoint-10" / "trainer_state.json").is_file()
+    saved = {path.name for path in (tmp_path / "2" / "checkpoint-10").iterdir()}
+    assert saved >= {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}  # moved when both were written
+    assert not (tmp_path / "2" / ".incomplete").exists()
 
 
 if __name__ == "__main__":

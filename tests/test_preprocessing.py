@@ -86,15 +86,15 @@ def test_frames_of_images_of_many_sizes_are_what_the_processor_shows_the_model(p
     torch.testing.assert_close(preprocessing(frames.float() / 255, cropped=True), expected, rtol=0, atol=2e-5)
 
 
-def test_invert_undoes_the_view(processor):
+def test_denormalize_undoes_the_preprocessing(processor):
     preprocessing = Preprocessing(processor)
     pixels = tensor(make_image(*preprocessing.size))[None]
     torch.testing.assert_close(
-        preprocessing.invert(preprocessing(pixels, cropped=True)), pixels.float() / 255, rtol=0, atol=1e-6
+        preprocessing.denormalize(preprocessing(pixels, cropped=True)), pixels.float() / 255, rtol=0, atol=1e-6
     )
     assert (
-        preprocessing.invert(torch.full((1, 3, 4, 4), 1e3)).max() <= 1
-        and preprocessing.invert(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
+        preprocessing.denormalize(torch.full((1, 3, 4, 4), 1e3)).max() <= 1
+        and preprocessing.denormalize(torch.full((1, 3, 4, 4), -1e3)).min() >= 0
     )
 
 
@@ -128,10 +128,10 @@ def test_a_framed_image_is_resized_whole(mode, floats):
     preprocessing = Preprocessing(processor)
     pixels = tensor(make_image(70, 90))[None]
     whole = F.interpolate(pixels.float(), (32, 32), mode=mode, antialias=True, align_corners=False).clamp(0, 255) / 255
-    shown = preprocessing.invert(preprocessing(pixels.float() / 255 if floats else pixels, cropped=True))
+    shown = preprocessing.denormalize(preprocessing(pixels.float() / 255 if floats else pixels, cropped=True))
     torch.testing.assert_close(shown, whole, rtol=0, atol=1e-5 if floats else 1.01 / 255)
     assert (
-        preprocessing.invert(preprocessing(pixels)) - whole
+        preprocessing.denormalize(preprocessing(pixels)) - whole
     ).abs().max() > 0.1  # the evaluation frame is another one
 
 

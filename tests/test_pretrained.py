@@ -99,6 +99,26 @@ def test_classes_in_another_order_are_found_by_name(folder, photographs, names):
     assert right(load_teacher(folder, id2label=shuffled, class_map="by_index"), (images, position[labels])) < 3
 
 
+def test_a_teacher_of_a_thousand_classes_works_on_those_of_the_photographs(folder, photographs, names):
+    """Folders of images are named by WordNet id; a many-to-one map finds animals."""
+    images, labels = photographs
+    classes = sorted(set(labels.tolist()), reverse=True)
+    ids = timm.data.ImageNetInfo().label_names()
+    everything = load_teacher(folder)
+    frames = everything.preprocessing.resize_and_crop(images)
+    teacher = everything.aligned([ids[i] for i in classes])
+    logits = teacher(frames, cropped=True)
+    assert logits.shape == (20, len(classes))
+    assert int((logits.argmax(1) == torch.tensor([classes.index(i) for i in labels])).sum()) >= 18
+    full = everything(frames, cropped=True).double().softmax(1)
+    dropped = teacher.mapping.dropped_mass(logits).double()
+    torch.testing.assert_close(dropped, 1 - full[:, classes].sum(1), rtol=0, atol=1e-5)
+    groups = {"animal": list(range(398)), "thing": list(range(398, 1000))}
+    teacher = everything.aligned(list(groups), class_map=groups)
+    logits = teacher(frames, cropped=True)
+    torch.testing.assert_close(logits[:, 0].double().exp(), full[:, :398].sum(1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "most"),
     [(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD, 16), ((3.0,) * 3, (0.5,) * 3, 2)],

@@ -70,9 +70,9 @@ def test_the_config_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
         assert [line for line in lines if line.startswith(name + " ")], name
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(Path(str(PACKAGE))) not in file.read_text(), file  # where hf_kd is installed is nobody's business
-    run = json.loads((tmp_path / "out" / "nkd" / "run.json").read_text())
+    run = json.loads((tmp_path / "out" / "nkd" / "seed-0" / "run.json").read_text())
     assert (run["student"]["id"], run["teacher"]["id"]) == ("quickstart/student", "quickstart/teacher")
-    card = (tmp_path / "out" / "nkd" / "README.md").read_text()
+    card = (tmp_path / "out" / "nkd" / "seed-0" / "README.md").read_text()
     assert "`quickstart/teacher`" in card and "huggingface.co/quickstart" not in card
 
 

@@ -117,7 +117,7 @@ def test_every_preset_makes_a_valid_run_of_every_loss(name, loss):
     assert run.build_loss().hyperparameters()["label_smoothing"] == recipe.settings.get("label_smoothing_factor", 0.0)
 
 
-def test_the_papers_numbers():
+def test_the_papers_numbers(tmp_path):
     assert recipes.published_hyperparameters("nkd", "vit_finetune") == (
         {"temperature": 1.0, "gamma": 1.0},
         "imagenet_deit",
@@ -127,7 +127,10 @@ def test_the_papers_numbers():
     assert recipes.published_hyperparameters("uskd", "vit_scratch")[0] == {"alpha": 1.0, "beta": 0.1, "mu": 0.005}
     assert recipes.published_hyperparameters("uskd", "cnn_scratch_cifar")[0] == {"alpha": 0.1, "beta": 0.1, "mu": 0.1}
     assert recipes.published_hyperparameters("uskd", "imagenet_deit")[1] == "imagenet"  # one set for all models
-    assert recipes.published_hyperparameters("mine", "cifar100") == ({}, None)
+    (tmp_path / "mine.py").write_text(
+        "from hf_kd.losses import CELoss\n\n\nclass Mine(CELoss):\n    name, published = 'mine', {}\n"
+    )
+    assert recipes.published_hyperparameters(f"{tmp_path / 'mine.py'}:Mine", "cifar100") == ({}, None)
     with pytest.raises(ValueError, match="cifar10 is unknown; there are: cifar100, imagenet, imagenet_deit"):
         recipes.published_hyperparameters("nkd", "cifar10")
     vit, cnn, cifar = (recipes.load(name) for name in ("vit_scratch", "cnn_scratch", "cnn_scratch_cifar"))

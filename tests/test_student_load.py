@@ -13,12 +13,14 @@ from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
     DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     EfficientNetImageProcessor,
     MobileViTImageProcessor,
     ViTImageProcessor,
 )
 
 from hf_kd import Preprocessing, load_student
+from hf_kd.labels import label_maps
 from hf_kd.models.loading import build
 
 
@@ -214,7 +216,7 @@ def test_another_size_keeps_statistics_that_are_composed_of_several_attributes()
 def test_a_folder_without_a_processor_gets_a_stated_default(tmp_path, monkeypatch):
     tiny("vit")[0].save_pretrained(tmp_path)
     said = []
-    monkeypatch.setattr("hf_kd.models.student.logger.warning", said.append)
+    monkeypatch.setattr("hf_kd.models.loading.logger.warning", said.append)
     _, processor = load_student(str(tmp_path))
     assert len(said) == 1 and "no image processor" in said[0]
     assert Preprocessing(processor).size == (32, 32)
@@ -251,3 +253,92 @@ def test_a_module_gets_the_names_and_its_processor(kind, tmp_path):
     student, same = load_student(model, id2label=NAMES, processor=processor)
     assert student is model and same is processor
     check_reopens(student, same, tmp_path, NAMES)
+
+
+# ---- the rows of a pretrained head ----
+
+SIX = [f"class {i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", [[4, 2, 0, 5, 1, 3], [5, 1]])
+def test_a_head_is_put_in_the_order_of_the_data(kind, order, tmp_path):
+    """Every name the model knows keeps its row, from a folder and as a module."""
+    old, own = saved(tmp_path / "old", kind)
+    names = [f"Class_{i}" for i in order]
+    values = torch.as_tensor(own(images=[image()], return_tensors="pt")["pixel_values"])
+    expected = logits(old, values)[:, order]
+    student, processor = load_student(tmp_path / "old", id2label=names)
+    torch.testing.assert_close(logits(student, values), expected)
+    check_reopens(student, processor, tmp_path / "new", names)
+    assert load_student(old, id2label=names, processor=own)[0] is old
+    torch.testing.assert_close(logits(old, values), expected)
+    assert old.config.num_labels == len(order) and all(p.requires_grad for p in old.parameters())
+
+
+def test_both_heads_of_a_distilled_model_are_put_in_order(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = DeiTConfig(**sizes, image_size=32, patch_size=8, **label_maps(SIX))
+    old, processor = DeiTForImageClassificationWithTeacher(config).eval(), tiny("deit")[1]
+    old.save_pretrained(tmp_path / "deit")
+    processor.save_pretrained(tmp_path / "deit")
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    config = tiny_config("timm_vit", names=SIX)
+    config.architecture, config.model_args = "deit_tiny_distilled_patch16_224", arguments
+    build(config).save_pretrained(tmp_path / "timm")
+    values = torch.rand(2, 3, 32, 32)
+    for folder, heads in (("deit", ["cls_classifier", "distillation_classifier"]), ("timm", ["head", "head_dist"])):
+        before, _ = load_student(tmp_path / folder)
+        after, _ = load_student(tmp_path / folder, id2label=SIX[::-1])
+        torch.testing.assert_close(logits(after, values), logits(before, values).flip(1))
+        for head in heads:
+            rows = [getattr(getattr(model, "timm_model", model), head).weight for model in (before, after)]
+            assert torch.equal(rows[1], rows[0].flip(0)), head
+
+
+def test_new_names_take_the_rows_that_are_left(tmp_path, monkeypatch):
+    old, own = saved(tmp_path, "vit")
+    warned = []
+    monkeypatch.setattr("hf_kd.models.student.logger.warning", warned.append)
+    student, _ = load_student(tmp_path, id2label=["class 3", "x", "class 0", "y", "class 5", "class 4"])
+    assert torch.equal(student.classifier.weight, old.classifier.weight[[3, 1, 0, 2, 5, 4]])
+    assert len(warned) == 1 and "2 of the 6 classes" in warned[0]
+    load_student(tmp_path, id2label=SIX[::-1])
+    load_student(tmp_path, id2label=["x", "y"])
+    assert len(warned) == 1
+
+
+def test_rows_without_names_keep_their_places(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_kd.models.student.logger.warning", pytest.fail)
+    old, _ = saved(tmp_path, "vit", names=[f"LABEL_{i}" for i in range(3)])
+    student, _ = load_student(tmp_path, id2label=NAMES)
+    assert torch.equal(student.classifier.weight, old.classifier.weight)
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model, processor = tiny("vit")
+    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.BatchNorm1d(6))
+    model.classifier[1].bias.data = torch.arange(6.0)
+    with pytest.raises(ValueError, match="cannot be put in the order"):
+        load_student(model, id2label=SIX[::-1], processor=processor)
+
+
+def test_a_head_of_another_width_than_the_names_is_refused(tmp_path):
+    model, processor = saved(tmp_path, "vit")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for names in (None, ["b", "a"], NAMES):
+        with pytest.raises(ValueError, match="names 2 classes, its head has 6"):
+            load_student(tmp_path, id2label=names)
+    model.classifier = torch.nn.Linear(32, 9)
+    for names in (None, SIX):
+        with pytest.raises(ValueError, match="names 6 classes and gives 9 logits"):
+            load_student(model, id2label=names, processor=processor)
+
+
+def test_a_module_with_its_size_and_statistics_needs_no_processor():
+    student, processor = load_student(tiny("vit")[0], image_size=32, image_mean=MEAN, image_std=STD)
+    assert Preprocessing(processor) == Preprocessing(
+        ViTImageProcessor(size={"height": 32, "width": 32}, resample=3, image_mean=MEAN, image_std=STD)
+    )

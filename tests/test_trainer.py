@@ -85,7 +85,9 @@ def test_accumulation_gives_the_same_gradients_and_loss(kind, tmp_path):
 def test_first_step_is_the_hand_written_one(tmp_path):
     """One SGD step of NKD, written with nothing of the trainer's."""
     train = rows(8)
-    trainer = trainer_for(tmp_path, "vit", "nkd", train=train, max_steps=1, loss_kwargs={"gamma": 1.5})
+    trainer = trainer_for(
+        tmp_path, "vit", "nkd", train=train, max_steps=1, loss_kwargs={"gamma": 1.5}, train_image_size=32
+    )
     student, processor = tiny("vit", names=NAMES)
     teacher, teacher_processor = tiny("resnet", seed=7, size=48, names=NAMES)
     trainer.train()
@@ -241,7 +243,7 @@ def test_resume_refuses_a_checkpoint_that_does_not_fit(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="student.id"):
         trainer_for(tmp_path, "resnet").train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=HEAD_FILE):
+    with pytest.raises(ValueError, match="loss.name"):
         trainer_for(tmp_path, "vit", "uskd").train(resume_from_checkpoint=True)
 
 

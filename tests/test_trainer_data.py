@@ -9,7 +9,9 @@ from tiny import tiny
 from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
 
 from hf_kd import DistillationTrainer
+from hf_kd.data import ImageDataset
 from hf_kd.losses import LOSSES
+from hf_kd.reporting.collect import make_record
 
 # ---- data of every kind ----
 
@@ -47,7 +49,9 @@ def test_every_kind_of_data_set_gives_the_same_step(tmp_path):
     }
     losses = {}
     for name, data in kinds.items():
-        trainer = trainer_for(tmp_path / name, loss="nkd", train=data, evaluation=data, label_column=None)
+        trainer = trainer_for(
+            tmp_path / name, loss="nkd", train=data, evaluation=data, label_column=None, train_image_size=32
+        )
         trainer.train()
         metrics = trainer.evaluate()
         losses[name] = [e["loss"] for e in trainer.state.log_history if "loss" in e] + [metrics["eval_kl"]]
@@ -91,6 +95,93 @@ def test_evaluation_on_the_training_images_is_not_augmented(tmp_path):
     trainer = trainer_for(tmp_path, train=data, evaluation=data, augment="resized_crop", teacher_check_batches=1)
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+class Pairs(torch.utils.data.Dataset):
+    """What torchvision's datasets give; with `noise`, augmented by draws of its own."""
+
+    def __init__(self, data, noise=False):
+        self.data, self.noise = data, noise
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(np.array(self.data[i]["image"])).permute(2, 0, 1)
+        return (image + torch.randint(3, image.shape, dtype=torch.uint8) if self.noise else image), i % 6
+
+
+def first_batches(trainer, epochs=(0, 1)):
+    loader, batches = trainer.get_train_dataloader(), {}
+    for epoch in epochs:
+        trainer.train_dataset.set_epoch(epoch)
+        for batch in loader:
+            assert batch["epoch"] == epoch and len(batch["index"]) == len(batch["labels"])
+            batches |= {(epoch, int(key)): pixels for key, pixels in zip(batch["index"], batch["pixels"], strict=True)}
+    return batches
+
+
+def test_augmentation_is_the_same_for_every_dataset_of_images(tmp_path):
+    data = rows(12)
+    images = {
+        "rows": data,
+        "pairs": Pairs(data),
+        "subset": torch.utils.data.Subset(data, range(12)),
+        "subset of pairs": torch.utils.data.Subset(Pairs(data), range(12)),
+        "with_transform": data.with_transform(lambda batch: {"image": batch["image"], "label": batch["label"]}),
+        "subset of ours": torch.utils.data.Subset(ImageDataset(data, "image", "label"), range(12)),
+    }
+    expected = None
+    for name, each in images.items():
+        trainer = trainer_for(tmp_path / name, train=each, augment="pad_crop", train_image_size=32)
+        assert trainer.augmentation_applied == "pad_crop"
+        batches = first_batches(trainer)
+        expected = expected or batches
+        assert batches.keys() == expected.keys() == {(epoch, key) for epoch in (0, 1) for key in range(12)}
+        assert all(torch.equal(batches[key], expected[key]) for key in expected), name
+    raw = torch.from_numpy(np.array(data[0]["image"])).permute(2, 0, 1)
+    assert not torch.equal(expected[0, 0], raw) and not torch.equal(expected[0, 0], expected[1, 0])
+    assert torch.equal(trainer.get_eval_dataloader(images["pairs"]).dataset[0]["pixels"], raw)  # not augmented
+
+
+def test_the_key_is_that_of_the_whole_split(tmp_path):
+    data = rows(12).add_column("__index__", [7 * i for i in range(12)])
+    part = data.select([3, 8])
+    whole = first_batches(trainer_for(tmp_path, train=data, augment="pad_crop"))
+    pairs = part.with_transform(lambda batch: {"image": batch["image"], "label": batch["label"]})
+    for number, each in enumerate((part, pairs, torch.utils.data.Subset(data, [3, 8]))):
+        batches = first_batches(trainer_for(tmp_path / str(number), train=each, augment="pad_crop"))
+        assert batches.keys() == {(0, 21), (0, 56), (1, 21), (1, 56)}
+        assert all(torch.equal(batches[key], whole[key]) for key in batches)
+
+
+def test_what_a_dataset_draws_itself_is_repeated(tmp_path):
+    def batches(workers):
+        options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+        return first_batches(trainer_for(tmp_path, train=Pairs(rows(12), noise=True), augment="none", **options))
+
+    once, again = batches(0), batches(1)
+    assert all(torch.equal(again[key], once[key]) for key in once) and not torch.equal(once[0, 3], once[1, 3])
+
+
+def test_augment_is_refused_where_it_cannot_apply(tmp_path):
+    values = rows(6).map(
+        lambda batch: {"pixel_values": [np.zeros((3, 32, 32), np.float32)] * len(batch["label"])},
+        batched=True,
+        remove_columns="image",
+    )
+    transformed = ImageDataset(rows(6), "image", "label", transform=torch.nn.Identity())
+    cases = [(values.with_format("torch"), None), (transformed, None), (Pairs(rows(6)), lambda items: items)]
+    reasons = ("under the key image", "a transform of its own", "data_collator")
+    cases.append((torch.utils.data.Subset(transformed, [0, 1]), None))
+    for (data, collate), reason in zip(cases, (*reasons, reasons[1]), strict=True):
+        with pytest.raises(ValueError, match=f"augment='pad_crop' cannot be applied.*{reason}.*augment='none'"):
+            trainer_for(tmp_path, train=data, collate=collate, augment="pad_crop")
+        for augment in ("", "none"):  # not asked for
+            trainer = trainer_for(tmp_path, train=data, collate=collate, augment=augment)
+            assert trainer.augmentation_applied is None
+    record = make_record(trainer_for(tmp_path, train=rows(6), evaluation=rows(6), augment="flip"))
+    assert record["data"]["augmentation"] == "flip"
 
 
 def test_view_size_is_the_size_of_the_shared_image(tmp_path):

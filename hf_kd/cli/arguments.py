@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import yaml
 from transformers import HfArgumentParser
 
-from ..config import DistillationConfig, read_json
+from ..config import DistillationConfig
+from ..labels import read_class_map
 from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 
 
@@ -100,8 +101,8 @@ class ScriptArguments:
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
         if self.benchmark:
             published_hyperparameters(config.loss, self.benchmark)
-        if isinstance(self.class_map, str) and self.class_map.startswith("{"):
-            self.class_map = read_json("class_map", self.class_map)
+        if isinstance(self.class_map, str):
+            self.class_map = read_class_map(self.class_map)
         for seed in self.seeds or ():
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")

@@ -1,4 +1,9 @@
-"""Collators: lists of items to batches."""
+"""Collators: lists of items, as `decode_row` takes them, to batches.
+
+A batch holds "pixels" uint8 (B, 3, h, w), float32 in [0, 1] after mixing, or "pixel_values" stacked as they are;
+"labels" int64 (B,), or float32 (B, C); "index" int64 (B,), the sample keys, and "epoch", an int, where the items have
+them; and "skipped", a list of texts about images that could not be decoded, only if there are any.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,114 +15,123 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ..metrics.classification import IGNORED_LABEL
-from .decode import UndecodableImage, decode_rgb
-from .transforms import Mixer, forked_rng, seed_rngs
+from .decode import UndecodableImage, decode_row
+from .transforms import Mixer, forked_rng, sample_seed, seed_rngs
 
-Frame = Callable[[list[Tensor]], Tensor]
+ResizeAndCrop = Callable[[list[Tensor]], Tensor]
 
 
-class ImageCollator:
-    """A list of items to a batch: {"pixels" or "pixel_values", "labels"[, "teacher_pixels"][, "skipped"]}.
-
-    An item holds a label (int, or C floats) and either "pixel_values" (float, normalised: stacked as they are) or a
-    image under "pixels", "image" or "img" (anything `decode_rgb` takes). The batch holds "pixels" uint8
-    (B, 3, h, w), float32 in [0, 1] after mixing, and "labels" int64 (B,), or float32 (B, C).
+class TrainingCollator:
+    """A training batch, without the items that cannot be decoded.
 
     Args:
-        frame: list of uint8 (3, H, W) to uint8 (B, 3, h, w), a model's evaluation resize and crop, for "pixels". None:
-            images of one shape are stacked, others are resized to (size, size), bicubic.
-        teacher_frame: the same for an additional "teacher_pixels".
-        size: pixels; needed for images of several shapes if there is no frame.
-        mixer: applied last, with randomness from the first "seed" among the items if there is one.
-        label_column: a key to look for before "labels" and "label".
-        keep_skipped: items that cannot be decoded are dropped, and listed as texts under "skipped", a list that is
-            there only if one was. True (for evaluation, where ranks must agree on B) puts a black image with label
-            -100 in their place, and still lists them.
+        size: side in pixels to which every image is brought, whatever the others of its batch are; None: images are
+            stacked as they are and must have one shape.
+        mixer: applied last. Its draws are a function of `seed`, the epoch and the first key of the batch, or come from
+            torch's global generator where items have no key.
+        seed: not negative.
+        interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
 
     Raises:
-        ValueError: a mixer with teacher_frame or keep_skipped; on a call: nothing left of a batch, no label or image
-            key, or images of several shapes without frame and size.
+        ValueError: on a call: nothing left of a batch, no label or image, or several shapes without a size.
     """
 
     def __init__(
         self,
-        frame: Frame | None = None,
-        teacher_frame: Frame | None = None,
         size: int | None = None,
         mixer: Mixer | None = None,
-        label_column: str | None = None,
-        keep_skipped: bool = False,
+        seed: int = 0,
+        interpolation: InterpolationMode | None = None,
     ) -> None:
-        if mixer is not None and (teacher_frame is not None or keep_skipped):
-            raise ValueError("a mixer is for training: it would not reach teacher_pixels, nor can it mix label -100")
-        self.resize_and_crop, self.teacher_frame, self.size, self.mixer = frame, teacher_frame, size, mixer
-        self.label_column, self.keep_skipped = label_column, keep_skipped
+        self.size, self.mixer, self.seed = size, mixer, seed
+        self.interpolation = interpolation or InterpolationMode.BICUBIC
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        pairs, skipped = [], []
-        for item in items:
-            try:
-                pairs.append((_image(item), self._label(item)))
-            except UndecodableImage as error:
-                skipped.append(str(error))
-                pairs += [None] * self.keep_skipped
-        images, labels = zip(*self._fill(pairs, skipped), strict=True)
-
-        labels = torch.stack(labels)
-        labels = labels.long() if labels.ndim == 1 else labels.float()
-        if images[0].is_floating_point():
-            key, pixels = "pixel_values", torch.stack(images)
-        else:
-            key, pixels = "pixels", self._stack(images)
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        rows, skipped = _decode(items)
+        kept = [row for row in rows if row is not None]
+        if not kept:
+            raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
+        batch = _batch(kept, self._stack)
         if self.mixer is not None:
-            seed = next((item["seed"] for item in items if "seed" in item), None)
-            with nullcontext() if seed is None else forked_rng():
-                if seed is not None:  # + 1: not the numbers that the transform of that image drew
-                    seed_rngs((seed + 1) % 2**32)
-                pixels, labels = self.mixer(pixels, labels)
-        batch = {key: pixels, "labels": labels}
-        if self.teacher_frame is not None and key == "pixels":
-            batch["teacher_pixels"] = self.teacher_frame(list(images))
+            key = "pixels" if "pixels" in batch else "pixel_values"
+            with forked_rng() if "index" in batch else nullcontext():
+                if "index" in batch:  # the 1: not the numbers that the transform of that image drew
+                    seed_rngs(sample_seed(self.seed, batch["epoch"], int(batch["index"][0]), 1))
+                batch[key], batch["labels"] = self.mixer(batch[key], batch["labels"])
         return batch | ({"skipped": skipped} if skipped else {})
 
-    def _fill(self, pairs: list[tuple[Tensor, Tensor] | None], skipped: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """The pairs with a black image for each None, of the shapes of the first that is none."""
-        filler = next((pair for pair in pairs if pair is not None), None)
+    def _stack(self, images: list[Tensor]) -> Tensor:
+        if self.size is not None:
+            images = [resize(image, [self.size] * 2, self.interpolation, antialias=True) for image in images]
+        return _stack(images, "train_image_size, or augment with 'resized_crop'")
+
+
+class EvaluationCollator:
+    """An evaluation batch, with a black image and label -100 for each that cannot be decoded: ranks must agree on B.
+
+    Args:
+        resize_and_crop: a model's `Preprocessing.resize_and_crop`, a list of uint8 (3, H, W) to uint8 (B, 3, h, w).
+            None: images are stacked as they are and must have one shape.
+        teacher_resize_and_crop: the same for an additional "teacher_pixels".
+
+    Raises:
+        ValueError: on a call: no label or image; without `resize_and_crop`: several shapes, or no image that can be
+            decoded.
+    """
+
+    def __init__(
+        self, resize_and_crop: ResizeAndCrop | None = None, teacher_resize_and_crop: ResizeAndCrop | None = None
+    ) -> None:
+        self.resize_and_crop, self.teacher_resize_and_crop = resize_and_crop, teacher_resize_and_crop
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        rows, skipped = _decode(items)
+        filler = next((row for row in rows if row is not None), None)
         if filler is None:
-            side = self.size or (32 if self.resize_and_crop is not None else None)
-            if not pairs or side is None:
+            if self.resize_and_crop is None:
                 raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
-            filler = torch.zeros(3, side, side, dtype=torch.uint8), torch.tensor(0)
-        filler = torch.zeros_like(filler[0]), torch.full_like(filler[1], IGNORED_LABEL)
-        return [pair or filler for pair in pairs]
+            filler = {"pixels": torch.zeros(3, 32, 32, dtype=torch.uint8), "labels": 0}
+        blank = {key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler}
+        blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
+        rows = [row or blank | _keys(item) for row, item in zip(rows, items, strict=True)]
 
-    def _label(self, item: dict[str, Any]) -> Tensor:
-        for key in (self.label_column, "labels", "label"):
-            if key in item:
-                return torch.as_tensor(item[key])
-        raise ValueError(f"an item has no label: its keys are {', '.join(item)}; pass label_column")
-
-    def _stack(self, images: Sequence[Tensor]) -> Tensor:
-        if self.resize_and_crop is not None:
-            return self.resize_and_crop(list(images))
-        shapes = {tuple(image.shape) for image in images}
-        if len(shapes) > 1:
-            if self.size is None:
-                raise ValueError(
-                    f"a batch has images of several shapes ({', '.join(map(str, sorted(shapes)))}): pass size or "
-                    "frame, or augment with 'resized_crop'"
-                )
-            bicubic = InterpolationMode.BICUBIC
-            images = [resize(image, [self.size, self.size], bicubic, antialias=True) for image in images]
-        return torch.stack(list(images))
+        batch = _batch(rows, self.resize_and_crop or _stack)
+        if self.teacher_resize_and_crop is not None and "pixels" in batch:
+            batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in rows])
+        return batch | ({"skipped": skipped} if skipped else {})
 
 
-def _image(item: dict[str, Any]) -> Tensor:
-    if "skipped" in item:
-        raise UndecodableImage(item["skipped"])
-    if "pixel_values" in item:
-        return torch.as_tensor(item["pixel_values"])
-    for key in ("pixels", "image", "img"):
-        if key in item:
-            return decode_rgb(item[key])
-    raise ValueError(f"an item has no image under pixel_values, pixels, image or img: its keys are {', '.join(item)}")
+def _keys(item: Any) -> dict[str, Any]:
+    return {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
+
+
+def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any] | None], list[str]]:
+    """The decoded items, None for each that cannot be decoded, and the reasons of these."""
+    rows, skipped = [], []
+    for item in items:
+        try:
+            rows.append(decode_row(item) | _keys(item))
+        except UndecodableImage as error:
+            skipped.append(str(error))
+            rows.append(None)
+    return rows, skipped
+
+
+def _batch(rows: list[dict[str, Any]], stack: Callable[[list[Tensor]], Tensor]) -> dict[str, Any]:
+    labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
+    if "pixel_values" in rows[0]:
+        batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+    else:
+        batch = {"pixels": stack([row["pixels"] for row in rows])}
+    batch["labels"] = labels.long() if labels.ndim == 1 else labels.float()
+    if all("index" in row and "epoch" in row for row in rows):
+        batch["index"] = torch.tensor([int(row["index"]) for row in rows])
+        batch["epoch"] = int(rows[0]["epoch"])
+    return batch
+
+
+def _stack(images: list[Tensor], hint: str = "processing_class") -> Tensor:
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"a batch has images of several shapes ({', '.join(map(str, sorted(shapes)))}): pass {hint}")
+    return torch.stack(images)

@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row number in the split, in file order
+
 
 def find_columns(features: Any, image_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
     """The names of the image and the label column.

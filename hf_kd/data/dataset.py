@@ -1,34 +1,68 @@
-"""From rows of a dataset to batches: the map-style dataset and the collator."""
+"""Map-style datasets of decoded and augmented images, and the reading of one row, which they share with streams."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..config import DistillationConfig
 from ..labels import check_class_order
-from .columns import class_names, find_columns
-from .decode import UndecodableImage, decode_rgb
-from .transforms import forked_rng, seed_rngs
+from .columns import INDEX_COLUMN, class_names, find_columns
+from .decode import UndecodableImage, decode_row
+from .transforms import augment_image, forked_rng, sample_seed, seed_rngs
+
+
+def read_item(
+    row: Any,
+    key: int,
+    epoch: int,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """One item from one row, decoded and, if it is an image, augmented; within `forked_rng` if there is a transform.
+
+    Args:
+        row, image_column, label_column: see `decode_row`.
+        key: of the sample: its row number in the split in file order, before hold-out, subset and shuffling.
+        transform: uint8 (3, H, W) to uint8 (3, h, w). What it draws depends on seed, epoch and key alone.
+
+    Returns:
+        What `decode_row` gives with "index" (the key) and "epoch"; for an image that cannot be decoded these two and
+        "skipped", "<path or key>: <reason>".
+    """
+    keys: dict[str, Any] = {"index": key, "epoch": epoch}
+    if isinstance(row, dict) and "skipped" in row:
+        return row | keys
+    try:
+        item = decode_row(row, image_column, label_column)
+    except UndecodableImage as error:
+        source = row.get(image_column) if isinstance(row, dict) else None
+        path = source.get("path") if isinstance(source, dict) else None
+        return keys | {"skipped": f"{path or key}: {error}"}
+    if transform is not None and "pixels" in item:
+        item["pixels"] = augment_image(item["pixels"], transform, seed, epoch, key)
+    return item | keys
 
 
 class ImageDataset(Dataset):
-    """Images and labels of a `datasets.Dataset`, decoded and augmented.
+    """Images and labels of a map-style dataset, decoded and augmented.
 
-    An item is {"pixels": uint8 (3, H, W), "labels": int, "seed": int}, or {"skipped": "<path or index>: <reason>"} if
-    the image cannot be decoded. What the transform draws (from torch's, random's and numpy's global generators)
-    depends on seed, epoch and index alone, not on workers, order or what ran before; the caller's generators are left
-    as they were.
+    An item is what `read_item` gives: {"pixels": uint8 (3, H, W), "labels", "index", "epoch"}. Everything that is
+    drawn from torch's, random's and numpy's global generators, by the transform or by the dataset itself, depends on
+    seed, epoch and sample key alone, not on workers, order or what ran before; the caller's generators are left as
+    they were. The key is the row number that `load_data` has noted, else the position in `dataset`.
 
     Args:
-        dataset: with the two columns; a format or transform set on it is ignored.
-        image_column: of images: Image, bytes, or paths.
-        label_column: of integers in [0, C), given out as they are.
+        dataset: a `datasets.Dataset` with an image column, read undecoded whatever its format is; or any other dataset
+            (a Subset, torchvision's, your own, one `with_transform`) whose items are what `decode_row` takes. Those
+            with "pixel_values" stay as they are.
+        image_column, label_column: see `find_columns` and `decode_row`.
         transform: uint8 (3, H, W) to uint8 (3, h, w), as `build_transform` gives; None: the image as it is.
         seed: not negative.
 
@@ -41,22 +75,36 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
-        image_column: str,
-        label_column: str,
+        dataset,
+        image_column: str | None = None,
+        label_column: str | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        find_columns(dataset, image_column, label_column)  # raises if one is missing
-        dataset = dataset.with_format(None).select_columns([image_column, label_column])
-        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        self.image_column, self.label_column = image_column, label_column
+        self._undecoded, self._keys = _has_image_rows(dataset), None
+        if isinstance(dataset, datasets.Dataset) and INDEX_COLUMN in dataset.column_names:
+            self._keys = dataset.select_columns(INDEX_COLUMN).with_format("numpy")[:][INDEX_COLUMN]
+        if self._undecoded:
+            image_column, label_column = find_columns(dataset, image_column, label_column)
+            dataset = dataset.with_format(None).select_columns([image_column, label_column])
+            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
         self.transform, self.seed = transform, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the transform draw anew; takes effect in running workers too."""
         self._epoch.fill_(epoch)
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(epoch)
+
+    @property
+    def _source(self):
+        """The dataset below any subsets."""
+        source = self.dataset
+        while isinstance(source, Subset):
+            source = source.dataset
+        return source
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -73,47 +121,53 @@ class ImageDataset(Dataset):
         return items
 
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
-        rows = self.dataset[indices]
+        options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column)
         with forked_rng():
-            return [
-                self._item(*row) for row in zip(indices, rows[self.image_column], rows[self.label_column], strict=True)
-            ]
+            return [read_item(row, key, *options) for key, row in self._rows(indices)]
 
-    def _item(self, index: int, source: dict[str, Any] | None, label: int) -> dict[str, Any]:
-        try:
-            pixels = decode_rgb(source)
-        except UndecodableImage as error:
-            return {"skipped": f"{(source or {}).get('path') or index}: {error}"}
-        key = [self.seed, int(self._epoch), index % len(self)]
-        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        if self.transform is not None:
-            seed_rngs(seed)
-            pixels = self.transform(pixels)
-        return {"pixels": pixels, "labels": label, "seed": seed}
+    def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
+        """Sample keys and rows."""
+        rows = iter(self.dataset.__getitems__(indices)) if self._undecoded else None
+        for index in indices:
+            key = index % len(self) if self._keys is None else int(self._keys[index])
+            if rows is not None:
+                yield key, next(rows)
+                continue
+            seed_rngs(sample_seed(self.seed, int(self._epoch), key, 2))  # 2: not the numbers of our own transform
+            row = self.dataset[index]
+            if isinstance(row, dict):  # of a Subset, say, whose rows have a key already
+                key = int(row.get("index" if isinstance(self._source, ImageDataset) else INDEX_COLUMN, key))
+            yield key, row
 
 
-def as_image_dataset(dataset, id2label: dict[int, str] | None, args: DistillationConfig):
-    """Decode the rows of a `datasets.Dataset` with an image column; leave any other map-style dataset as it is.
+def _has_image_rows(dataset) -> bool:
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
+        return False
+    return not {"pixel_values", "pixels"} & set(dataset.column_names)
+
+
+def as_image_dataset(dataset, id2label: dict[int, str] | None, args: DistillationConfig, wrap: bool = True):
+    """The `ImageDataset` of a map-style dataset.
 
     Args:
         dataset: a dataset, a dict of them, a name, or None.
         id2label: the student's class names; None: not known, and not checked.
         args: for `image_column`, `label_column` and `data_seed`.
+        wrap: False, for a data_collator of the user's own: only a `datasets.Dataset` with an image column is decoded.
 
     Raises:
         ValueError: it is empty or streamed, a column is not there, or its classes are not the student's.
     """
-    if dataset is None or isinstance(dataset, str):
+    if dataset is None or isinstance(dataset, str | ImageDataset):
         return dataset
     if isinstance(dataset, dict):
-        return {name: as_image_dataset(part, id2label, args) for name, part in dataset.items()}
+        return {name: as_image_dataset(part, id2label, args, wrap) for name, part in dataset.items()}
     if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
         raise ValueError("streamed (iterable) datasets are not supported yet: load it without streaming=True.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
-    raw = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-    if not raw or "pixel_values" in dataset.column_names or "pixels" in dataset.column_names:
-        return dataset
+    if not _has_image_rows(dataset):
+        return ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed) if wrap else dataset
     image, label = find_columns(dataset, args.image_column, args.label_column)
     feature = dataset.features[label]
     if getattr(feature, "dtype", "") == "string":
@@ -123,3 +177,22 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
     if id2label and isinstance(feature, datasets.ClassLabel):
         check_class_order(class_names(dataset, label), id2label)
     return ImageDataset(dataset, image, label, seed=args.data_seed)
+
+
+def augmentation_of(dataset, args: DistillationConfig) -> str | None:
+    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it, else None.
+
+    Raises:
+        ValueError: it does not apply, and was asked for.
+    """
+    if not isinstance(dataset, ImageDataset):
+        reason = "your data_collator gets its items as they are"
+    elif dataset.transform or (isinstance(dataset._source, ImageDataset) and dataset._source.transform):
+        reason = "it has a transform of its own"
+    elif "pixel_values" in dataset[0]:
+        reason = "its pixel_values are normalised already; give images, under the key image"
+    else:
+        return args.augment
+    if args.augment_given and args.augment != "none":
+        raise ValueError(f"augment={args.augment!r} cannot be applied here: {reason}; or pass augment='none'.")
+    return None

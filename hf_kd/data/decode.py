@@ -1,4 +1,4 @@
-"""One function that turns anything that holds an image into a uint8 RGB tensor."""
+"""From anything that holds an image to a uint8 RGB tensor, and from a row of any dataset to an image and a label."""
 
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +42,7 @@ def decode_rgb(source: Any) -> Tensor:
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if isinstance(source, str | Path):
-        source = _read(str(source))
+        source = read_file(str(source))
     try:
         if isinstance(source, bytes | bytearray | memoryview):
             return _from_bytes(bytes(source))
@@ -57,7 +57,40 @@ def decode_rgb(source: Any) -> Tensor:
     raise UndecodableImage(f"no image in a value of type {type(source).__name__}")
 
 
-def _read(path: str) -> bytes:
+def decode_row(row: Any, image_column: str | None = None, label_column: str | None = None) -> dict[str, Any]:
+    """The image and the label of one row of any dataset.
+
+    Args:
+        row: a dict, or a pair (image, label) as torchvision's datasets give. The image is anything that `decode_rgb`
+            takes, under `image_column`, "pixels", "image" or "img"; or is normalised, under "pixel_values". The label
+            is under `label_column`, "labels" or "label".
+
+    Returns:
+        {"pixels": uint8 (3, H, W), or "pixel_values": float (3, H, W) as they are; "labels": the label as it is}.
+
+    Raises:
+        UndecodableImage: see `decode_rgb`; also for a row that says why it is "skipped".
+        ValueError: the row has no image or no label; lists its keys.
+    """
+    if isinstance(row, tuple | list) and len(row) == 2:
+        row = dict(zip(("image", "label"), row, strict=True))
+    if "skipped" in row:
+        raise UndecodableImage(row["skipped"])
+    image = next((key for key in ("pixel_values", image_column, "pixels", "image", "img") if key in row), None)
+    label = next((key for key in (label_column, "labels", "label") if key in row), None)
+    if image is None:
+        raise ValueError(
+            f"an item has no image under pixel_values, pixels, image or img: its keys are {', '.join(row)}"
+        )
+    if label is None:
+        raise ValueError(f"an item has no label: its keys are {', '.join(row)}; pass label_column")
+    if image == "pixel_values":
+        return {"pixel_values": torch.as_tensor(row[image]), "labels": row[label]}
+    return {"pixels": decode_rgb(row[image]), "labels": row[label]}
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file here or at an address of fsspec; UndecodableImage if a local one cannot be read."""
     if "://" in path:  # as streamed datasets give: hf://…, zip://…::https://…
         import fsspec
 
@@ -75,7 +108,8 @@ def _from_tensor(image: Tensor) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
         shape = tuple(image.shape)
         raise UndecodableImage(
-            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {image.dtype} of {shape}"
+            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {image.dtype} of {shape} "
+            "(an image that is normalised already belongs under the key pixel_values)"
         )
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 

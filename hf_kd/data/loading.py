@@ -1,7 +1,7 @@
 """Finds, reads and checks a dataset: two splits of images with labels in [0, C) and the names of the C classes."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..hub import resolve
 from ..quickstart import bundled
-from .columns import class_names, encode_labels, find_columns
+from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
+from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,12 @@ EVAL_SPLITS = ("validation", "valid", "val", "test")
 
 @dataclass(frozen=True)
 class ImageData:
-    """What `load_data` gives: `train` and `eval`, whose `label_column` is a ClassLabel of `names` in both."""
+    """What `load_data` gives: `train` and `eval`, whose `label_column` is a ClassLabel of `names` in both.
+
+    Their column `__index__` is the sample key, the row number in the whole split. `eval_fraction` is None where the
+    evaluation split is not held out of the training split. `split_sizes` and `split_fingerprints` are those of the
+    whole splits, by name, before hold-out and subset; `fingerprint` is that of both splits with their names.
+    """
 
     train: Dataset
     eval: Dataset
@@ -33,8 +39,17 @@ class ImageData:
     revision: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    config_name: str | None = None
     eval_fraction: float | None = None
+    split_sizes: dict[str, int] = field(default_factory=dict)
+    split_fingerprints: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """What plan and record say of the data, as plain values; `overlap` compares two of these."""
+        objects = ("train", "eval", "names", "image_column", "label_column")
+        facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in objects}
+        return facts | {"train_size": len(self.train), "eval_size": len(self.eval), "classes": len(self.names)}
 
 
 def load_data(
@@ -48,7 +63,6 @@ def load_data(
     eval_fraction: float = 0.1,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    seed: int = 0,
 ) -> ImageData:
     """Loads an image classification dataset and checks every label of it.
 
@@ -61,13 +75,14 @@ def load_data(
         revision: commit, tag or branch on the Hub.
         train_split: None: "train", or the only split there is.
         eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
-            itself, a part of the training split is held out: the same images for the same seed, each class in
-            proportion.
+            itself, a part of the training split is held out: of a class's n different images the ⌈eval_fraction·n⌉
+            (but not all) whose encoded bytes have the smallest hashes. Nothing else has a say in it; equal images are
+            on one side, and a larger fraction holds out the same images and others.
         image_column, label_column: see `find_columns`. Labels that are texts become classes in sorted order; integers
             without names become the classes "0" to the largest of both splits.
         eval_fraction: of the training split to hold out, between 0 and 1.
-        max_train_samples, max_eval_samples: at most so many images, drawn at random.
-        seed: of the hold-out and of these draws.
+        max_train_samples, max_eval_samples: at most so many images, each class in proportion, by the same hashes: the
+            largest to train on, the smallest to evaluate on.
 
     Raises:
         ValueError: nothing to load there, a split or column that is not there, an empty split, or labels that are
@@ -84,26 +99,49 @@ def load_data(
     image_column, label_column = find_columns(splits[train_split], image_column, label_column)
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
-    train, evaluation = chosen[train_split], chosen[eval_split]
-    if eval_split == train_split:
-        train, evaluation = _hold_out(train, label_column, eval_fraction, seed)
+    held_out = eval_split == train_split
+    limits = {train_split: max_train_samples, eval_split: max_eval_samples}
+    rows, labels, positions, fingerprints = {}, {}, {}, {}
+    for split, data in chosen.items():
+        rows[split] = np.arange(len(data))
+        labels[split] = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
+        if commit:  # the images are read only where they are to be chosen among
+            fingerprints[split] = fingerprint(name, commit, config_name, split, image_column, label_column)
+        if held_out or limits[split] is not None or not commit:
+            hashes = image_hashes(data, image_column)
+            rows[split], positions[split] = sort_rows(hashes, labels[split])
+            fingerprints.setdefault(split, content_fingerprint(hashes, labels[split]))
+    train, evaluation = rows[train_split], rows[eval_split]
+    names = class_names(chosen[train_split], label_column)
+    if held_out:
+        count = int((positions[train_split] < eval_fraction).sum())
+        evaluation, train = train[:count], train[count:]
+        if not len(train) or not len(evaluation):
+            sizes = f"eval_fraction={eval_fraction} of {len(rows[train_split])} images"
+            raise ValueError(f"{sizes} leaves none to train or to evaluate on: pass another --eval_fraction")
         logger.warning(
             f"{name}: evaluating on {len(evaluation)} images held out of split {train_split!r}, training on its "
-            f"other {len(train)} (eval_fraction={eval_fraction}, seed={seed}); for another split pass --eval_split, "
-            f"one of {_sizes(splits)}"
+            f"other {len(train)} (eval_fraction={eval_fraction}); for another split pass --eval_split, one of "
+            f"{_sizes(splits)}{_missing(labels[train_split], names, train=train, evaluation=evaluation)}"
         )
-    train = _subset(train, max_train_samples, "max_train_samples", seed)
-    evaluation = _subset(evaluation, max_eval_samples, "max_eval_samples", seed)
+    train = _at_most(train[::-1], max_train_samples, "max_train_samples")
+    evaluation = _at_most(evaluation, max_eval_samples, "max_eval_samples")
+    chosen = {split: _numbered(data) for split, data in chosen.items()}
     return ImageData(
-        train=train,
-        eval=evaluation,
+        train=chosen[train_split].select(np.sort(train)),
+        eval=chosen[eval_split].select(np.sort(evaluation)),
         image_column=image_column,
         label_column=label_column,
-        names=class_names(train, label_column),
+        names=names,
         name=name,
         revision=commit,
         train_split=train_split,
         eval_split=eval_split,
+        config_name=config_name,
+        eval_fraction=eval_fraction if held_out else None,
+        split_sizes={split: len(data) for split, data in chosen.items()},
+        split_fingerprints=fingerprints,
+        fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )
 
 
@@ -174,25 +212,24 @@ def _sizes(splits: dict[str, Dataset]) -> str:
     return ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
 
 
-def _hold_out(data: Dataset, label_column: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits off every (1 / fraction)-th image of the shuffled classes laid end to end.
-
-    Not `train_test_split`: its stratified form refuses a class of one image, and a hold-out smaller than C.
-    """
-    count = round(fraction * len(data))
-    if not 0 < count < len(data):
-        raise ValueError(f"eval_fraction={fraction} of {len(data)} images leaves none to train or to evaluate on")
-    order = np.random.default_rng(seed).permutation(len(data))
-    labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
-    order = order[np.argsort(labels[order], kind="stable")]
-    held = np.zeros(len(data), dtype=bool)
-    held[order[((np.arange(count) + 0.5) * len(data) / count).astype(int)]] = True
-    return data.select(np.flatnonzero(~held)), data.select(np.flatnonzero(held))
+def _numbered(data: Dataset) -> Dataset:
+    """The split with the sample keys of its rows."""
+    if INDEX_COLUMN in data.column_names:  # of another one, saved and read again
+        data = data.remove_columns(INDEX_COLUMN)
+    return data.add_column(INDEX_COLUMN, np.arange(len(data)))
 
 
-def _subset(data: Dataset, count: int | None, option: str, seed: int) -> Dataset:
-    if count is None or count >= len(data):
-        return data
-    if count < 1:
-        raise ValueError(f"{option} must be at least 1, not {count}; leave it out to take all {len(data)}")
-    return data.shuffle(seed=seed).select(range(count))
+def _missing(labels: np.ndarray, names: list[str], **parts: np.ndarray) -> str:
+    """Which classes have no image in a part of the split: those of one image are trained on and not evaluated."""
+    text = ""
+    for part, rows in parts.items():
+        missing = [names[label] for label in np.setdiff1d(labels, labels[rows])]
+        if missing:
+            text += f"; {len(missing)} classes have no image for {part}: {', '.join(missing[:10])}"
+    return text
+
+
+def _at_most(rows: np.ndarray, count: int | None, option: str) -> np.ndarray:
+    if count is not None and count < 1:
+        raise ValueError(f"{option} must be at least 1, not {count}; leave it out to take all {len(rows)}")
+    return rows[:count]

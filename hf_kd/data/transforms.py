@@ -41,7 +41,8 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     if augment == "pad_crop":
         return v2.Compose([PadCrop(), flip])
     if not size:
-        raise ValueError(f"augment {augment!r} needs a size (pixels); for images of one small size take 'pad_crop'")
+        hint = "pass train_image_size, or processing_class; for images of one small size take 'pad_crop'"
+        raise ValueError(f"augment {augment!r} needs a size in pixels: {hint}")
     crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
@@ -62,6 +63,15 @@ def _posterize(image, bits: int, **kwargs):
 
     # The strongest level keeps 0 bits, which Pillow made black up to version 12 and refuses since.
     return posterize(image, bits, **kwargs) if bits > 0 else image.point(lambda value: 0)
+
+
+def augment_image(pixels: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, key: int) -> Tensor:
+    """The augmentation of one image, a function of seed, epoch and sample key alone.
+
+    It seeds the CPU generators of torch, random and numpy: call it within `forked_rng`, once for many images.
+    """
+    seed_rngs(sample_seed(seed, epoch, key))
+    return transform(pixels)
 
 
 class PadCrop(nn.Module):
@@ -120,6 +130,11 @@ class Mixer:
         if pixels.dtype == torch.uint8:
             pixels = v2.functional.to_dtype(pixels, torch.float32, scale=True)
         return self._mix(pixels, labels)
+
+
+def sample_seed(*numbers: int) -> int:
+    """A seed in [0, 2**32) from numbers that are not negative, such as seed, epoch and sample key."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager

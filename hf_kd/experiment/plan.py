@@ -12,14 +12,15 @@ from types import SimpleNamespace
 
 import torch
 from huggingface_hub import hf_hub_download
+from transformers.utils import logging
 
 from .. import hub, recipes
 from ..config import DistillationConfig
-from ..data import ImageData, load_data
+from ..data import ImageData, load_data, overlap
 from ..losses import loss_source
-from ..models.loading import build, load_config, model_family, processor_for
+from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
-from ..models.student import student_config, with_size
+from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
@@ -27,6 +28,8 @@ from ..spec import DataSource, Experiment, ModelSource, RunSpec, run_spec
 from .folder import continues, earlier_plan
 from .launcher import check_processes
 from .variants import run_configs
+
+logger = logging.get_logger(__name__)
 
 
 def plan(script, config: DistillationConfig, command: str | None = None) -> Experiment:
@@ -189,16 +192,12 @@ def data_arguments(source: DataSource) -> dict:
 
 
 def _facts(data: ImageData) -> dict:
-    return {
-        "train_split": data.train_split,
-        "eval_split": data.eval_split,
-        "eval_fraction": data.eval_fraction,
+    known = {f.name for f in dataclasses.fields(DataSource)} - {"id", "config_name", "revision"}
+    described = {key: value for key, value in data.describe().items() if key in known}
+    return described | {
+        "classes": data.names,
         "image_column": data.image_column,
         "label_column": data.label_column,
-        "train_size": len(data.train),
-        "eval_size": len(data.eval),
-        "classes": data.names,
-        "fingerprint": data.fingerprint,
     }
 
 
@@ -214,7 +213,7 @@ def _blank_student(source: ModelSource, names: list[str]) -> tuple[torch.nn.Modu
     with torch.device("meta"):
         model = build(config, source.trust_remote_code)
     processor = processor_for(SimpleNamespace(config=config), source.id, options)
-    processor = with_size(processor, source.image_size, source.image_mean, source.image_std)
+    processor = adjust_processor(processor, source.image_size, source.image_mean, source.image_std)
     return model, Preprocessing(processor).size
 
 
@@ -225,17 +224,21 @@ def _input_size(source: ModelSource, names: list[str]) -> tuple[int, int]:
 
 
 def _seen(teacher: ModelSource, data: ImageData) -> int | None:
-    """How many of our evaluation images the teacher was trained on, as far as its own record tells."""
-    from ..data import overlap
-
+    """How many of our evaluation images the teacher was trained on; None if its record does not tell."""
     try:
         file = Path(teacher.id, RUN_FILE)
         if teacher.commit:
             file = Path(hf_hub_download(teacher.id, RUN_FILE, revision=teacher.commit))
-        record = json.loads(file.read_text("utf-8"))
-        return overlap(data.describe(), record["plan"]["data"])
-    except (OSError, ValueError, KeyError, TypeError):
+        seen = overlap(data.describe(), json.loads(file.read_text("utf-8"))["plan"]["data"])
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or none of this version
         return None
+    if seen:
+        logger.warning(
+            f"teacher {teacher.id} was trained on {seen} of the {len(data.eval)} images that are evaluated on: its own "
+            "accuracy, and what the student learns from it, look better than they are. Train it on this training "
+            "split, or evaluate on another one with --eval_split."
+        )
+    return seen
 
 
 def _requirements(runs: tuple[RunSpec, ...], model: torch.nn.Module, train_size: int) -> dict:

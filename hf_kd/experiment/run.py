@@ -27,7 +27,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
-from ..spec import Experiment, RunSpec
+from ..spec import Experiment, ModelSource, RunSpec
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .lock import RunLock
@@ -192,10 +192,18 @@ def _train(
         settings={**_asked(experiment), **config.to_dict()},
         command=experiment.command,
         preset=experiment.preset,
-        teacher=teacher and describe_model(teacher.model, experiment.teacher.id, teacher.preprocessing.size),
+        teacher=teacher and _describe_teacher(teacher, experiment.teacher),
     )
     write_record(record, config.output_dir)
     return record
+
+
+def _describe_teacher(teacher: Teacher, source: ModelSource) -> dict:
+    seen = source.seen_evaluation_images
+    return {
+        **describe_model(teacher.model, source.id, teacher.preprocessing.size),
+        "seen_evaluation_images": "not checked" if seen is None else seen,
+    }
 
 
 def _asked(experiment: Experiment) -> dict:

@@ -7,12 +7,13 @@ from torch import nn
 
 
 @torch.no_grad()
-def dry_run(model: nn.Module, size: tuple[int, int]) -> None:
-    """One forward of a blank image in eval mode; every module's mode is left as it was."""
+def dry_run(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+    """The logits (1, C) of an image of stripes in eval mode; every module's mode is left as it was."""
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     try:
-        model.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+        image = torch.linspace(-2, 2, size[1]).sin().repeat(1, 3, size[0], 1)
+        return logits_of(model.eval()(image.to(device=parameter.device, dtype=parameter.dtype)))
     finally:
         for module, mode in modes.items():
             module.training = mode

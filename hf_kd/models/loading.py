@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -14,13 +15,17 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
 )
+from transformers.integrations import deepspeed
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..hub import resolve
 from ..quickstart import bundled
+from .forward import dry_run
+from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
+_deepspeed_config = None
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -61,9 +66,10 @@ def build(config, trust_remote_code: bool = False):
     if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
-    module = AutoModelForImageClassification.from_config(
-        config, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
+    with outside_deepspeed():
+        module = AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     if config.model_type == "timm_wrapper":  # transformers has overwritten timm's initialisation with normal(0, 0.02)
         import timm
 
@@ -94,6 +100,26 @@ def model_family(model_or_config, trust_remote_code: bool = False) -> str:
     return "vit" if len(found) > 1 else "cnn"
 
 
+@contextlib.contextmanager
+def outside_deepspeed():
+    """Under ZeRO-3 transformers would partition what is loaded: of a teacher nothing gathers it again, and no head of
+    another size can be put on a student.
+
+    accelerate's `zero3_init_context_manager(enable=False)` does not help: transformers' ZeRO-3 stays on (1.15).
+    """
+    global _deepspeed_config  # of which transformers keeps a weak reference only
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = deepspeed.deepspeed_config()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        _deepspeed_config = deepspeed.HfDeepSpeedConfig(config)
+        _deepspeed_config.config = config  # which the Trainer completes later
+
+
 def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
     """A pretrained classifier of a config, and transformers' loading info: which of its weights may be new is for the
     caller to say, so transformers' own table of them is silenced."""
@@ -106,9 +132,10 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
 
     log.addFilter(keep)
     try:
-        return AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
-        )
+        with outside_deepspeed():
+            return AutoModelForImageClassification.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
+            )
     finally:
         log.removeFilter(keep)
 
@@ -120,6 +147,51 @@ def loading_faults(info: dict) -> set[str]:
     return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
 
 
+def head_modules(module: nn.Module) -> list[nn.Module]:
+    """The parts of a classifier that hold its classification head: timm's own, or the layers outside of the body as
+    wide as there are classes."""
+    if hasattr(module, "timm_model"):
+        parts = module.timm_model.get_classifier()
+        return list(parts) if isinstance(parts, (tuple, list)) else [parts]
+    body, classes = f"{getattr(module, 'base_model_prefix', None)}.", module.config.num_labels
+    return [m for n, m in module.named_modules() if not n.startswith(body) and classes in _width(m)]
+
+
+def _width(layer: nn.Module) -> tuple[int, ...]:
+    """The number of outputs of a linear layer or of a convolution of size 1; of others nothing."""
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return (layer.out_channels,)
+    return (layer.out_features,) if isinstance(layer, nn.Linear) else ()
+
+
+def check_width(name: str, logits: torch.Tensor, names) -> None:
+    """Raises ValueError unless there are as many class names as logits, `(B, C)`."""
+    if logits.shape[1] != len(names):
+        raise ValueError(f"{name} names {len(names)} classes and gives {logits.shape[1]} logits.")
+
+
+def select_classes(module: nn.Module, rows: list[int], size: tuple[int, int]) -> None:
+    """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place.
+
+    Raises:
+        ValueError: the head is not made of layers with a row for each class.
+    """
+    classes = module.config.num_labels
+    before = dry_run(module, size)
+    for layer in [m for part in head_modules(module) for m in part.modules() if classes in _width(m)]:
+        for name, parameter in layer.named_parameters(recurse=False):
+            setattr(layer, name, nn.Parameter(parameter.detach()[rows].clone(), parameter.requires_grad))
+        setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(rows))
+    for part, name in ((module, "num_labels"), (getattr(module, "timm_model", None), "num_classes")):
+        if hasattr(part, name):
+            setattr(part, name, len(rows))
+    if not torch.allclose(dry_run(module, size), before[:, rows], atol=1e-4):
+        raise ValueError(
+            f"the classes of {type(module).__name__} cannot be put in the order of id2label: its head is not made of "
+            "linear layers alone. Use data with the classes in its order, or from_scratch=True."
+        )
+
+
 def processor_for(module, name: str, hub: dict):
     """The image processor saved beside a model; ImageNet's statistics, with a warning, if there truly is none."""
     config, name = module.config, check_id(name)
@@ -129,13 +201,51 @@ def processor_for(module, name: str, hub: dict):
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
     if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
         return AutoImageProcessor.from_pretrained(name, **hub)
-    from transformers import ViTImageProcessor
-
     side = getattr(config, "image_size", None) or 224
     side = side if isinstance(side, int) else side[0]
     logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
+    return _square_processor(side, IMAGENET_MEAN, IMAGENET_STD, resample=2)
+
+
+def adjust_processor(processor, image_size, image_mean, image_std):
+    """The processor with another input size (a plain square resize) and other statistics, where they are given.
+
+    Without a processor, one is made of all three.
+    """
+    if processor is None:
+        if not (image_size and image_mean and image_std):
+            raise ValueError(
+                "a model given as a module needs its image processor: pass processor=, or image_size=, image_mean= "
+                "and image_std=."
+            )
+        return _square_processor(image_size, image_mean, image_std)
+    if image_size is None and image_mean is None and image_std is None:
+        return processor
+    if hasattr(processor, "data_config"):  # timm wrapper
+        new = dict(processor.data_config)
+        if image_size:
+            new |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "crop_mode": "squash"}
+        new |= {k: tuple(v) for k, v in (("mean", image_mean), ("std", image_std)) if v}
+        return type(processor)(pretrained_cfg=new, architecture=processor.architecture)
+    if not image_size:
+        new = {k: list(v) for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v}
+        return type(processor).from_dict({**processor.to_dict(), **new, "do_normalize": True})
+    preprocessing = Preprocessing(processor)
+    if preprocessing.channels != [0, 1, 2]:
+        raise ValueError(f"{type(processor).__name__} swaps channels: pass processor=, made for {image_size} px.")
+    mean, std = (
+        [round(v, 7) for v in x.flatten().tolist()]
+        for x in (-preprocessing.offset / preprocessing.scale, 1 / preprocessing.scale)
+    )
+    resample = getattr(processor, "resample", None) or 3
+    return _square_processor(image_size, image_mean or mean, image_std or std, resample)
+
+
+def _square_processor(side: int, mean, std, resample: int = 3):
+    from transformers import ViTImageProcessor
+
     size = {"height": side, "width": side}
-    return ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    return ViTImageProcessor(size=size, resample=resample, image_mean=list(mean), image_std=list(std))
 
 
 def _has_file(name: str, file: str, commit: str | None) -> bool:

@@ -110,7 +110,7 @@ class Preprocessing:
         Returns:
             uint8 `(B, 3, *size)` on the CPU. Exact: the processor's output is mapped back to whole pixel values.
         """
-        return (self.invert(self._process([p.cpu() for p in images])) * 255).round_().to(torch.uint8)
+        return (self.denormalize(self._process([p.cpu() for p in images])) * 255).round_().to(torch.uint8)
 
     def __call__(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
         """`pixel_values` of a batch, as the processor would give them.
@@ -134,13 +134,18 @@ class Preprocessing:
             pixels = F.resize(pixels, list(self.size), interpolation=mode, antialias=True)
             if pixels.is_floating_point():
                 pixels = pixels.clamp(0, 1)  # bicubic overshoots; torchvision clips bytes by itself
+        return self.normalize(pixels)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 `pixel_values` of pixels `(B, 3, H, W)`, uint8 or float in [0, 1], on the same device: the affine
+        map and the channel order alone, at any size."""
         values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
         if self.channels != [0, 1, 2]:
             values = values[:, self.channels]
         scale, offset = self._statistics(values.device)
         return values * scale + offset
 
-    def invert(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised `pixel_values`: float32 `(B, 3, H, W)` in [0, 1], on the same device."""
         scale, offset = self._statistics(pixel_values.device)
         pixels = ((pixel_values.float() - offset) / scale).clamp(0, 1)

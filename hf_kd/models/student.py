@@ -8,9 +8,20 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..labels import name_classes
+from ..labels import head_rows, name_classes
 from .forward import dry_run
-from .loading import build, check_id, load_classifier, load_config, loading_faults, processor_for
+from .loading import (
+    adjust_processor,
+    build,
+    check_id,
+    check_width,
+    head_modules,
+    load_classifier,
+    load_config,
+    loading_faults,
+    processor_for,
+    select_classes,
+)
 from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
@@ -32,8 +43,10 @@ def load_student(
     Args:
         model: a Hub id (`facebook/deit-tiny-patch16-224`, `timm/resnet18.a1_in1k`), a local folder, or a module.
             With `from_scratch`, `timm/NAME` needs no download: timm knows the architecture.
-        id2label: the class names of the data, in label order. A classification head of another size is replaced.
-        processor: the image processor; default: the one saved beside the model.
+        id2label: the class names of the data, in label order. If the pretrained model knows them all (see
+            `ClassMapping.between`), its head keeps their rows, in this order. If not, a head of as many classes stays
+            (the names it knows keep their rows, the others take the rest in order), and any other is replaced.
+        processor: the image processor; default: the one saved beside the model. A module needs it, or the next three.
         from_scratch: build the architecture with random weights instead of loading them.
         image_size: side of the model's square input in pixels; images are then resized to it without a crop. A
             pretrained ViT knows only its own.
@@ -46,37 +59,51 @@ def load_student(
 
     Raises:
         ValueError: if there is no such folder or architecture, if weights other than those of the head are missing
-            (with their names), or if the model can't take `image_size` or does not have `id2label`'s count of classes.
+            (with their names), if the head is not as wide as the model names classes, or if the model can't take
+            `image_size` or does not have `id2label`'s count of classes.
     """
     if isinstance(model, nn.Module):
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
-        if processor is None:
-            raise ValueError("a student given as a module needs its image processor: pass processor=.")
         module, name = model, type(model).__name__
-        if id2label is not None and hasattr(module, "config"):
-            if module.config.num_labels != len(id2label):
-                raise ValueError(f"{name} has {module.config.num_labels} classes, id2label {len(id2label)}.")
-            name_classes(module.config, id2label)
+        config = getattr(module, "config", None)
+        known = config is not None and id2label is not None
+        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
+        if known and rows is None:
+            raise ValueError(
+                f"{name} has {config.num_labels} classes, id2label {len(id2label)}, and some of them by other names."
+            )
     else:
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = student_config(name, from_scratch, image_size, hub)
-        if id2label is not None:
+        own = config.num_labels
+        known = id2label is not None and not from_scratch
+        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
+        if id2label is not None and rows is None:
             name_classes(config, id2label)
         if from_scratch:
             module = build(config, trust_remote_code)
         else:
             # The default dtype is that of the checkpoint, which may be too coarse to train.
             module, info = load_classifier(name, config, hub, dtype=torch.float32)
-            _check_loaded(module, name, info)
+            _check_loaded(module, name, info, own)
         processor = processor or processor_for(module, name, hub)
-    processor = with_size(processor, image_size, image_mean, image_std)
+    processor = adjust_processor(processor, image_size, image_mean, image_std)
     if image_size:
         try:
             dry_run(module, (image_size, image_size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
+    names = config.id2label if config is not None else id2label
+    if module is model and names is not None:
+        check_width(name, dry_run(module, Preprocessing(processor).size), names)
+    if rows is not None:
+        if rows != list(range(config.num_labels)):
+            select_classes(module, rows, Preprocessing(processor).size)
+        name_classes(module.config, id2label)
+    if renamed:
+        logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
         own = getattr(module.config, "pretrained_cfg", None) or {}
         module.config.pretrained_cfg = {**own, **processor.data_config}
@@ -111,52 +138,22 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
     return config
 
 
-def _check_loaded(module, name: str, info: dict) -> None:
-    """Only the classification head may be new; anything else would be trained from noise without a word."""
+def _check_loaded(module, name: str, info: dict, own: int) -> None:
+    """Only the classification head may be new; anything else would be trained from noise without a word.
+
+    Args:
+        own: the number of classes that the checkpoint's config names.
+    """
     new = loading_faults(info)
-    if hasattr(module, "timm_model"):
-        parts = module.timm_model.get_classifier()
-        parts = parts if isinstance(parts, (tuple, list)) else [parts]
-    else:
-        body, classes = f"{module.base_model_prefix}.", module.config.num_labels
-        layers = [m for n, m in module.named_modules() if not n.startswith(body)]
-        parts = [m for m in layers if getattr(m, "out_features", None) == classes]
-    head = {id(p) for part in parts for p in part.parameters()}
+    head = {id(p) for part in head_modules(module) for p in part.parameters()}
     wrong = new - {n for n, p in module.named_parameters() if id(p) in head}
     if wrong:
         raise ValueError(
             f"{name}: {len(wrong)} weights besides the classification head are not in the checkpoint or have another "
             f"shape: {sorted(wrong)[:8]}. Use the architecture the weights were made for, or --from_scratch."
         )
+    widths = {shape[0] for key, shape, _ in info["mismatched_keys"] if key in new} - {own}
+    if widths:
+        raise ValueError(f"{name}: its config names {own} classes, its head has {widths.pop()}: correct config.json.")
     if new:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")
-
-
-def with_size(processor, image_size, image_mean, image_std):
-    """The processor with another input size (a plain square resize) and other statistics, where they are given."""
-    if image_size is None and image_mean is None and image_std is None:
-        return processor
-    if hasattr(processor, "data_config"):  # timm wrapper
-        new = dict(processor.data_config)
-        if image_size:
-            new |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "crop_mode": "squash"}
-        new |= {k: tuple(v) for k, v in (("mean", image_mean), ("std", image_std)) if v}
-        return type(processor)(pretrained_cfg=new, architecture=processor.architecture)
-    if not image_size:
-        new = {k: list(v) for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v}
-        return type(processor).from_dict({**processor.to_dict(), **new, "do_normalize": True})
-    from transformers import ViTImageProcessor
-
-    preprocessing = Preprocessing(processor)
-    if preprocessing.channels != [0, 1, 2]:
-        raise ValueError(f"{type(processor).__name__} swaps channels: pass processor=, made for {image_size} px.")
-    mean, std = (
-        [round(v, 7) for v in x.flatten().tolist()]
-        for x in (-preprocessing.offset / preprocessing.scale, 1 / preprocessing.scale)
-    )
-    return ViTImageProcessor(
-        size={"height": image_size, "width": image_size},
-        resample=getattr(processor, "resample", None) or 3,
-        image_mean=image_mean or mean,
-        image_std=image_std or std,
-    )

@@ -2,64 +2,92 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 
 import torch
 from torch import nn
-from transformers.integrations import deepspeed as _deepspeed
 
 from ..config import DTYPES, DistillationConfig
-from ..labels import label_maps, match_classes
-from .forward import logits_of
-from .loading import check_id, load_classifier, load_config, loading_faults, processor_for
+from ..labels import ClassMapping, label_maps, read_class_map
+from .forward import dry_run, logits_of
+from .loading import (
+    adjust_processor,
+    check_id,
+    check_width,
+    load_classifier,
+    load_config,
+    loading_faults,
+    processor_for,
+)
 from .preprocessing import Preprocessing
 
 
 class Teacher(nn.Module):
-    """A frozen classifier that turns pixels into logits in the student's class order.
+    """A frozen classifier that turns pixels into logits of the data's classes, in their order.
 
     Args:
         model: a classifier `(B, 3, H, W) -> logits` (transformers, timm, any module). It is frozen and kept in eval.
         processor: its image processor, from which its `Preprocessing` is measured.
-        id2label: the student's class names, in label order; default: the teacher's own order.
-        class_map: see `match_classes`.
-        dtype: compute type under autocast (`torch.bfloat16`, `torch.float16`), or None for the weights' own.
+        id2label: the class names of the data, in label order; default: the teacher's own.
+        class_map: see `ClassMapping.between`.
+        dtype: compute type: `torch.bfloat16` or `torch.float16` (autocast), `torch.float32`, or None for the weights'
+            own. Weights of another type are copied for float32.
         name: how reports call it.
+        class_names: the model's own class names, in the order of its outputs; default: those of its config.
 
-    `train()` keeps it in eval mode whatever a wrapper asks for, and gradients are off: its parameters never need them.
+    Attributes:
+        mapping (`ClassMapping`): from the model's classes to those of `id2label`.
+
+    A `Teacher` does not change: `aligned` gives another one, with the same model. `train()` keeps it in eval mode
+    whatever a wrapper asks for, and gradients are off: its parameters never need them.
+
+    Raises:
+        ValueError: the count of class names is not that of the logits, or the classes cannot be matched.
     """
 
-    def __init__(self, model: nn.Module, processor, id2label=None, class_map=None, dtype=None, name: str = "teacher"):
+    def __init__(
+        self,
+        model: nn.Module,
+        processor,
+        id2label=None,
+        class_map=None,
+        dtype: torch.dtype | None = None,
+        name: str = "teacher",
+        class_names=None,
+    ):
         super().__init__()
+        if dtype is torch.float32 and any(p.dtype is not dtype for p in model.parameters()):
+            model = copy.deepcopy(model).float()  # another teacher may compute with this one as it is
         self.model = model.requires_grad_(False)
         self.eval()
         self.processor = processor
         self.preprocessing = Preprocessing(processor)
         self.name = name
         self.dtype = dtype
-        own = getattr(getattr(model, "config", None), "id2label", None)
-        if own is None:
-            # A module without class names: its outputs are counted, and only an explicit class_map can order them.
-            n = self._logits(torch.zeros(1, 3, *self.preprocessing.size)).shape[1]
-            own = {i: f"LABEL_{i}" for i in range(n)}
-        self._own_names = {int(k): v for k, v in own.items()}
-        self.id2label = self._own_names
-        self.class_map = class_map
-        self.register_buffer("order", torch.arange(len(own)), persistent=False)
-        if id2label is not None:
-            self.align(id2label, class_map)
+        if class_names is None:
+            logits = dry_run(model, self.preprocessing.size)
+            # Of a module without class names only an explicit class_map can order the outputs.
+            class_names = getattr(getattr(model, "config", None), "id2label", None) or {
+                i: f"LABEL_{i}" for i in range(logits.shape[1])
+            }
+            check_width(name, logits, class_names)
+        self.class_names = label_maps(class_names)["id2label"]
+        self.id2label = self.class_names if id2label is None else label_maps(id2label)["id2label"]
+        self.class_map = read_class_map(class_map)
+        self.mapping = ClassMapping.between(self.class_names, self.id2label, None if id2label is None else class_map)
+        self.register_buffer("index", self.mapping.index, persistent=False)
 
-    def align(self, id2label: list[str] | dict[int, str], class_map=None) -> None:
-        """Put the outputs in the order of these class names; see `match_classes` for what is refused.
+    def aligned(self, id2label=None, class_map=None, dtype: torch.dtype | None = None) -> Teacher:
+        """A teacher with the same frozen model and another class order or compute type; this one stays as it is.
 
-        `class_map` defaults to the one that the teacher was made with.
+        What is not given stays: a `class_map` given at loading counts for every later order of the classes.
         """
-        self.class_map = class_map if class_map is not None else self.class_map
-        names = label_maps(id2label)["id2label"]
-        if self.class_map is not None or names != self.id2label:
-            order = match_classes(self._own_names, names, self.class_map)
-            self.order = torch.tensor(order, device=self.order.device)
-            self.id2label = names
+        if id2label is None and self.id2label is not self.class_names:
+            id2label = self.id2label
+        class_map = self.class_map if class_map is None else class_map
+        return Teacher(
+            self.model, self.processor, id2label, class_map, dtype or self.dtype, self.name, self.class_names
+        )
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode: `model.train()` on a wrapper must not reach it."""
@@ -81,23 +109,9 @@ class Teacher(nn.Module):
             cropped: True if the image shows just what the model is to see (a training crop): resized, not cropped.
 
         Returns:
-            float32 `(B, C)` in the student's class order, without gradient.
+            float32 `(B, C)` in the order of `id2label`, without gradient; see `ClassMapping.apply`.
         """
-        logits = self._logits(self.preprocessing(pixels, cropped))
-        if logits.shape[1] != len(self._own_names):
-            raise ValueError(f"{self.name} names {len(self._own_names)} classes and gives {logits.shape[1]} logits.")
-        return logits.index_select(1, self.order)
-
-
-@contextlib.contextmanager
-def _outside_deepspeed():
-    """Under ZeRO-3, from_pretrained would partition the teacher too, which nothing gathers again: load it outside."""
-    held = _deepspeed._hf_deepspeed_config_weak_ref
-    _deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        _deepspeed._hf_deepspeed_config_weak_ref = held
+        return self.mapping.apply(self._logits(self.preprocessing(pixels, cropped)), self.index)
 
 
 def load_teacher(
@@ -105,33 +119,40 @@ def load_teacher(
     id2label: list[str] | dict[int, str] | None = None,
     processor=None,
     class_map=None,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    class_names: list[str] | dict[int, str] | None = None,
+    image_size: int | None = None,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
 ) -> Teacher:
     """A teacher from a Hub id, a `timm/...` id, a local folder, or a module.
 
     Args:
-        model: as for `load_student`; a `Teacher` is only aligned.
-        id2label: the class names of the data, in label order; the teacher's outputs are put in that order by name.
-        processor: default: the one saved beside the model. Needed for a module.
-        class_map, dtype: see `Teacher`.
+        model: as for `load_student`; of a `Teacher` another one is made, see `Teacher.aligned`.
+        id2label: the class names of the data, in label order. The teacher's are matched by name, and may be more:
+            the probability of classes that are left out is dropped, see `ClassMapping.apply`.
+        processor: default: the one saved beside the model. A module needs it, or size, mean and std.
+        class_map: which classes are which where the names differ: `"by_index"`, a list, a dict, JSON text or the path
+            of a JSON or YAML file; see `ClassMapping.between`.
+        dtype: see `Teacher`.
         revision, trust_remote_code: as in transformers.
+        class_names: the model's own class names, in the order of its outputs; default: those of its config.
+        image_size: side in pixels of the square that images are resized to, without a crop.
+        image_mean, image_std: channel statistics of pixels in [0, 1]; default, as for the size: the processor's.
 
     Raises:
         ValueError: weights are missing or do not fit (a freshly initialised head teaches noise), or the classes
             can't be matched; with names and counts.
     """
     if isinstance(model, Teacher):
-        if id2label is not None:
-            model.align(id2label, class_map)
-        return model
+        return model.aligned(id2label, class_map, dtype)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         name = check_id(model)
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with _outside_deepspeed():
-            module, info = load_classifier(name, load_config(name, hub), hub)
+        module, info = load_classifier(name, load_config(name, hub), hub)
         bad = sorted(loading_faults(info))
         if bad:
             raise ValueError(
@@ -139,15 +160,18 @@ def load_teacher(
                 f"be random: {bad[:8]}. Use a checkpoint with its trained classification head."
             )
         model, processor = module, processor or processor_for(module, name, hub)
-    elif processor is None:
-        raise ValueError("a teacher given as a module needs its image processor: load_teacher(module, processor=...).")
-    return Teacher(model, processor, id2label, class_map, dtype, name)
+    processor = adjust_processor(processor, image_size, image_mean, image_std)
+    if class_names is not None:
+        check_width(name, dry_run(model, Preprocessing(processor).size), class_names)
+    return Teacher(model, processor, id2label, class_map, dtype, name, class_names)
 
 
 def aligned_teacher(
     teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
 ) -> Teacher | None:
-    """The teacher with its classes in the student's order and the compute type that `args` ask for.
+    """A teacher of the trainer's own, with its classes in the student's order and the compute type `args` ask for.
+
+    The type is `args.teacher_dtype`, else the teacher's, else that of the student's training.
 
     Raises:
         ValueError: it is no teacher, is the student itself, or knows other classes.
@@ -155,7 +179,7 @@ def aligned_teacher(
     if teacher is None:
         return None
     if isinstance(teacher, str):
-        teacher = load_teacher(teacher, id2label=id2label)
+        teacher = load_teacher(teacher)
     if not isinstance(teacher, Teacher):
         raise ValueError(
             f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
@@ -163,9 +187,6 @@ def aligned_teacher(
         )
     if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
         raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
-    if id2label is not None:
-        teacher.align(id2label)
     precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
-    if teacher.dtype is None:
-        teacher.dtype = DTYPES[precision]
-    return teacher.float() if precision == "fp32" else teacher
+    dtype = teacher.dtype if teacher.dtype is not None and not args.teacher_dtype else DTYPES[precision]
+    return teacher.aligned(id2label, dtype=dtype or torch.float32)

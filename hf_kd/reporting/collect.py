@@ -134,6 +134,8 @@ def make_record(
     teacher = trainer.eval_teacher
     if "teacher" not in known:
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
+    if teacher and teacher.mapping.kind != "identity":
+        known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
     saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
     sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
@@ -148,11 +150,11 @@ def make_record(
         },
         "data": {
             "id": data and data.name,
-            "revision": data and data.revision,
-            "train_split": data and data.train_split,
-            "eval_split": data and data.eval_split,
+            **{key: None for key in ("revision", "train_split", "eval_split")},
+            **({k: v for k, v in data.describe().items() if k != "name"} if data else {}),
             **sizes,
             "classes": model.config.num_labels,
+            "augmentation": trainer.augmentation_applied,
             "skipped": {
                 "count": len(skipped[0]),
                 "examples": skipped[0][:100],
