@@ -162,16 +162,14 @@ class DistillationConfig(TrainingArguments):
             ValueError: no loss with a name of its own, one with a state, or another label smoothing than these
                 arguments ask for.
         """
-        if not isinstance(loss, DistillationLoss):
-            raise ValueError(f"loss={loss!r} is no DistillationLoss: pass an instance, such as NKDLoss(gamma=1.0)")
-        smoothing = self.label_smoothing_factor
+        name, smoothing = loss_class(type(loss)).name, self.label_smoothing_factor
         if smoothing and loss.label_smoothing != smoothing:
             raise ValueError(
                 f"label_smoothing_factor={smoothing} and a loss with label_smoothing={loss.label_smoothing}: leave "
                 "label_smoothing_factor out, and give the loss label_smoothing="
             )
         copied = object.__new__(type(self))  # copy.copy would go by __getstate__
-        copied.__dict__.update(self.__dict__, loss=loss_class(type(loss)).name, loss_kwargs=loss.hyperparameters())
+        copied.__dict__.update(self.__dict__, loss=name, loss_kwargs=loss.hyperparameters())
         copied._loss = loss
         return copied
 

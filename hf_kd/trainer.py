@@ -39,7 +39,6 @@ from .reporting.record import write_json
 from .spec import PLAN_FILE, Experiment, continue_plan
 
 logger = logging.get_logger(__name__)
-PROVIDED = {"teacher_logits", "aux_logits"}  # what the trainer gives a loss that requires it
 
 
 class DistillationTrainer(Trainer):
@@ -105,20 +104,17 @@ class DistillationTrainer(Trainer):
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_loss_func= would not be called: pass loss=, an instance of a DistillationLoss of your own "
-                "(README, Your own loss)."
+                "compute_loss_func= would not be called: pass loss=, a DistillationLoss (README, Your own loss)."
             )
         args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
         self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss()
-        self._check_loss()
-        self.args, self._made = args, None
-        student = model
+        self.train_loss.check_trainable()
+        self.args, self.model_init, self._made, student = args, model_init, None, model
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
-            self.model_init = model_init
             student = self._made = self.call_model_init()
         self._own_collator = data_collator is None
         train_dataset = as_image_dataset(train_dataset, self._id2label(student), args, self._own_collator)
@@ -160,17 +156,6 @@ class DistillationTrainer(Trainer):
 
     # ---- what is checked before anything runs ----
 
-    def _check_loss(self) -> None:
-        name, missing = self.train_loss.name, sorted(self.train_loss.requires - PROVIDED)
-        if missing:
-            provided = ", ".join(sorted(PROVIDED))
-            raise ValueError(f"loss {name!r} requires {', '.join(missing)}: this trainer provides {provided} only.")
-        if state := list(self.train_loss.state_dict()):
-            raise ValueError(
-                f"loss {name!r} has parameters or buffers ({', '.join(state)}), which would be neither trained nor "
-                "saved: use numbers, or register_buffer(..., persistent=False) for constants."
-            )
-
     def call_model_init(self, trial=None):
         made, self._made = self._made, None
         if made is None:  # for the first time in __init__, before the Trainer asks
@@ -180,7 +165,7 @@ class DistillationTrainer(Trainer):
 
     def _add_head(self, student: nn.Module) -> None:
         if "aux_logits" in self.train_loss.requires:
-            size, args = self._need_preprocessing().size, self.args
+            args, size = self.args, self._need_preprocessing().size
             add_auxiliary_head(student, self._num_classes(student), size, args.feature_module, args.seed)
 
     @staticmethod

@@ -167,10 +167,10 @@ class Forgetful(DistillationLoss):
 @pytest.mark.parametrize(
     ("loss", "more", "message"),
     [
-        (NeedsMore(), {}, "'more' requires features: this trainer provides aux_logits, teacher_logits only"),
-        (Stateful(), {"teacher": False}, r"'stateful' has parameters or buffers \(scale\)"),
+        (NeedsMore(), {}, "'more' requires features; a trainer has teacher_logits, aux_logits only"),
+        (Stateful(), {"teacher": False}, "'stateful' has a state.*'scale'"),
         (Forgetful(), {"teacher": False}, "does not keep its argument power: set self.power"),
-        ("nkd", {}, "loss='nkd' is no DistillationLoss: pass an instance"),
+        ("nkd", {}, "is no subclass of hf_kd.losses.DistillationLoss"),
         (Both(), {"teacher": False}, "loss='both' learns from a teacher and none is given"),
         (Both(), {"settings": {"label_smoothing_factor": 0.1}}, "leave label_smoothing_factor out"),
         (None, {"compute_loss_func": lambda *args: 0}, "compute_loss_func= would not be called: pass loss="),
@@ -209,7 +209,7 @@ def test_a_name_is_a_loss_of_hf_kd_a_module_or_a_file(tmp_path, monkeypatch):
         (
             "",
             "no_such_package.module:Loss",
-            "cannot be imported.*no_such_package/module.py:Class",
+            "cannot be imported.*name its file",
         ),
         ("", "FILE:Loss", "has no class Loss; it has no subclass of DistillationLoss"),
         ("class Plain(DistillationLoss): name = 'p'", "FILE:Plian", "has no class Plian; it has Plain"),

@@ -33,7 +33,7 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
         asked = read_json("compare", asked) if asked.lstrip().startswith("{") else asked.split(",")
     if not isinstance(asked, dict):
         names = [str(name).strip() for name in asked]
-        asked = dict.fromkeys(names, {})
+        asked = {loss_class(name).name if ":" in name else name: {"loss": name} for name in names}
         if len(asked) < len(names):
             raise ValueError(
                 f"--compare names a loss twice: {', '.join(names)}. With other hyperparameters, give it as JSON with "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .functional import check_inputs, check_number, cross_entropy
 
-# Inputs that a loss may require, and what they are. The set is open: a trainer says which it provides.
+# What a trainer provides to a loss that requires it.
 INPUTS = {
     "teacher_logits": "the teacher's logits, of shape (B, C)",
     "aux_logits": "the logits of a linear head on the student's pooled intermediate feature, of shape (B, C)",
@@ -39,16 +39,14 @@ class DistillationLoss(nn.Module):
 
     Attributes:
         name: a word of letters, digits, `_`, `-` and `.`, by which records and folders name the loss. Required.
-        requires: the inputs of `forward` beyond logits and labels; a trainer provides "teacher_logits" and
-            "aux_logits" (see `INPUTS`).
+        requires: the inputs of `forward` beyond logits and labels; a trainer provides those of `INPUTS`.
         title, formula, paper, CITATION: for the model card: the method in words ("knowledge distillation (KD)"), its
             formula in one paragraph of Markdown, an arXiv id or a URL, and BibTeX. Each may be missing.
         tags: for the Hub, such as "knowledge-distillation".
         controls: runs that a verdict on this loss must beat besides plain cross entropy: their arguments by name,
             such as `{"2xce": {"loss": "ce", "weight": 2.0}}`.
         published: constructor arguments as published, by benchmark ("imagenet", "imagenet_deit", "cifar100").
-        published_results: by benchmark, then "teacher → student" or the student: top-1 in percent without and with
-            the loss.
+        published_results: by benchmark, as text: top-1 in percent of students without → with the loss.
         label_weight: of the cross entropy; 1 unless the constructor sets another.
         progress: a `Progress`, which the trainer sets before every step, after a resume too.
         reduce_mean: averages a tensor over the ranks, or None in a single process; for statistics of the whole batch.
@@ -64,7 +62,7 @@ class DistillationLoss(nn.Module):
     tags: ClassVar[tuple[str, ...]] = ()
     controls: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, dict[str, Any]]] = {}
-    published_results: ClassVar[dict[str, dict[str, tuple[float, float]]]] = {}
+    published_results: ClassVar[dict[str, str]] = {}
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -121,6 +119,15 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"{kind} does not keep its argument {name}: set self.{name} = {name} in its __init__")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if not callable(value) and value is not None}
+
+    def check_trainable(self) -> None:
+        """Raise ValueError for what a trainer does not provide, and for a state, which it would not train or save."""
+        if missing := sorted(self.requires - INPUTS.keys()):
+            names = ", ".join(missing)
+            raise ValueError(f"loss {self.name!r} requires {names}; a trainer has {', '.join(INPUTS)} only")
+        if state := list(self.state_dict()):
+            hint = "use numbers, or register_buffer(..., persistent=False) for constants"
+            raise ValueError(f"loss {self.name!r} has a state that is neither trained nor saved, {state}: {hint}")
 
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:

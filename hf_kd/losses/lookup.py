@@ -119,10 +119,8 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"the loss's module {name!r} cannot be imported ({error}): install its package, or name the file: "
-            f"{name.replace('.', '/') or 'file'}.py:Class"
-        ) from error
+        hint = "install its package, or name its file: file.py:Class"
+        raise ValueError(f"the loss's module {name!r} cannot be imported ({error}): {hint}") from error
 
 
 def _is_loss(value: Any) -> TypeGuard[type[DistillationLoss]]:
@@ -134,8 +132,7 @@ def _checked(found: Any, name: str) -> type[DistillationLoss]:
         raise ValueError(f"loss {name!r} is no subclass of hf_kd.losses.DistillationLoss")
     if not re.fullmatch(r"\w[\w.-]*", found.name):
         raise ValueError(
-            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, - and ., which "
-            "records and folders call it by"
+            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, - or ."
         )
     if LOSSES.get(found.name, found) is not found:
         raise ValueError(f"loss {name!r} has the name {found.name!r} of a loss of hf_kd: give it another")
