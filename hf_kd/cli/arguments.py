@@ -67,7 +67,8 @@ class ScriptArguments:
     class_map: str | None = field(
         default=None,
         metadata={
-            "help": "Where class names of teacher and data differ: by_index, or JSON with {data name: teacher name}."
+            "help": "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, "
+            "or a JSON or YAML file."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
@@ -78,8 +79,12 @@ class ScriptArguments:
     eval_fraction: float = field(
         default=0.1, metadata={"help": "Share of train to hold out where there is no such split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on at most so many images, chosen by their content."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most so many, chosen likewise."}
+    )
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})

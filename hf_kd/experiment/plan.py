@@ -234,8 +234,8 @@ def _seen(teacher: ModelSource, data: ImageData) -> int | None:
         return None
     if seen:
         logger.warning(
-            f"teacher {teacher.id} was trained on {seen} of the {len(data.eval)} images that are evaluated on: its own "
-            "accuracy, and what the student learns from it, look better than they are. Train it on this training "
+            f"teacher {teacher.id} was trained on {seen} of the {len(data.eval)} images that are evaluated on: its "
+            "own accuracy, and what the student learns from it, look better than they are. Train it on this training "
             "split, or evaluate on another one with --eval_split."
         )
     return seen
