@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..data import ImageData
-from ..losses import LOSSES
+from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
 from ..spec import DataSource, Experiment, ModelSource, run_spec
@@ -102,7 +102,7 @@ def known_plan(trainer) -> Experiment:
             classes=config and [config.id2label[i] for i in sorted(config.id2label)],
         ),
         train_image_size=trainer.args.train_image_size,
-        runs=(run_spec(trainer.args),),
+        runs=(run_spec(trainer.args, loss_source=loss_source(type(trainer.train_loss))),),
         versions=records.collect_versions(),
     )
     return Experiment.from_dict(plan.to_dict())
