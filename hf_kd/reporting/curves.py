@@ -16,12 +16,12 @@ PANELS_PER_ROW = 3
 
 
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's top-1 on the eval set.
+    """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's evaluated top-1.
 
     A variant is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
     colour from panel to panel, variants theirs from title to curve. The losses of different methods have different
-    scales, so each panel has its own, logarithmic. Of several seeds every one is a thin line and their mean a thick one, where
-    all of them were evaluated. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1).
+    scales, so each panel has its own, logarithmic. Of several seeds every one is a thin line and
+    their mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1).
     A dashed line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
