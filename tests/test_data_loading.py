@@ -158,7 +158,8 @@ def test_collator_shapes_and_frames():
         expected = np.asarray(PIL.Image.fromarray(item["image"]).resize((16, 16), PIL.Image.BICUBIC))
         assert np.abs(pixels.permute(1, 2, 0).int().numpy() - expected.astype(int)).max() <= 2
     # An image is brought to the size whatever the others of its batch are.
-    assert torch.equal(TrainingCollator(size=16)(items[:1])["pixels"], batch["pixels"][:1])
+    alone = TrainingCollator(size=16)(items[:1])["pixels"]
+    assert (alone.int() - batch["pixels"][:1].int()).abs().max() <= 1  # a grey level: another batch size rounds freely
 
     def frame(side):
         return lambda images: torch.stack([image[:, :side, :side] for image in images])

@@ -171,7 +171,7 @@ def test_permuted_teacher_gives_the_same_loss(tmp_path):
         trainer = trainer_for(tmp_path / str(k), loss="nkd", teacher=load_teacher(m, processor=processor))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_path, caplog):
