@@ -72,6 +72,7 @@ def test_items_depend_on_seed_epoch_and_index_alone():
             assert torch.equal(epoch_of(loader, dataset, epoch), expected[epoch]), (workers, persistent, epoch)
 
 
+@pytest.mark.slow
 def test_spawned_workers_see_the_epoch():
     dataset = ImageDataset(image_table(4), "image", "label", build_transform("pad_crop"), seed=5)
     loader = DataLoader(

@@ -140,6 +140,7 @@ def test_datasets_loads_all_and_streams(hub, cifar):
     assert streamed[3]["img"].tobytes() == data["test"][3]["img"].tobytes()
 
 
+@pytest.mark.slow
 def test_process_with_env_knows_this_hub_alone(tmp_path, deit, cifar):
     script = """
 from datasets import load_dataset

@@ -280,6 +280,7 @@ print("RESULT" + json.dumps({"early": early, "whole": whole, "streamed": streame
 """
 
 
+@pytest.mark.slow
 def test_evaluate_modules_load_offline_and_say_what_the_trainer_says(batch, tmp_path):
     torch.save(batch, tmp_path / "batch.pt")
     home = {name: str(tmp_path / "home") for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
