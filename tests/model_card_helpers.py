@@ -17,8 +17,8 @@ SEEDS = [0, 1, 2]
 STATIC = "top-1|top-5|top_5_accuracy|top 5 accuracy|arXiv:[0-9.]+[0-9]|arxiv.org/abs/[0-9.]+[0-9]|\\(1 − weight\\)"
 
 
-def metrics(arm, seed):
-    base = {"ce": 0.7013, "2xce": 0.7041, "uskd": 0.7132, "nkd": 0.7377}[arm] + 0.0017 * seed - 0.0011 * seed**2
+def metrics(name, seed):
+    base = {"ce": 0.7013, "2xce": 0.7041, "uskd": 0.7132, "nkd": 0.7377}[name] + 0.0017 * seed - 0.0011 * seed**2
     rates = {"top5": base + 0.2114 + 0.0023 * seed, "agreement": base + 0.0541 - 0.0071 * seed**2}
     return {"loss": 1.1, "top1": base, **rates, "ece": 0.0432 - base / 97 + 0.0031 * seed}
 
@@ -32,9 +32,9 @@ def verdict_of(loss, against):
         test |= {"half_width": 0.3171, "p": 0.00213, "test": "paired t-test over seeds, two-sided, 95 %"}
         tests.append(test)
     runs = [
-        {"name": arm, "seed": seed, "loss": {"name": arm.removeprefix("2x")}, "metrics": metrics(arm, seed)}
+        {"name": name, "seed": seed, "loss": {"name": name.removeprefix("2x")}, "metrics": metrics(name, seed)}
         for seed in SEEDS
-        for arm in (*against, loss)
+        for name in (*against, loss)
     ]
     sentence = f"{loss} helped by 1.32 ± 0.32 points of top-1 over ce (3 seeds, p = 0.0021)."
     return {"loss": loss, "seeds": list(SEEDS), "helped": True, "sentence": sentence, "tests": tests, "runs": runs}
@@ -43,7 +43,7 @@ def verdict_of(loss, against):
 def record(loss="uskd", seed=1, **more):
     """A record as --verdict leaves it: a fine-tuned Hub student, a teacher that measures or teaches."""
     numbers = {"uskd": {"alpha": 1.25, "beta": 0.15, "mu": 0.006}, "nkd": {"temperature": 1.75, "gamma": 1.45}}[loss]
-    arms = {"uskd": ["ce", "2xce"], "nkd": ["ce"]}[loss]
+    names = {"uskd": ["ce", "2xce"], "nkd": ["ce"]}[loss]
     run = {
         "name": loss,
         "loss": {"name": loss, **numbers, "label_smoothing": 0.11},
@@ -101,7 +101,7 @@ def record(loss="uskd", seed=1, **more):
         "timings": {"train_seconds": 5123.44, "eval_seconds": 61.37},
         "device": "cuda:0, 8 threads, 1 processes",
         "created": "2026-11-23T11:20:02+00:00",
-        "verdict": verdict_of(loss, arms),
+        "verdict": verdict_of(loss, names),
     }
     return {**run, **more}
 

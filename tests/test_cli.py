@@ -45,7 +45,7 @@ def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
     assert "top-1 %" in capsys.readouterr().out
 
 
-def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
+def test_compare_trains_every_loss_from_the_same_start(things, tmp_path, capsys):
     out = tmp_path / "out"
     spec = '{"ce": {}, "nkd": {"gamma": 0.5}, "zero": {"loss": "nkd", "gamma": 0.5}}'
     status = distill(things, "--compare", spec, "--teacher", things / "teacher", "--output_dir", out)
@@ -54,7 +54,7 @@ def test_compare_trains_every_arm_from_the_same_start(things, tmp_path, capsys):
     runs = json.loads((out / "run.json").read_text())["runs"]
     assert [run["name"] for run in runs] == ["ce", "nkd", "zero"]
     first = [[e for e in run["history"] if "loss" in e][0]["loss_ce"] for run in runs]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)  # the same first weights and the same first batch
+    assert first[0] == pytest.approx(first[1], rel=1e-5)  # the same first weights and the same first batch
     assert runs[1]["metrics"] == runs[2]["metrics"]  # the same run twice
     assert all("agreement" in run["metrics"] and run["teacher_metrics"]["top1"] is not None for run in runs)
     assert "difference to CE" in printed and "teacher" in printed
@@ -86,7 +86,7 @@ def test_verdict_trains_the_controls_over_seeds_and_tests_pairs(things, tmp_path
     assert json.loads((out / "ce" / "seed-5" / "run.json").read_text())["verdict"] is None
     assert verdict["sentence"] in (out / "uskd" / "seed-6" / "README.md").read_text()
 
-    # Cut off in its last arm: what is finished is kept, the same comes out, and seeds can be added.
+    # Cut off in its last run: what is finished is kept, the same comes out, and seeds can be added.
     file = out / "uskd" / "seed-6" / "run.json"
     before, kept = json.loads(file.read_text()), out / "2xce" / "seed-6" / "run.json"
     file.unlink()
@@ -104,8 +104,8 @@ def test_seeds_of_one_loss(things, tmp_path, capsys):
     assert "mean of 2 training runs (seeds 1, 2)" in capsys.readouterr().out
 
 
-def test_arms_draw_the_same_random_numbers(things, tmp_path):
-    """A student with dropout, and a teacher that is measured before the first arm only."""
+def test_runs_draw_the_same_random_numbers(things, tmp_path):
+    """A student with dropout, and a teacher that is measured before the first run only."""
     from transformers import AutoConfig
 
     AutoConfig.from_pretrained(things / "student", hidden_dropout_prob=0.3).save_pretrained(things / "dropout")

@@ -72,6 +72,7 @@ def test_items_depend_on_seed_epoch_and_index_alone():
             assert torch.equal(epoch_of(loader, dataset, epoch), expected[epoch]), (workers, persistent, epoch)
 
 
+@pytest.mark.slow
 def test_spawned_workers_see_the_epoch():
     dataset = ImageDataset(image_table(4), "image", "label", build_transform("pad_crop"), seed=5)
     loader = DataLoader(
@@ -158,7 +159,8 @@ def test_collator_shapes_and_frames():
         expected = np.asarray(PIL.Image.fromarray(item["image"]).resize((16, 16), PIL.Image.BICUBIC))
         assert np.abs(pixels.permute(1, 2, 0).int().numpy() - expected.astype(int)).max() <= 2
     # An image is brought to the size whatever the others of its batch are.
-    assert torch.equal(TrainingCollator(size=16)(items[:1])["pixels"], batch["pixels"][:1])
+    alone = TrainingCollator(size=16)(items[:1])["pixels"]
+    assert (alone.int() - batch["pixels"][:1].int()).abs().max() <= 1  # a grey level: another batch size rounds freely
 
     def frame(side):
         return lambda images: torch.stack([image[:, :side, :side] for image in images])

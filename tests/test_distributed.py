@@ -77,6 +77,7 @@ def launch(folder: Path, loss: str, processes: int) -> dict:
 
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
+@pytest.mark.slow
 def test_two_processes_equal_one(loss, tmp_path):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = (launch(tmp_path / str(n), loss, n) for n in (1, 2))
@@ -84,8 +85,11 @@ def test_two_processes_equal_one(loss, tmp_path):
     for a, b in zip(one["history"], two["history"], strict=True):
         for name in (k for k in a if k.startswith("loss")):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    for name in ("loss", "top1", "top5", "ece", *(["kl", "agreement", "teacher_top1"] if loss == "nkd" else [])):
-        assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], rel=1e-3), name
+    # A batch of another size may decide one of the 21 images otherwise; means of all images show one counted twice.
+    for name in ("loss", *(["kl"] if loss == "nkd" else [])):
+        assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], rel=1e-4), name
+    for name in ("top1", "top5", "ece", *(["agreement", "teacher_top1"] if loss == "nkd" else [])):
+        assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], abs=1.01 / 21), name
     a, b = (torch.load(tmp_path / n / "final.pt") for n in "12")
     assert a.keys() == b.keys()
     for name in a:
@@ -93,12 +97,14 @@ def test_two_processes_equal_one(loss, tmp_path):
     assert not (tmp_path / "2" / "aux_head.safetensors").exists()
 
 
-def test_a_image_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
+@pytest.mark.slow
+def test_an_image_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
     one, two = (launch(tmp_path / str(n), "skip", n) for n in (1, 2))
     for a, b in zip(one["history"], two["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(tmp_path):
     launch(tmp_path / "2", "stop", 2)
     assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == [

@@ -122,7 +122,8 @@ def test_push(here, tmp_path, monkeypatch, capsys):
     saved = AutoModelForImageClassification.from_pretrained("mine").eval()
     pixels = AutoImageProcessor.from_pretrained("anna/mine")(Image.new("RGB", (40, 32), "red"), return_tensors="pt")
     with torch.no_grad():
-        assert torch.equal(loaded(**pixels).logits, saved(**pixels).logits)
+        # Two loads of one model: its weights may lie in memory differently, which shows in the last bits.
+        torch.testing.assert_close(loaded(**pixels).logits, saved(**pixels).logits, rtol=1e-5, atol=1e-5)
     assert pipeline("image-classification", model="anna/mine")(Image.new("RGB", (32, 32)))[0]["label"]
 
 
@@ -136,7 +137,7 @@ def test_a_pushed_timm_student_opens_in_timm(here, tmp_path, monkeypatch):
     theirs = timm.create_model("hf_hub:anna/timm-student", pretrained=True).eval()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.allclose(ours(pixels).logits, theirs(pixels), atol=1e-6)
+        torch.testing.assert_close(ours(pixels).logits, theirs(pixels), rtol=1e-5, atol=1e-5)
     assert tuple(theirs.pretrained_cfg["input_size"]) == (3, 32, 32) and theirs.num_classes == 100
     assert b"library_name: timm" in here.files("anna/timm-student")["README.md"]
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import datasets
 import hub_helpers
@@ -313,23 +314,20 @@ def test_a_data_set_that_is_a_program(hub):
     assert told(load_data, "own/pets").endswith("--dataset_revision refs/convert/parquet.")
 
 
-class FullDisk(TrainerCallback):
-    """The optimizer's state of one checkpoint goes to a full disk."""
-
-    def __init__(self, folder):
-        self.folder = folder
+class OntoAFullDisk(TrainerCallback):
+    """/dev/full refuses every byte, as a full disk does: here those of the second checkpoint's optimizer."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.folder.name == f"checkpoint-{state.global_step}":
-            self.folder.mkdir(parents=True)
-            (self.folder / "optimizer.pt").symlink_to("/dev/full")
+        if state.global_step == 2:
+            folder = Path(args.output_dir) / STAGING / "checkpoint-2"
+            folder.mkdir(parents=True)
+            (folder / "optimizer.pt").symlink_to("/dev/full")
 
 
 def test_the_disk_is_full(tmp_path):
-    """/dev/full refuses every byte, as a full disk does."""
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "loss": "ce"}
     trainer = trainer_for(*tiny("vit", names=NAMES), tmp_path, **settings)
-    trainer.add_callback(FullDisk(tmp_path / STAGING / "checkpoint-2"))
+    trainer.add_callback(OntoAFullDisk())
     assert told(trainer.train) == (
         f"the disk is full: {tmp_path} could not be written. What was complete is safe, the last whole checkpoint "
         "too: make room, and go on with the same command and --resume_from_checkpoint last."

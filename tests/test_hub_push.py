@@ -64,25 +64,30 @@ def saved(request, tmp_path_factory):
     return folder / "run", student, processor
 
 
-def opens(name, timm_name, student, processor, atol=0):
+# Two loads of one model, whose weights may lie in memory differently, and other libraries' arithmetic. A wrong mean or
+# one grey level moves the pixel values by more than 1e-3, a wrong head the logits by more than 1e-2.
+CLOSE = 1e-5
+
+
+def opens(name, timm_name, student, processor, atol=CLOSE):
     """A folder or id gives the student's classes, pixels and logits in transformers, and in timm if it is timm's."""
     own = torch.as_tensor(processor(images=[image()], return_tensors="pt")["pixel_values"])
     expected = logits(student, own)
     model = AutoModelForImageClassification.from_pretrained(name)
     values = AutoImageProcessor.from_pretrained(name)(images=[image()], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(torch.as_tensor(values), own, rtol=0, atol=atol)
-    torch.testing.assert_close(logits(model, own), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model, own), expected, rtol=CLOSE, atol=CLOSE)
     assert model.config.id2label == dict(enumerate(NAMES))
     answers = pipeline("image-classification", name, top_k=6)(image())
     scores = dict(zip(NAMES, expected[0].softmax(0).tolist(), strict=True))
-    assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(scores, abs=1e-6 + atol)
+    assert {answer["label"]: answer["score"] for answer in answers} == pytest.approx(scores, abs=atol)
     if not hasattr(student, "timm_model"):
         return
     model = timm.create_model(timm_name, pretrained=True)
     config = timm.data.resolve_model_data_config(model)
     values = timm.data.create_transform(**config, is_training=False)(image())[None]
     torch.testing.assert_close(values, own, rtol=0, atol=atol)
-    torch.testing.assert_close(logits(model, own), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model, own), expected, rtol=CLOSE, atol=CLOSE)
     assert model.pretrained_cfg["label_names"] == NAMES and model.num_classes == 6
     assert timm.create_model(timm_name, pretrained=True, num_classes=9).num_classes == 9  # to be fine-tuned
 
@@ -92,7 +97,7 @@ def test_a_saved_student_opens_in_both_libraries(saved):
     opens(folder, f"local-dir:{folder}", student, processor)
     again, its_processor = load_student(folder)
     values = torch.as_tensor(its_processor(images=[image()], return_tensors="pt")["pixel_values"])
-    torch.testing.assert_close(logits(again, values), logits(student, values), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(again, values), logits(student, values), rtol=CLOSE, atol=CLOSE)
     assert load_teacher(folder, id2label=NAMES).id2label == dict(enumerate(NAMES))
     weights = load_file(folder / "model.safetensors")
     assert not any("aux_head" in name for name in weights) and any(
@@ -279,7 +284,8 @@ def test_the_trainer_pushes_when_it_is_asked_and_not_before(hub, tmp_path):
     own = {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "curves.png", "README.md"}
     assert files.keys() - {".gitattributes"} <= own and files.keys() >= own - {"preprocessor_config.json"}
     record = json.loads(files["run.json"])
-    assert record["metrics"]["top1"] == trainer.evaluate()["eval_top1"] and record["repo_id"] == "anna/kd-run"
+    assert record["metrics"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    assert record["repo_id"] == "anna/kd-run"
     assert b"hf_hub:anna/kd-run" in files["README.md"].replace(b"hf-hub", b"hf_hub")
 
 

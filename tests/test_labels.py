@@ -194,7 +194,7 @@ def test_many_to_one_and_subset_against_float64(members, scale):
     expected, dropped = oracle(logits, members)
     mapped = mapping.apply(logits)
     torch.testing.assert_close(mapped.double().log_softmax(1), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mapping.dropped_mass(mapped).double(), dropped, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mapping.dropped_mass(mapped).double(), dropped, rtol=0, atol=1e-5)
     exact = mapping.apply(logits.double())
     torch.testing.assert_close(exact.log_softmax(1), expected, rtol=1e-12, atol=1e-12)
     everything = sum(map(len, members)) == 6

@@ -121,7 +121,8 @@ def test_timm_loads_by_hf_hub(hub, tmp_path):
     hub.add_repo("anna/r10", tmp_path / "timm")
     loaded = timm.create_model("hf_hub:anna/r10", pretrained=True).eval()
     x = torch.rand(1, 3, 64, 64)
-    assert loaded.num_classes == 4 and torch.equal(loaded(x), model(x))
+    assert loaded.num_classes == 4
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)  # its weights are mapped
 
 
 def test_datasets_loads_all_and_streams(hub, cifar):
@@ -138,6 +139,7 @@ def test_datasets_loads_all_and_streams(hub, cifar):
     assert streamed[3]["img"].tobytes() == data["test"][3]["img"].tobytes()
 
 
+@pytest.mark.slow
 def test_process_with_env_knows_this_hub_alone(tmp_path, deit, cifar):
     script = """
 from datasets import load_dataset

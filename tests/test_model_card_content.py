@@ -54,9 +54,9 @@ def allowed_numbers(run):
             found.update(forms.get(key, lambda v: [str(v)])(value))
         else:
             found.update(tokens_of(str(value)))
-    arms = (run.get("verdict") or {}).get("runs") or []
-    for arm in {each["name"] for each in arms}:
-        own = [each["metrics"] for each in arms if each["name"] == arm]
+    runs = (run.get("verdict") or {}).get("runs") or []
+    for name in {each["name"] for each in runs}:
+        own = [each["metrics"] for each in runs if each["name"] == name]
         found.add(str(len(own)))
         for key in own[0]:
             values = [each[key] for each in own]
@@ -106,10 +106,10 @@ def test_table_of_a_verdict():
     table = table_of(model_card(record()))
     sizes = ["5,543,716", "22.2", "13.57"]
 
-    def several(arm):
+    def several(name):
         cells = []
         for key in ("top1", "top5", "agreement", "ece"):
-            values = [100 * metrics(arm, seed)[key] for seed in SEEDS]
+            values = [100 * metrics(name, seed)[key] for seed in SEEDS]
             cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
         return [*cells, *sizes]
 

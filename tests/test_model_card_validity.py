@@ -114,8 +114,8 @@ def test_names_cannot_break_the_card():
     run["teacher"]["id"] = run["data"]["id"] = run["data"]["eval_split"] = evil
     run["preset"] = {"name": evil, "source": evil, "changed": [evil]}
     run["verdict"]["sentence"] = evil
-    for arm in run["verdict"]["runs"]:
-        arm["name"] = {"nkd": evil}.get(arm["name"], arm["name"])
+    for each in run["verdict"]["runs"]:
+        each["name"] = {"nkd": evil}.get(each["name"], each["name"])
     card = model_card(run)
     calm = MarkdownIt("commonmark").enable("table").parse(body_of(model_card(record("nkd"))))
     tokens = MarkdownIt("commonmark").enable("table").parse(body_of(card))

@@ -121,7 +121,7 @@ def test_nkd_with_a_teacher(tmp_path, monkeypatch):
     assert results["nkd"]["loss"] != results["ce"]["loss"]  # two runs indeed
     for student in ("ce", "nkd"):
         assert {"top1", "top5", "ece", "agreement", "kl"} <= set(results[student])
-        assert results[student]["teacher_top1"] == pytest.approx(results["teacher"]["top1"])
+        assert results[student]["teacher_top1"] == pytest.approx(results["teacher"]["top1"], abs=0.006)  # one of 200
     data = load_data("quickstart", max_eval_samples=200).eval
     assert top1(tmp_path / "work" / "outputs" / "nkd" / "model", data) == pytest.approx(
         results["nkd"]["top1"], abs=0.011

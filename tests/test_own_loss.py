@@ -142,7 +142,7 @@ def test_model_init_trains_as_the_model_itself_does(loss, tmp_path):
     assert len(made) == 2 and trainer.model is made[1]  # for the constructor, and by the Trainer for train()
     assert weights[0].keys() == weights[1].keys() and any("aux_head" in key for key in weights[0]) == (loss == "uskd")
     for key in weights[0]:
-        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-6, atol=1e-7, msg=key)
+        torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-5, atol=1e-6, msg=key)
 
 
 class NeedsMore(DistillationLoss):
@@ -231,7 +231,7 @@ def test_nothing_is_imported_because_a_record_names_it(tmp_path, monkeypatch):
     for name in ("evil:Loss", f"{tmp_path}/evil.py:Loss"):
         run = {**record("nkd"), "loss": {"name": name, "weight": 2.0}}
         assert "Loss`, by hf_kd" in model_card(run)
-        both = [{**run, "name": arm, "seed": seed} for arm in ("ce", "own") for seed in (0, 1)]
+        both = [{**run, "name": name, "seed": seed} for name in ("ce", "own") for seed in (0, 1)]
         assert [verdict["loss"] for verdict in verdicts(both)] == ["own"]
 
 

@@ -250,7 +250,7 @@ def test_no_panel_cuts_its_curves(tmp_path, figures):
     assert below.lines[2].get_linestyle() == "--" and list(below.lines[2].get_ydata()) == [80, 80]
 
 
-def test_seeds_of_an_arm_share_a_colour_and_a_mean(tmp_path, figures):
+def test_seeds_of_a_loss_share_a_colour_and_a_mean(tmp_path, figures):
     tops = {"ce": (0.6, 0.63, 0.69), "nkd": (0.7, 0.71, 0.75)}
     runs = [
         make_run(name, top, ("ce", "kd"), seed=seed) for name, all_ in tops.items() for seed, top in enumerate(all_)

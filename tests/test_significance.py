@@ -9,7 +9,7 @@ from hf_kd.reporting.significance import compare, paired_test, verdicts
 
 
 def runs(**top1):
-    """Records of arms with a top-1 in percent for each of the seeds 0, 1, …; `uskd` and `x2ce` name their loss."""
+    """Records of runs with a top-1 in percent for each of the seeds 0, 1, …; `uskd` and `x2ce` name their loss."""
     losses = {"ce": "ce", "x2ce": "ce"}
     return [
         {

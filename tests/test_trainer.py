@@ -172,7 +172,7 @@ def test_permuted_teacher_gives_the_same_loss(tmp_path):
         trainer = trainer_for(tmp_path / str(k), loss="nkd", teacher=load_teacher(m, processor=processor))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_teacher_near_chance_is_warned_about_and_does_not_change_the_run(tmp_path, caplog):
@@ -359,6 +359,7 @@ def test_the_teacher_that_teaches_is_the_one_that_is_checked(tmp_path):
     assert len(calls) == 2 and "eval_agreement" in trainer.evaluate() and len(calls) == 2
 
 
+@pytest.mark.slow
 def test_bf16_and_compile_train(tmp_path):
     trainer = trainer_for(tmp_path, loss="nkd", bf16=True)
     assert trainer.teacher.dtype is torch.bfloat16
@@ -400,6 +401,7 @@ def run_script(folder, name="SIGINT", send=True, resume=False, every=100):
 
 
 @pytest.mark.parametrize(("name", "every"), [("SIGINT", 100), ("SIGKILL", 1)])
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
     """The signal comes at the end of step 2: Ctrl-C saves when the next one ends, kill -9 leaves what step 1 saved."""
     whole = run_script(tmp_path / "whole", send=False)
