@@ -11,6 +11,8 @@ import pkgutil
 from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
+
 # The newest versions that the tables were checked with.
 SEEN = {
     "transformers": "5.24.0",
@@ -20,6 +22,13 @@ SEEN = {
     "torch": "2.14.1",
     "torchvision": "0.29.1",
 }
+
+# The argument of transformers' trainer, renamed in 5.23.
+CHECKPOINTING_KWARGS = (
+    "activation_checkpointing_kwargs"
+    if Version(metadata.version("transformers")) >= Version("5.23")
+    else "gradient_checkpointing_kwargs"
+)
 
 # Methods that hf_kd overrides: upstream calls them with these parameters, in this order; "?": not in every version.
 OVERRIDDEN = {

@@ -177,7 +177,7 @@ class DistillationConfig(TrainingArguments):
         """Refuse a teacher loss without a teacher, and a self-distillation loss with one.
 
         Raises:
-            ValueError: naming the loss and the way out.
+            ValueError: naming the loss, with what to change.
         """
         requires = self.loss_class().requires
         needs = "teacher_logits" in requires
@@ -204,7 +204,7 @@ def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
     """Refuses what `DistillationTrainer` does not support of a Trainer's arguments.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: with what to change.
     """
     if not isinstance(args, DistillationConfig):
         raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")

@@ -52,7 +52,7 @@ def check_push(
 
     Raises:
         ValueError: no token, one that is not valid, or that may not write there; a name that can't be one; a public
-            repository where a private one is asked for; or a Hub that can't be asked. With the way out.
+            repository where a private one is asked for; or a Hub that can't be asked. With what to change.
     """
     repo_id = repo_id or Path(folder).resolve().name
     try:
@@ -168,7 +168,7 @@ def _content(file: Path, token: str | None) -> str | bytes:
 
 
 def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
-    """`push`, after the run's record and card have been told where they go."""
+    """`push`, after the repository's name is in the run's record and card."""
     file = Path(folder) / RUN_FILE
     record = json.loads(file.read_text()) if file.is_file() else {"repo_id": repo_id}
     if record.get("repo_id") != repo_id:

@@ -98,7 +98,7 @@ class ScriptArguments:
         """Finds everything about the arguments that can be wrong without looking at data or models.
 
         Raises:
-            ValueError: naming the argument and the way out.
+            ValueError: naming the argument, with what to change.
         """
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")

@@ -23,7 +23,7 @@ from .arguments import command_to_record, make_parser, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs a subcommand. Returns the exit status: 0, 1 after an error (told in one message), 130 after Ctrl-C.
+    """Runs a subcommand. Returns the exit status: 0, 1 after an error (with one message), 130 after Ctrl-C.
 
     Args:
         name: "distill", "resume" or "push".

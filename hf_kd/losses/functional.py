@@ -76,7 +76,7 @@ def check_inputs(
     Values are checked on CPU tensors, and on other devices only with `force_values`; never while compiling.
 
     Raises:
-        ValueError: says which argument, which value, and the way out.
+        ValueError: says which argument, which value, and what to change.
     """
     _check_shapes(student_logits, labels, logits)
     if torch.compiler.is_compiling() or not (force_values or student_logits.device.type == "cpu"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .._compat import CHECKPOINTING_KWARGS
 from .features import HEAD, FeatureLayer, find_feature_layer
 from .forward import logits_of, tensor_of
 
@@ -56,7 +57,7 @@ class AuxiliaryHead(nn.Module):
         if aux_logits is None:
             raise RuntimeError(
                 f"the auxiliary head got no differentiable feature from {self.layer.name!r}. With activation "
-                "checkpointing use activation_checkpointing_kwargs={'use_reentrant': False}; where that passes the "
+                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the "
                 "module by (in timm), choose its last block with feature_module= (--feature_module): "
                 f"{self.layer.name}.N."
             )

@@ -33,7 +33,7 @@ def check_id(model: str | os.PathLike) -> str:
     """The Hub id or local folder, as text; of a bundled model ("quickstart/student") its folder.
 
     Raises:
-        ValueError: if it can only be a folder and there is none (the Hub's own message would be a riddle).
+        ValueError: if it can only be a folder and there is none (the Hub's own message would not say so).
     """
     text = os.path.expanduser(os.fspath(bundled(model) or model))
     if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
@@ -123,7 +123,7 @@ def outside_deepspeed():
 def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
     """A pretrained classifier of a config, and transformers' loading info: which of its weights may be new is for the
     caller to say, so transformers' own table of them is silenced."""
-    if not is_offline_mode():  # where transformers asks nobody
+    if not is_offline_mode():  # offline, transformers sends no request
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
     log = logging.get_logger("transformers.modeling_utils")
 
