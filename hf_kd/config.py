@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -11,7 +12,13 @@ from transformers import TrainingArguments
 from .losses import LOSSES, DistillationLoss, get_loss, loss_class
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+if TYPE_CHECKING:  # text becomes an object in __post_init__
+    JSONObject = dict[str, Any]
+else:
+    JSONObject = dict | str
 
 
 def read_json(name: str, text: str) -> dict:
@@ -52,7 +59,7 @@ class DistillationConfig(TrainingArguments):
             "file.py:Class."
         },
     )
-    loss_kwargs: dict | str | None = field(
+    loss_kwargs: JSONObject | None = field(
         default=None,
         metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
     )

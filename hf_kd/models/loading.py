@@ -147,7 +147,7 @@ def loading_faults(info: dict) -> set[str]:
     return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
 
 
-def head_modules(module: nn.Module) -> list[nn.Module]:
+def head_modules(module: Any) -> list[nn.Module]:
     """The parts of a classifier that hold its classification head: timm's own, or the layers outside of the body as
     wide as there are classes."""
     if hasattr(module, "timm_model"):
@@ -170,7 +170,7 @@ def check_width(name: str, logits: torch.Tensor, names) -> None:
         raise ValueError(f"{name} names {len(names)} classes and gives {logits.shape[1]} logits.")
 
 
-def select_classes(module: nn.Module, rows: list[int], size: tuple[int, int]) -> None:
+def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
     """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place.
 
     Raises:

@@ -50,7 +50,7 @@ class Preprocessing:
                 f"{list(shapes.values())}; a fixed size (3, H, W) is needed. Give it one "
                 "(`crop_size`, or `size` with height and width)."
             )
-        self.size: tuple[int, int] = tuple(black.shape[-2:])
+        self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
         low, part, high = (x[0, :, row, column].double() for x in (black, colour, white))
@@ -90,7 +90,7 @@ class Preprocessing:
             and _settings(self.processor) == _settings(other.processor)
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # typeshed declares a method
 
     def _process(self, images: list[torch.Tensor]) -> torch.Tensor:
         try:

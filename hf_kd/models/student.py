@@ -66,7 +66,7 @@ def load_student(
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
         module, name = model, type(model).__name__
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         known = config is not None and id2label is not None
         rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
         if known and rows is None:
