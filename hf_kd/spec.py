@@ -175,7 +175,8 @@ class Experiment:
     data: DataSource = field(default_factory=DataSource)
     train_image_size: int | None = None
     runs: tuple[RunSpec, ...] = ()
-    preset: dict[str, Any] | None = resumable()  # name, source, settings changed by the user, and what it set
+    preset: dict[str, Any] | None = resumable()  # name, source, and which of its settings the user has changed
+    provenance: dict[str, str] | None = resumable()  # "you" or "preset NAME", by setting
     command: str | None = resumable()
     push: dict[str, Any] | None = resumable()  # repo_id, private, revision, and the folder of the run that is pushed
     requirements: dict[str, Any] | None = resumable()  # optimizer steps of a run, parameters, disk space in bytes

@@ -121,6 +121,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(things, tmp_path, capsys):
     ):
         assert text in printed, text
     assert [name in printed for name in ("ce, seed 1", "nkd, seed 2")] == [True, True]
+    (yours,) = [line for line in printed.splitlines() if line.startswith("set by you")]
+    assert "learning_rate 0.001" in yours and "weight_decay" not in yours
     assert not out.exists()
 
 

@@ -95,7 +95,9 @@ def main() -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "examples/run_distill.py"]
     command += ["--config", "examples/configs/quickstart_teacher.yaml", "--output_dir", str(run)]
     command += ["--student", str(args.work_dir / "architecture"), "--dataset", str(whole)]
-    subprocess.run([*command, "--resume_from_checkpoint", "last"], cwd=ROOT, check=True)
+    if (run / "plan.json").exists():  # an earlier try
+        command += ["--resume_from_checkpoint", "last"]
+    subprocess.run(command, cwd=ROOT, check=True)
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (FOLDER / "teacher").mkdir(exist_ok=True)
         shutil.copy(run / name, FOLDER / "teacher" / name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig
 from ..labels import read_class_map
@@ -81,10 +81,10 @@ class ScriptArguments:
         default=0.1, metadata={"help": "Share of train to hold out where there is no such split."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on at most so many images, chosen by their content."}
+        default=None, metadata={"help": "Train on at most so many images, chosen by their content, not a seed."}
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on at most so many, chosen likewise."}
+        default=None, metadata={"help": "Evaluate on at most so many images, chosen by their content."}
     )
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})

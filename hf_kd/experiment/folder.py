@@ -92,6 +92,10 @@ def create_plan(experiment: Experiment) -> Experiment | None:
         os.link(temporary, folder / PLAN_FILE)  # unlike a rename it fails if the file is there
     except FileExistsError:
         return read_plan(folder)
+    except OSError:  # a file system without hard links
+        if (folder / PLAN_FILE).exists():
+            return read_plan(folder)
+        os.replace(temporary, folder / PLAN_FILE)
     finally:
         temporary.unlink(missing_ok=True)
     return None

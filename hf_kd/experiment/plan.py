@@ -64,6 +64,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         script.image_std,
     )
     recipe, preset = _recipe_name(script, student), None
+    provenance = recipes.provenance(recipe, config, script.explicit)
     if recipe:
         student = _with_recipe(student, recipe, script.explicit)
         config, changed = recipes.apply(recipe, config, script.explicit)
@@ -71,7 +72,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     if recipe:
         text = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
         preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed, "text": text}
-    data = load_data(**data_arguments(_data_source(script, config, earlier)))
+    source = _data_source(script, config, earlier)
+    data = load_data(**data_arguments(source))
     teacher, teacher_size = None, 0
     if script.teacher:
         commit = _commit("teacher", script, earlier)
@@ -86,7 +88,6 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )
-    source = _data_source(script, config, earlier)
     experiment = Experiment(
         output_dir=config.output_dir,
         student=student,
@@ -95,6 +96,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         train_image_size=size,
         runs=runs,
         preset=preset,
+        provenance=provenance,
         command=_pinned(command, student, teacher, source),
         push=push,
         requirements=_requirements(runs, model, len(data.train)),

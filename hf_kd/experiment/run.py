@@ -52,19 +52,20 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     Raises:
         ValueError: the folder holds another experiment, or nothing is left to do in it.
     """
+    for spec in experiment.runs:
+        _check_loss(spec)  # before the loss is imported
     configs = {r.key: DistillationConfig(**{**r.arguments(), **_here(experiment, r, token)}) for r in experiment.runs}
     state = PartialState()
     resume_here = continues(experiment.output_dir, resume)
     if state.is_main_process:
-        check_disk(experiment)
+        if not resume_here:
+            check_disk(experiment)
         open_folder(experiment, resume_here)
-    for spec in experiment.runs:
-        _check_loss(spec)
     records: dict[str, dict] = {}
     data, teacher = None, None
     for spec in experiment.runs:
         folder = experiment.folder(spec)
-        lock, claim = RunLock(folder), list[dict | str | None]([None])
+        lock, claim = RunLock(folder), list[Any]([None])
         if state.is_main_process:
             claim = [_claim(experiment, spec, lock, resume_here)]
         broadcast_object_list(claim)

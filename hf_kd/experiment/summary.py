@@ -38,8 +38,20 @@ def summary(experiment: Experiment) -> str:
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {Path(run.folder)}")
+    lines += _provenance(experiment)
     recipe = _recipe(experiment)
     return "\n".join(lines + ([recipe] if recipe else []) + ["dry run: nothing was written."])
+
+
+def _provenance(experiment: Experiment) -> list[str]:
+    """A line for each source of settings, with the values in use."""
+    run = experiment.runs[0]
+    values = {**dataclasses.asdict(experiment.student), **dataclasses.asdict(experiment.data), **run.arguments()}
+    by_source: dict[str, list[str]] = {}
+    for key, source in (experiment.provenance or {}).items():
+        if key in values:
+            by_source.setdefault(source, []).append(f"{key} {values[key]}")
+    return [f"set by {source}: {', '.join(settings)}" for source, settings in sorted(by_source.items())]
 
 
 def _recipe(experiment: Experiment) -> str:
