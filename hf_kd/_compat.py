@@ -6,8 +6,8 @@ A new use goes into one of the three tables; tests/test_compat.py finds override
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import pkgutil
 from importlib import metadata
 from typing import Any
 
@@ -134,19 +134,10 @@ def check_upstream() -> None:
 
 
 def _find(path: str) -> Any:
-    """The object of a dotted name: the longest prefix that is a module, and attributes of it."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[cut:]:
-            if not hasattr(found, part):
-                raise _changed(path, "does not exist")
-            found = getattr(found, part)
-        return found
-    raise _changed(path, "does not exist")
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise _changed(path, "does not exist") from error
 
 
 def _parameters(found: Any, path: str) -> list[str]:

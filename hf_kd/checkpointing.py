@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -40,16 +41,9 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
     It is the one with the most steps: those of an earlier course of the run are moved away (see `set_aside`).
     """
-
-    def complete(folder: Path) -> bool:
-        try:  # written last
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError):
-            return False
-        return True
-
     for _, folder in reversed(_checkpoints(output_dir)):
-        if complete(folder):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last
             return str(folder)
         logger.warning(f"{folder} is incomplete (the run was cut off while it was written): trying an earlier one.")
     return None
@@ -109,7 +103,8 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
         trainer.accelerator.wait_for_everyone()
         with args.main_process_first(local=False):
             if args.local_process_index == 0 and (staging / name).exists():  # on each node: it may have its own disk
-                _move(final, staging / "replaced")
+                if final.exists():
+                    final.rename(staging / "replaced")
                 (staging / name).rename(final)
                 if args.should_save and (args.save_total_limit or 0) > 0:
                     _rotate(output_dir, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
@@ -122,12 +117,7 @@ def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
     folders = [folder for _, folder in _checkpoints(output_dir)]
     excess = len(folders) - max(limit, len(kept))
     for folder in [folder for folder in folders if folder not in kept][: max(excess, 0)]:
-        _move(folder, output_dir / STAGING / folder.name)  # deleted from there, since deleting can be cut off too
-
-
-def _move(folder: Path, target: Path) -> None:
-    if folder.exists():
-        folder.rename(target)
+        folder.rename(output_dir / STAGING / folder.name)  # deleted from there, since deleting can be cut off too
 
 
 def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
@@ -144,6 +134,16 @@ def check_finite(student: nn.Module, output_dir: str, step: int) -> None:
         raise FloatingPointError(
             f"{len(bad)} weights are not finite at step {step}: {bad[:5]}. "
             f"Last checkpoint: {last_checkpoint(output_dir)}."
+        )
+
+
+def check_loss(logs: dict[str, float], output_dir: str, step: int) -> None:
+    """Raises FloatingPointError for a logged loss that is NaN, which nothing heals."""
+    if math.isnan(logs.get("loss", 0.0)):
+        terms = {k: v for k, v in logs.items() if k.startswith("loss")}
+        raise FloatingPointError(
+            f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in the "
+            f"place of fp16. Last checkpoint: {last_checkpoint(output_dir)}."
         )
 
 

@@ -205,3 +205,26 @@ class DistillationConfig(TrainingArguments):
     def __getstate__(self) -> dict:
         # The trainer pickles its arguments into every checkpoint: no token may travel with them.
         return {k: None if k.endswith("token") else v for k, v in self.__dict__.items() if k != "_loss"}
+
+
+def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
+    """Refuses what `DistillationTrainer` does not support of a Trainer's arguments.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if not isinstance(args, DistillationConfig):
+        raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each, with "
+            "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
+        )
+    if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
+        raise ValueError(
+            "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
+        )
+    if compute_loss_func is not None:
+        raise ValueError(
+            "compute_loss_func= would not be called: pass loss=, a DistillationLoss (README, Your own loss)."
+        )

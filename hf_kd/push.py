@@ -132,7 +132,7 @@ def push(
 
     Raises:
         ValueError: there is no model in `folder`.
-        HfHubHTTPError: the Hub refuses; see `explain`.
+        HfHubHTTPError: the Hub refuses; see `hf_kd.hub.user_message`.
     """
     folder = Path(folder)
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})

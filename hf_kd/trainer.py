@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,33 +10,24 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import Trainer, set_seed
-from transformers.utils import logging
 
 from . import checkpointing, push
 from ._compat import check_upstream
 from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
-from .config import DistillationConfig
-from .data import (
-    EvaluationCollator,
-    ImageDataset,
-    Mixer,
-    TrainingCollator,
-    as_image_dataset,
-    augmentation_of,
-    build_transform,
-)
+from .config import DistillationConfig, check_trainer_arguments
+from .data import ImageDataset, as_image_dataset, augmentation_of
+from .data.collators import evaluation_collator, note_skipped, training_collator
 from .losses import DistillationLoss, Progress
-from .metrics import ClassificationMeter, sample_statistics
+from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
+from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import add_auxiliary_head
-from .models.forward import logits_of
+from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
-from .reporting.collect import known_plan
-from .reporting.record import write_json
-from .spec import PLAN_FILE, Experiment, continue_plan
-
-logger = logging.get_logger(__name__)
+from .reporting.collect import write_plan
+from .spec import Experiment
+from .teacher_check import measure_teacher, warn_near_chance
 
 
 class DistillationTrainer(Trainer):
@@ -91,36 +80,23 @@ class DistillationTrainer(Trainer):
         **kwargs,
     ):
         check_upstream()
-        if not isinstance(args, DistillationConfig):
-            raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each, with "
-                "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
-            )
-        if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
-            raise ValueError(
-                "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
-            )
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func= would not be called: pass loss=, a DistillationLoss (README, Your own loss)."
-            )
+        check_trainer_arguments(args, data_collator, kwargs.get("compute_loss_func"))
         args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
         self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
-        self.train_loss = args.build_loss()
+        self.train_loss = args.build_loss().to(args.device)
         self.train_loss.check_trainable()
         self.args, self.model_init, self._made, student = args, model_init, None, model
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
             student = self._made = self.call_model_init()
         self._own_collator = data_collator is None
-        train_dataset = as_image_dataset(train_dataset, self._id2label(student), args, self._own_collator)
-        eval_dataset = as_image_dataset(eval_dataset, self._id2label(student), args, self._own_collator)
+        id2label = id2label_of(student)
+        train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
+        eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
         self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
-        given = functools.partial(aligned_teacher, model=student, id2label=self._id2label(student), args=args)
+        given = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)
         self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
         same = eval_teacher is None or eval_teacher is teacher
         self.eval_teacher = (self.teacher or given(teacher)) if same else given(eval_teacher)
@@ -129,8 +105,7 @@ class DistillationTrainer(Trainer):
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self.teacher_metrics: dict[str, float] | None = None
-        self._terms: dict[str, torch.Tensor] = {}
-        self._terms_since: int | None = None
+        self._terms = LossTerms()
         self._steps_per_epoch = 1
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self._meter: ClassificationMeter | None = None
@@ -150,11 +125,10 @@ class DistillationTrainer(Trainer):
         )
         if self.train_loss.reduce_mean is None and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
-        self.train_loss.to(args.device)
         for each in {self.teacher, self.eval_teacher} - {None}:
             each.to(args.device)
 
-    # ---- what is checked before anything runs ----
+    # ---- the student ----
 
     def call_model_init(self, trial=None):
         made, self._made = self._made, None
@@ -166,20 +140,7 @@ class DistillationTrainer(Trainer):
     def _add_head(self, student: nn.Module) -> None:
         if "aux_logits" in self.train_loss.requires:
             args, size = self.args, self._need_preprocessing().size
-            add_auxiliary_head(student, self._num_classes(student), size, args.feature_module, args.seed)
-
-    @staticmethod
-    def _id2label(model: nn.Module) -> dict[int, str] | None:
-        id2label = getattr(getattr(model, "config", None), "id2label", None)
-        return id2label and {int(i): str(name) for i, name in id2label.items()}
-
-    @staticmethod
-    def _num_classes(model: nn.Module) -> int:
-        if getattr(model, "config", None) is not None:
-            return model.config.num_labels
-        raise ValueError(
-            f"the student ({type(model).__name__}) has no config with num_labels and id2label; give it one."
-        )
+            add_auxiliary_head(student, num_classes_of(student), size, args.feature_module, args.seed)
 
     def _need_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -197,27 +158,18 @@ class DistillationTrainer(Trainer):
         teachers = [t.preprocessing for t in (self.teacher, self.eval_teacher) if t is not None]
         return max(max(preprocessing.size) for preprocessing in (self.preprocessing, *teachers))
 
-    def _collator(self, training: bool) -> TrainingCollator | EvaluationCollator:
-        args, own, teacher = self.args, self.preprocessing, self.eval_teacher
-        if training:
-            alphas = args.mixup_alpha, args.cutmix_alpha
-            mixer = Mixer(self._num_classes(self.model), *alphas) if any(alphas) else None
-            return TrainingCollator(self.train_image_size, mixer, args.data_seed, own and own.interpolation)
-        other = teacher.preprocessing if teacher is not None and teacher.preprocessing != own else None
-        return EvaluationCollator(own and own.resize_and_crop, other and other.resize_and_crop)
-
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = as_image_dataset(dataset, self._id2label(self.model), self.args, self._own_collator)
+        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
-            dataset = copy.copy(dataset)  # evaluation on the same dataset must not see the augmentation
-            if self.augmentation_applied:
-                dataset.transform = build_transform(self.augmentation_applied, self.train_image_size)
-            dataset.replacement = True
-        if self._own_collator:
-            self.data_collator = self._collator(is_training)
+            dataset = dataset.for_training(self.augmentation_applied, self.train_image_size)
+        if self._own_collator and is_training:
+            self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
+        elif self._own_collator:
+            teacher = self.eval_teacher
+            self.data_collator = evaluation_collator(self.preprocessing, teacher and teacher.preprocessing)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -236,16 +188,8 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            self._note_skipped(batch, self.skipped, len(self.train_dataset))
+            note_skipped(batch, self.skipped, len(self.train_dataset), self.args.max_skipped_fraction)
         return batches, count
-
-    def _note_skipped(self, batch: dict, skipped: dict[str, None], total: int) -> None:
-        skipped.update(dict.fromkeys(batch.pop("skipped", ())))
-        if len(skipped) > self.args.max_skipped_fraction * total:
-            raise ValueError(
-                f"{len(skipped)} of {total} images could not be decoded, more than "
-                f"max_skipped_fraction={self.args.max_skipped_fraction} allows. The first: {list(skipped)[:5]}."
-            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
         """Samples in one optimizer step, over all its micro-batches and all ranks."""
@@ -269,11 +213,9 @@ class DistillationTrainer(Trainer):
     # ---- one step ----
 
     def _student_input(self, inputs: dict) -> torch.Tensor:
-        values = (
-            inputs["pixel_values"]
-            if "pixel_values" in inputs
-            else self._need_preprocessing()(inputs["pixels"], cropped=True)
-        )
+        values = inputs.get("pixel_values")
+        if values is None:
+            values = self._need_preprocessing()(inputs["pixels"], cropped=True)
         return values.to(next(self.model.parameters()).dtype)
 
     def _teacher_logits(self, teacher: Teacher | None, inputs: dict) -> torch.Tensor | None:
@@ -302,15 +244,9 @@ class DistillationTrainer(Trainer):
             share = len(labels) * self.args.world_size / num_items_in_batch
         terms = {name: term * share for name, term in terms.items()}
         if model.training:
-            self._note_terms(terms)
+            self._terms.add(terms, self.state.global_step)
         loss = sum(terms.values())
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _note_terms(self, terms: dict[str, torch.Tensor]) -> None:
-        if self._terms_since is None:
-            self._terms, self._terms_since = {}, self.state.global_step
-        for name, term in terms.items():
-            self._terms[name] = self._terms.get(name, 0) + term.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`.
@@ -318,21 +254,13 @@ class DistillationTrainer(Trainer):
         Raises:
             FloatingPointError: when the loss has become NaN, which nothing heals.
         """
-        if "loss" in logs and self._terms_since is not None:
-            steps = self.state.global_step - self._terms_since
-            totals = torch.stack([t.float() for t in self._terms.values()])
-            means = self.accelerator.reduce(totals, "mean") / max(steps, 1)
-            logs |= {f"loss_{name}": value for name, value in zip(self._terms, means.tolist(), strict=True)}
-            self._terms_since = None
+        if "loss" in logs:
+            means = self._terms.means(self.state.global_step, self.accelerator.reduce)
+            logs |= {f"loss_{name}": value for name, value in means.items()}
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
-        if math.isnan(logs.get("loss", 0.0)):
-            terms = {k: v for k, v in logs.items() if k.startswith("loss")}
-            raise FloatingPointError(
-                f"the loss is NaN at step {self.state.global_step}: {terms}. Lower learning_rate, set max_grad_norm, "
-                f"or use bf16 in the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
-            )
+        checkpointing.check_loss(logs, self.args.output_dir, self.state.global_step)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # transformers estimates them from token counts, which images have none of
@@ -359,7 +287,7 @@ class DistillationTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
         if self._meter is not None:
-            self._note_skipped(inputs, self._skipped_now, self._evaluated)
+            note_skipped(inputs, self._skipped_now, self._evaluated, self.args.max_skipped_fraction)
         inputs = self._prepare_inputs(inputs)
         labels = hard_labels(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -378,49 +306,10 @@ class DistillationTrainer(Trainer):
             samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
             teacher: default: `eval_teacher`.
         """
-        teacher = teacher or self.eval_teacher
-        source = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        source = next(iter(source.values())) if isinstance(source, dict) else source
-        part = source
-        if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
-            part = torch.utils.data.Subset(source, [i * len(source) // samples for i in range(samples)])
-        meter, dropped = ClassificationMeter(), torch.zeros(())
-        with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
-            for inputs in self._get_dataloader(part, "Teacher", self.args.eval_batch_size, self._get_eval_sampler):
-                inputs.pop("skipped", None)
-                if teacher is not self.eval_teacher:  # whose frame they are
-                    inputs.pop("teacher_pixels", None)
-                inputs = self._prepare_inputs(inputs)
-                logits = self._teacher_logits(teacher, inputs)
-                statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
-                mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
-                gathered = self.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
-                meter.update(gathered[:, :-1])
-                dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
-        metrics = meter.compute()
-        if teacher.mapping.kind in ("subset", "many-to-one"):
-            metrics["dropped_mass"] = dropped.item() / metrics["n"]
+        metrics = measure_teacher(self, teacher or self.eval_teacher, samples)
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
-
-    def _check_teacher(self) -> None:
-        """Warn before the run about a teacher near chance: wrong classes, wrong preprocessing or no training."""
-        samples = self.args.teacher_check_batches * self.args.eval_batch_size * self.args.world_size
-        known = self.teacher_metrics if self.teacher is self.eval_teacher else None
-        metrics = known or self.measure_teacher(samples, self.teacher)
-        top1, n, chance = metrics["top1"], metrics["n"], 1 / self._num_classes(self.model)
-        if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
-            logger.warning_once(
-                f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
-                "names, its preprocessing, and that it was trained for these classes."
-            )
-        if "dropped_mass" in metrics:
-            (logger.warning_once if metrics["dropped_mass"] > 0.5 else logger.info)(
-                f"{metrics['dropped_mass']:.1%} of the teacher's probability is on those of its "
-                f"{len(self.teacher.class_names)} classes that the data does not have, and is left out: if that is "
-                "much, check class_map, and that the teacher was trained for such images."
-            )
 
     # ---- training, saving, resuming ----
 
@@ -434,9 +323,9 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        self._write_plan(resume_from_checkpoint)
+        write_plan(self, resume_from_checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
-            self._check_teacher()
+            warn_near_chance(self)
         self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
@@ -450,17 +339,9 @@ class DistillationTrainer(Trainer):
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
         return result
 
-    def _write_plan(self, checkpoint: str | None) -> None:
-        """Writes plan.json before the first step; a continuation must be of the same plan."""
-        self.plan = self.plan or known_plan(self)
-        if checkpoint:
-            continue_plan(self.plan, checkpoint)
-        if self.is_world_process_zero():
-            write_json(Path(self.args.output_dir) / PLAN_FILE, self.plan.to_dict())
-
     def _begin(self) -> None:
         """Training begins, with the state of the checkpoint that it continues from, if any."""
-        self._terms_since = self._staging = None
+        self._terms, self._staging = LossTerms(), None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         if self.args.should_save:
@@ -531,8 +412,3 @@ class DistillationTrainer(Trainer):
         """
         self.save_model()
         return push.push_run(self, commit_message, token, revision, private)
-
-
-def hard_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Class indices (B,) of labels that may be one value a class, (B, C)."""
-    return labels.argmax(-1) if labels.ndim == 2 else labels

@@ -10,11 +10,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from ..config import DistillationConfig
 from ..metrics.classification import IGNORED_LABEL
+from ..models.forward import num_classes_of
+from ..models.preprocessing import Preprocessing
 from .decode import UndecodableImage, decode_row
 from .transforms import Mixer, forked_rng, sample_seed, seed_rngs
 
@@ -99,6 +102,35 @@ class EvaluationCollator:
         if self.teacher_resize_and_crop is not None and "pixels" in batch:
             batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in filled])
         return batch | ({"skipped": skipped} if skipped else {})
+
+
+def training_collator(
+    args: DistillationConfig, student: nn.Module, size: int | None, preprocessing: Preprocessing | None
+) -> TrainingCollator:
+    """The collator that a trainer's arguments ask for: with mixup and cutmix, and resizing as the student's."""
+    alphas = args.mixup_alpha, args.cutmix_alpha
+    mixer = Mixer(num_classes_of(student), *alphas) if any(alphas) else None
+    return TrainingCollator(size, mixer, args.data_seed, preprocessing and preprocessing.interpolation)
+
+
+def evaluation_collator(student: Preprocessing | None, teacher: Preprocessing | None) -> EvaluationCollator:
+    """The collator of a student's preprocessing, and of a teacher's where that is another."""
+    other = teacher if teacher != student else None
+    return EvaluationCollator(student and student.resize_and_crop, other and other.resize_and_crop)
+
+
+def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, max_fraction: float) -> None:
+    """Moves the "skipped" of a batch into a dict, which keeps their order.
+
+    Raises:
+        ValueError: they are now more than `max_fraction` of `total` images.
+    """
+    skipped.update(dict.fromkeys(batch.pop("skipped", ())))
+    if len(skipped) > max_fraction * total:
+        raise ValueError(
+            f"{len(skipped)} of {total} images could not be decoded, more than max_skipped_fraction={max_fraction} "
+            f"allows. The first: {list(skipped)[:5]}."
+        )
 
 
 def _keys(item: Any) -> dict[str, Any]:

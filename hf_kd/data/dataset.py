@@ -1,5 +1,6 @@
 """Map-style datasets of decoded and augmented images, and the reading of one row, which they share with streams."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from ..config import DistillationConfig
 from ..labels import check_class_order
 from .columns import INDEX_COLUMN, class_names, find_columns
 from .decode import UndecodableImage, decode_row
-from .transforms import augment_image, forked_rng, sample_seed, seed_rngs
+from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
 
 
 def read_item(
@@ -97,6 +98,17 @@ class ImageDataset(Dataset):
         self._epoch.fill_(epoch)
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
+
+    def for_training(self, augment: str | None, size: int | None) -> "ImageDataset":
+        """A copy with `replacement`, and with the transform that `build_transform` gives if `augment` is not None.
+
+        This one stays as it is, so that evaluation on the same dataset sees no augmentation. Both share their epoch.
+        """
+        dataset = copy.copy(self)
+        dataset.replacement = True
+        if augment is not None:
+            dataset.transform = build_transform(augment, size)
+        return dataset
 
     @property
     def _source(self):

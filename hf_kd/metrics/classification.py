@@ -182,6 +182,11 @@ def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
     return ((confidence * n_bins).ceil().long() - 1).clamp(0, n_bins - 1)
 
 
+def hard_labels(labels: Tensor) -> Tensor:
+    """Class indices (B,) of labels that may be one value a class, (B, C)."""
+    return labels.argmax(-1) if labels.ndim == 2 else labels
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 

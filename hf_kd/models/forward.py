@@ -31,3 +31,22 @@ def logits_of(output) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     return output["logits"] if isinstance(output, dict) else tensor_of(output)
+
+
+def id2label_of(model: nn.Module) -> dict[int, str] | None:
+    """The class names in a model's config; None without a config."""
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    return id2label and {int(i): str(name) for i, name in id2label.items()}
+
+
+def num_classes_of(student: nn.Module) -> int:
+    """The number of classes C in a student's config.
+
+    Raises:
+        ValueError: it has no config.
+    """
+    if getattr(student, "config", None) is None:
+        raise ValueError(
+            f"the student ({type(student).__name__}) has no config with num_labels and id2label; give it one."
+        )
+    return student.config.num_labels

@@ -16,7 +16,7 @@ from ..data import ImageData
 from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
-from ..spec import DataSource, Experiment, ModelSource, run_spec
+from ..spec import PLAN_FILE, DataSource, Experiment, ModelSource, continue_plan, run_spec
 from . import record as records
 from .card import write_card
 from .curves import plot_curves
@@ -106,6 +106,15 @@ def known_plan(trainer) -> Experiment:
         versions=records.collect_versions(),
     )
     return Experiment.from_dict(plan.to_dict())
+
+
+def write_plan(trainer, checkpoint: str | None) -> None:
+    """Writes the trainer's plan.json before the first step; training from a checkpoint must be of the same plan."""
+    trainer.plan = trainer.plan or known_plan(trainer)
+    if checkpoint:
+        continue_plan(trainer.plan, checkpoint)
+    if trainer.is_world_process_zero():
+        records.write_json(Path(trainer.args.output_dir) / PLAN_FILE, trainer.plan.to_dict())
 
 
 def make_record(

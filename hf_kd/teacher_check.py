@@ -1,0 +1,60 @@
+"""What a trainer's teacher is worth on the data, and a warning before the run about one near chance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.data import Subset
+from transformers.utils import logging
+
+from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
+from .models.forward import num_classes_of
+from .models.teacher import Teacher
+
+logger = logging.get_logger(__name__)
+
+
+def measure_teacher(trainer, teacher: Teacher, samples: int | None = None) -> dict[str, float]:
+    """The metrics of a teacher; see `DistillationTrainer.measure_teacher`, which keeps them."""
+    source = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    source = next(iter(source.values())) if isinstance(source, dict) else source
+    if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
+        source = Subset(source, [i * len(source) // samples for i in range(samples)])
+    meter, dropped = ClassificationMeter(), torch.zeros(())
+    with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
+        batch_size, sampler = trainer.args.eval_batch_size, trainer._get_eval_sampler
+        for inputs in trainer._get_dataloader(source, "Teacher", batch_size, sampler):
+            inputs.pop("skipped", None)
+            if teacher is not trainer.eval_teacher:  # whose frame they are
+                inputs.pop("teacher_pixels", None)
+            inputs = trainer._prepare_inputs(inputs)
+            logits = trainer._teacher_logits(teacher, inputs)
+            statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
+            mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
+            gathered = trainer.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
+            meter.update(gathered[:, :-1])
+            dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
+    metrics = meter.compute()
+    if teacher.mapping.kind in ("subset", "many-to-one"):
+        metrics["dropped_mass"] = dropped.item() / metrics["n"]
+    return metrics
+
+
+def warn_near_chance(trainer) -> None:
+    """Warns about a teacher near chance: wrong classes, wrong preprocessing or no training."""
+    samples = trainer.args.teacher_check_batches * trainer.args.eval_batch_size * trainer.args.world_size
+    known = trainer.teacher_metrics if trainer.teacher is trainer.eval_teacher else None
+    metrics = known or trainer.measure_teacher(samples, trainer.teacher)
+    top1, n, chance = metrics["top1"], metrics["n"], 1 / num_classes_of(trainer.model)
+    if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
+        logger.warning_once(
+            f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
+            "names, its preprocessing, and that it was trained for these classes."
+        )
+    if "dropped_mass" in metrics:
+        (logger.warning_once if metrics["dropped_mass"] > 0.5 else logger.info)(
+            f"{metrics['dropped_mass']:.1%} of the teacher's probability is on those of its "
+            f"{len(trainer.teacher.class_names)} classes that the data does not have, and is left out: if that is "
+            "much, check class_map, and that the teacher was trained for such images."
+        )
