@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -50,7 +50,11 @@ class DistillationConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
-    _loss = None  # an instance in the place of `loss` and `loss_kwargs`, see `with_loss`; no field
+    # An instance in the place of `loss` and `loss_kwargs`, see `with_loss`; no field.
+    _loss: ClassVar[DistillationLoss | None] = None
+
+    if TYPE_CHECKING:
+        output_dir: str  # None is replaced in __post_init__
 
     loss: str = field(
         default="uskd",
@@ -176,8 +180,7 @@ class DistillationConfig(TrainingArguments):
                 "label_smoothing_factor out, and give the loss label_smoothing="
             )
         copied = object.__new__(type(self))  # copy.copy would go by __getstate__
-        copied.__dict__.update(self.__dict__, loss=name, loss_kwargs=loss.hyperparameters())
-        copied._loss = loss
+        copied.__dict__.update(self.__dict__, loss=name, loss_kwargs=loss.hyperparameters(), _loss=loss)
         return copied
 
     def check_teacher(self, has_teacher: bool) -> None:

@@ -170,7 +170,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     """The parser of both argument classes; `help_all` lists every argument of transformers too."""
     ScriptArguments._argument_group_name = "what to distil"  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        [ScriptArguments, DistillationConfig],
+        [ScriptArguments, DistillationConfig],  # type: ignore[list-item]  # DataClassType is no type of dataclasses
         prog="hf-kd distill",
         description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
         epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --loss uskd. Under "

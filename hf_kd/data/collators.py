@@ -94,7 +94,9 @@ class EvaluationCollator:
             if self.resize_and_crop is None:
                 raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
             filler = {"pixels": torch.zeros(3, 32, 32, dtype=torch.uint8), "labels": 0}
-        blank: dict[str, Any] = {key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler}
+        blank: dict[str, Any] = {
+            key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler
+        }
         blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
         filled = [row or blank | _keys(item) for row, item in zip(rows, items, strict=True)]
 
@@ -110,13 +112,13 @@ def training_collator(
     """The collator that a trainer's arguments ask for: with mixup and cutmix, and resizing as the student's."""
     alphas = args.mixup_alpha, args.cutmix_alpha
     mixer = Mixer(num_classes_of(student), *alphas) if any(alphas) else None
-    return TrainingCollator(size, mixer, args.data_seed, preprocessing and preprocessing.interpolation)
+    return TrainingCollator(size, mixer, args.data_seed or 0, preprocessing and preprocessing.interpolation)
 
 
 def evaluation_collator(student: Preprocessing | None, teacher: Preprocessing | None) -> EvaluationCollator:
     """The collator of a student's preprocessing, and of a teacher's where that is another."""
     other = teacher if teacher != student else None
-    return EvaluationCollator(student and student.resize_and_crop, other and other.resize_and_crop)
+    return EvaluationCollator(*(each.resize_and_crop if each is not None else None for each in (student, other)))
 
 
 def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, max_fraction: float) -> None:

@@ -84,7 +84,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         teacher_size = max(_input_size(teacher, data.names))
     model, student_size = _blank_student(student, data.names)
     size = config.train_image_size or max(teacher_size, *student_size)
-    found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column, "train_image_size": size}
+    found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    found["train_image_size"] = size
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )

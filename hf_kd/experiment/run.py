@@ -182,7 +182,9 @@ def _train(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
     metrics = trainer.evaluate()
-    skipped, eval_skipped = (sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped))
+    skipped, eval_skipped = (
+        sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
+    )
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
     record = make_record(

@@ -86,7 +86,9 @@ def add_auxiliary_head(
     student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))
     ignored = {f"{HEAD}.{name}" for name in head.state_dict()}
     student._keys_to_ignore_on_save = {  # type: ignore[assignment]
- *(getattr(student, "_keys_to_ignore_on_save", None) or ()), *ignored}
+        *(getattr(student, "_keys_to_ignore_on_save", None) or ()),
+        *ignored,
+    }
     student.get_submodule(layer.name).register_forward_hook(head._read_feature)
     student.register_forward_hook(head._add_aux_logits)
     return head

@@ -77,7 +77,8 @@ def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
         half = (getattr(config, "num_hidden_layers", None) or 0) // 2 - 1
         depths = [0, 0, *(getattr(config, "depths", None) or ())]
         return name.format(half=half, stage=len(depths) - 4, block=depths[-2] - 1), kind
-    prefix, model = ("timm_model.", student.timm_model) if hasattr(student, "timm_model") else ("", student)
+    model: Any = getattr(student, "timm_model", student)
+    prefix = "" if model is student else "timm_model."
     if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
         return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
     stages: Any = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one

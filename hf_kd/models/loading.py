@@ -65,7 +65,7 @@ def commit_of(model: nn.Module) -> str | None:
 def build(config, trust_remote_code: bool = False):
     """A randomly initialised classifier of a config (which may, unlike in transformers, name no architecture)."""
     if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
     with outside_deepspeed():
         module = AutoModelForImageClassification.from_config(
@@ -126,7 +126,7 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
     caller to say, so transformers' own table of them is silenced."""
     if not is_offline_mode():  # where transformers asks nobody
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
-    log = logging.get_logger("transformers.modeling_utils")
+    log: Any = logging.get_logger("transformers.modeling_utils")
 
     def keep(record) -> bool:
         return "LOAD REPORT" not in record.getMessage()

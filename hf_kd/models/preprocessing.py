@@ -6,6 +6,8 @@ with mean 0.5 and a student at 224 px with ImageNet statistics then see the same
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -65,7 +67,7 @@ class Preprocessing:
                 f"51, 102, 204 -> {part.tolist()}): it can't be shared between teacher and student."
             )
         # Pillow's number of the filter, torchvision's mode, or timm's name for it.
-        resample = getattr(processor, "resample", None)
+        resample: Any = getattr(processor, "resample", None)
         if resample is None:
             resample = getattr(processor, "data_config", {}).get("interpolation")
         resample = getattr(resample, "value", resample)

@@ -120,7 +120,7 @@ def _plot_top1(axes: "Axes", arms: Mapping[str, Sequence[Mapping[str, Any]]], co
         if x:
             axes.plot(x, y, label=f"{name} {y[-1]:.2f}{spread} %", **style)
     _finish(axes, runs[0], "no evaluation logged")
-    teachers: dict[tuple[str | None, float], None] = {}
+    teachers: dict[tuple[Any, float], None] = {}
     for run in runs:
         top1 = (run.get("teacher_metrics") or {}).get("top1")
         if top1 is not None and math.isfinite(top1):
