@@ -1,7 +1,7 @@
-"""Figures of single images and single runs: images, soft labels, confusions, calibration.
+"""Figures of images and predictions: soft labels, confusions, calibration.
 
-Every plot takes tensors or arrays and returns a matplotlib Figure that no global state knows of: a notebook shows it
-where it is the last value of a cell (after `%matplotlib inline`), and `figure.savefig(path)` writes it.
+Every plot takes tensors or arrays and returns a matplotlib Figure without global state: a notebook shows it
+if it is the last value of a cell (after `%matplotlib inline`), and `figure.savefig(path)` writes it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def show_images(images: Any, titles: Sequence[str] | None = None, columns: int =
 def uskd_soft_labels(
     student_logits: Tensor, weak_logits: Tensor, labels: Tensor, target_in_rank: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The soft labels that USKD builds for a batch in the place of a teacher's (arXiv 2303.13005); see `uskd_loss`.
+    """The soft labels that USKD builds for a batch instead of a teacher's (arXiv 2303.13005); see `uskd_loss`.
 
     Args:
         student_logits, weak_logits: (B, C), of the student and of its auxiliary head.
@@ -90,7 +90,7 @@ def uskd_soft_labels(
 def plot_soft_labels(
     soft_labels: Any, names: Sequence[str], label: int | None = None, image: Any = None, k: int = 10, title: str = ""
 ) -> Figure:
-    """What an image's soft labels say: a bar for each of the k largest, largest first; the true class is marked.
+    """A bar for each of the k largest soft labels of an image, largest first; the true class is marked.
 
     Args:
         soft_labels: (C,), at least 0, or a dict of several by name, drawn side by side and ordered by the first: a
@@ -106,8 +106,8 @@ def plot_soft_labels(
     """
     from matplotlib import color_sequences
 
-    given = soft_labels if isinstance(soft_labels, Mapping) else {"": soft_labels}
-    values = {name: _array(value) for name, value in given.items()}
+    by_name = soft_labels if isinstance(soft_labels, Mapping) else {"": soft_labels}
+    values = {name: _array(value) for name, value in by_name.items()}
     for name, value in values.items():
         if value.shape != (len(names),) or not (np.isfinite(value) & (value >= 0)).all():
             raise ValueError(
@@ -174,14 +174,14 @@ def plot_confusions(
     labels = _array(labels)
     kept = labels != IGNORED_LABEL
     matrices = {}
-    for name, given in predictions.items():
-        predicted = _array(given)
+    for name, prediction in predictions.items():
+        predicted = _array(prediction)
         if predicted.ndim == 2 and predicted.shape[1] == len(names):
             predicted = predicted.argmax(1)
         if labels.ndim != 1 or predicted.shape != labels.shape or not kept.any():
             raise ValueError(
                 f"labels are {labels.shape} ({kept.sum()} of them not -100) and predictions of {name} "
-                f"{_array(given).shape}; expected (N,), and (N,) or (N, {len(names)})"
+                f"{_array(prediction).shape}; expected (N,), and (N,) or (N, {len(names)})"
             )
         pairs = np.stack([labels[kept], predicted[kept]]).astype(int)
         if pairs.min() < 0 or pairs.max() >= len(names):

@@ -15,10 +15,10 @@ from local_hub import cifar100, deit_tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from hf_kd import load_student, load_teacher
-from hf_kd.checkpointing import last_checkpoint
+from hf_kd.checkpointing import STAGING, last_checkpoint
 from hf_kd.data import load_data
 from hf_kd.hub import nearest_ids, user_message
 from hf_kd.models.loading import commit_of
@@ -313,18 +313,28 @@ def test_a_data_set_that_is_a_program(hub):
     assert told(load_data, "own/pets").endswith("--dataset_revision refs/convert/parquet.")
 
 
+class FullDisk(TrainerCallback):
+    """The optimizer's state of one checkpoint goes to a full disk."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.folder.name == f"checkpoint-{state.global_step}":
+            self.folder.mkdir(parents=True)
+            (self.folder / "optimizer.pt").symlink_to("/dev/full")
+
+
 def test_the_disk_is_full(tmp_path):
     """/dev/full refuses every byte, as a full disk does."""
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "loss": "ce"}
     trainer = trainer_for(*tiny("vit", names=NAMES), tmp_path, **settings)
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "optimizer.pt").symlink_to("/dev/full")
+    trainer.add_callback(FullDisk(tmp_path / STAGING / "checkpoint-2"))
     assert told(trainer.train) == (
         f"the disk is full: {tmp_path} could not be written. What was complete is safe, the last whole checkpoint "
         "too: make room, and go on with the same command and --resume_from_checkpoint last."
     )
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     again = trainer_for(*tiny("vit", names=NAMES), tmp_path, **settings)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3 and last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")

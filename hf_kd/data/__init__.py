@@ -1,4 +1,4 @@
-"""Data: from a name to uint8 batches. It knows no mean and no std; those belong to each model's preprocessing."""
+"""Data: from a name to uint8 batches. Mean and std belong to each model's preprocessing."""
 
 from .collators import EvaluationCollator, TrainingCollator
 from .columns import class_names, find_columns

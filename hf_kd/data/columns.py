@@ -15,11 +15,11 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
 
     Args:
         features: `datasets.Features`, or a dataset that has them.
-        image_column: taken if given; else the column of images ("image" or "img" if there are several).
-        label_column: taken if given; else "labels", "label" or "fine_label", else the only ClassLabel column.
+        image_column: its name, or None: the column of images ("image" or "img" if there are several).
+        label_column: its name, or None: "labels", "label" or "fine_label", else the only ClassLabel column.
 
     Raises:
-        ValueError: a given column that is not there, or none or several to choose from; lists the columns.
+        ValueError: a named column does not exist, or there are none or several to choose from; lists the columns.
     """
     features = getattr(features, "features", features) or {}
     images = [name for name, feature in features.items() if _holds_images(feature)]
@@ -36,12 +36,12 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
-def _choose(option: str, given: str | None, candidates: list[str], features: dict[str, Any]) -> str:
-    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items()) or "none"
-    if given is not None:
-        if given not in features:
-            raise ValueError(f"there is no column {given!r} (--{option}); the columns are: {columns}")
-        return given
+def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:
+    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"there is no column {name!r} (--{option}); the columns are: {columns}")
+        return name
     if len(candidates) != 1:
         found = f"several ({', '.join(candidates)})" if candidates else "none"
         raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
@@ -52,7 +52,7 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
     """The names of the classes, in the order of their labels; ValueError if the column is no ClassLabel."""
     feature = dataset.features[label_column]
     if not isinstance(feature, datasets.ClassLabel):
-        raise ValueError(f"column {label_column!r} is {feature}, which names no classes; load_data gives it names")
+        raise ValueError(f"column {label_column!r} is {feature}, which has no class names; load_data adds them")
     return list(feature.names)
 
 

@@ -69,7 +69,7 @@ class ImageDataset(Dataset):
 
     Attributes:
         replacement: True, for training: in a batch without one image that can be decoded, the next in the dataset that
-            can be stands in, so that every process has a batch.
+            can be replaces it, so that every process has a batch.
     """
 
     replacement = False
@@ -94,7 +94,7 @@ class ImageDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the transform draw anew; takes effect in running workers too."""
+        """Sets the epoch that augmentation depends on; takes effect in running workers too."""
         self._epoch.fill_(epoch)
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
@@ -200,7 +200,7 @@ def augmentation_of(dataset, args: DistillationConfig) -> str | None:
         ValueError: it does not apply, and was asked for.
     """
     if not isinstance(dataset, ImageDataset):
-        reason = "your data_collator gets its items as they are"
+        reason = "your data_collator receives its items unchanged"
     elif dataset.transform or (isinstance(dataset._source, ImageDataset) and dataset._source.transform):
         reason = "it has a transform of its own"
     elif "pixel_values" in dataset[0]:

@@ -52,7 +52,7 @@ def decode_rgb(source: Any) -> Tensor:
             return _from_pil(source)
     except UndecodableImage:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever their format made them trip over
+    except Exception as error:  # Pillow's plugins raise errors of any type
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error
     raise UndecodableImage(f"no image in a value of type {type(source).__name__}")
 
@@ -94,7 +94,7 @@ def read_file(path: str) -> bytes:
     if "://" in path:  # as streamed datasets give: hf://…, zip://…::https://…
         import fsspec
 
-        with fsspec.open(path, "rb") as file:  # lets its errors pass: a failing network is no broken image
+        with fsspec.open(path, "rb") as file:  # errors of the network pass: they do not mean a broken image
             return file.read()
     try:
         return Path(path).read_bytes()
@@ -117,11 +117,11 @@ def _from_tensor(image: Tensor) -> Tensor:
 def _from_bytes(data: bytes) -> Tensor:
     if _torchvision_agrees(data):
         try:
-            from torchvision.io import ImageReadMode, decode_image  # announced to go; then Pillow decodes everything
+            from torchvision.io import ImageReadMode, decode_image  # deprecated; without it Pillow decodes everything
 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-        except (ImportError, RuntimeError, Warning):  # Pillow may know better, or has the better reason
+        except (ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
             pass
     try:
         image = PIL.Image.open(BytesIO(data))

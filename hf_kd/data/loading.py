@@ -76,7 +76,7 @@ def load_data(
         train_split: None: "train", or the only split there is.
         eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
             itself, a part of the training split is held out: of a class's n different images the ⌈eval_fraction·n⌉
-            (but not all) whose encoded bytes have the smallest hashes. Nothing else has a say in it; equal images are
+            (but not all) whose encoded bytes have the smallest hashes. It depends on nothing else; equal images are
             on one side, and a larger fraction holds out the same images and others.
         image_column, label_column: see `find_columns`. Labels that are texts become classes in sorted order; integers
             without names become the classes "0" to the largest of both splits.
@@ -85,7 +85,7 @@ def load_data(
             largest to train on, the smallest to evaluate on.
 
     Raises:
-        ValueError: nothing to load there, a split or column that is not there, an empty split, or labels that are
+        ValueError: nothing to load there, a missing split or column, an empty split, or labels that are
             missing or out of range.
     """
     splits, commit = _read(name, config_name, revision)

@@ -139,7 +139,7 @@ def sample_seed(*numbers: int) -> int:
 
 @contextmanager
 def forked_rng() -> Iterator[None]:
-    """Puts the CPU generators of torch, random and numpy back, on leaving, as they were on entering."""
+    """Restores the CPU generators of torch, random and numpy on leaving."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .. import hub, recipes
 from ..config import DistillationConfig
 from ..data import ImageData, load_data, overlap
+from ..labels import ClassMapping
 from ..losses import loss_source
 from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
@@ -81,7 +82,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
             script.teacher, script.teacher_revision, commit, script.trust_remote_code, class_map=script.class_map
         )
         teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
-        teacher_size = max(_input_size(teacher, data.names))
+        teacher_size = max(_check_teacher(teacher, data.names))
     model, student_size = _blank_student(student, data.names)
     size = config.train_image_size or max(teacher_size, *student_size)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
@@ -221,9 +222,11 @@ def _blank_student(source: ModelSource, names: list[str]) -> tuple[torch.nn.Modu
     return model, Preprocessing(processor).size
 
 
-def _input_size(source: ModelSource, names: list[str]) -> tuple[int, int]:
+def _check_teacher(source: ModelSource, names: list[str]) -> tuple[int, int]:
+    """The size of the teacher's input. Raises ValueError for classes that are not those of the data."""
     options = _hub_options(source)
     config = load_config(source.id, options)
+    ClassMapping.between(config.id2label, names, source.class_map)
     return Preprocessing(processor_for(SimpleNamespace(config=config), source.id, options)).size
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a classifier: accuracy, calibration, and closeness to a teacher.
+"""Metrics of a classifier: accuracy, calibration, and agreement with a teacher.
 
 The four functions are `evaluate` modules too, which need no network: `evaluate.load(module_path("teacher_kl"))`.
 """

@@ -1,4 +1,4 @@
-"""What is kept of a run, and how runs are compared."""
+"""Records, tables, tests and cards of runs."""
 
 from typing import TYPE_CHECKING
 

@@ -53,7 +53,7 @@ def model_card(run: Mapping[str, Any]) -> str:
     """
     if "runs" in run:
         raise ValueError("this run.json compares several runs: take the one in the folder of one of them")
-    run = redact(run)  # as it was written; but the record may have come another way
+    run = redact(run)  # records are written redacted, but this one may have another origin
     fields, lines = _fields(run), []
     for line in TEMPLATE.read_text("utf-8").splitlines():
         if all(fields[name] for name in re.findall(r"{\??(\w+)}", line)):
@@ -64,7 +64,7 @@ def model_card(run: Mapping[str, Any]) -> str:
 
 
 def metadata(run: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub's filters and widgets read. No license: a record does not know it."""
+    """What the Hub's filters and widgets read. No license: it is not in a record."""
     student, data, metrics = (_dict(run, key) for key in ("student", "data", "metrics"))
     name, loss = _line(data.get("id")), _line(_dict(run, "loss").get("name"))
     results = [
@@ -103,9 +103,9 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     repo, skipped, description = _line(run.get("repo_id")), _dict(data, "skipped"), loss_description(run)
     hyperparameters = {key: value for key, value in loss.items() if key != "name"}
     best, sentence = settings.get("load_best_model_at_end"), _escape(verdict.get("sentence"))
-    # A number of steps, where it is given (-1: not), rules the number of epochs.
+    # A positive max_steps overrides the number of epochs.
     unused = ("num_train_epochs",) if (settings.get("max_steps") or -1) > 0 else ("max_steps",)
-    start: dict[Any, str] = {True: "architecture only, with random first weights", False: "with its weights"}
+    start: dict[Any, str] = {True: "architecture only, randomly initialized", False: "with its weights"}
     taught = "taught the student" if _teaches(run) else "measured only; the student did not learn from it"
     return {
         "title": _escape(title(run)),
@@ -120,7 +120,7 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
         "run_seed": _show(run.get("seed")),
         "table": _table(run),
         "measured": data and _split(data, "eval"),
-        "arms": verdict.get("runs"),
+        "other_runs": verdict.get("runs"),
         "latency": _escape(_dict(run, "latency").get("how")),
         "loss": loss and _join([_code(loss.get("name")), *_pairs(hyperparameters)]),
         "formula": _join([_line(description.get("formula")), _source(description.get("paper"))], " "),
@@ -162,7 +162,7 @@ def _method(run: Mapping[str, Any]) -> str:
 
 
 def _source(paper: Any) -> str:
-    """The link to a paper that is given as an arXiv id or a URL."""
+    """The link to a paper, from its arXiv id or URL."""
     paper = _line(paper)
     if re.fullmatch(r"[\w.-]+(/\d+)?", paper):
         return f"From [arXiv:{paper}](https://arxiv.org/abs/{paper})."
@@ -181,16 +181,16 @@ def _test(test: Mapping[str, Any]) -> str:
 
 def _table(run: Mapping[str, Any]) -> str:
     student, teacher = _dict(run, "student"), _dict(run, "teacher")
-    arms: dict[str, list] = {}
+    variants: dict[str, list] = {}
     controls = {*loss_description(run).get("controls", ())}
     for other in _dict(run, "verdict").get("runs") or []:
-        arms.setdefault(_line(other.get("name")), []).append(_dict(other, "metrics"))
+        variants.setdefault(_line(other.get("name")), []).append(_dict(other, "metrics"))
         controls.update(loss_description(other).get("controls", ()))
     own = _code(run.get("name") or _dict(run, "loss").get("name"))
     rows = [_row(f"**this model** ({own}, seed {_show(run.get('seed'))})", [_dict(run, "metrics")], student)]
     if teacher or run.get("teacher_metrics"):
         rows.append(_row(f"teacher {_code(teacher.get('id'))}", [_dict(run, "teacher_metrics")], teacher))
-    for name, metrics in arms.items():
+    for name, metrics in variants.items():
         role = "no-KD baseline " if name == BASELINE else "control " if name in controls else ""
         several = f", mean ± standard deviation of {len(metrics)} seeds" if len(metrics) > 1 else ""
         rows.append(_row(f"{role}{_code(name)}{several}", metrics, student))
@@ -278,7 +278,7 @@ def _escape(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """Inline code, which no backtick or line break of the value can end."""
+    """Inline code; no backtick or line break in the value can end it."""
     text = _line(value)
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if "`" in text else ""

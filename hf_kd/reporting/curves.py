@@ -1,4 +1,4 @@
-"""The image of one or more runs: what every loss term did, and what came of it."""
+"""A figure of one or more runs: every loss term in training, and top-1 in evaluation."""
 
 import math
 import os
@@ -16,17 +16,17 @@ PANELS_PER_ROW = 3
 
 
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Writes a PNG: above, one panel per arm with its training loss terms; below, every run's top-1 on the eval set.
+    """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's evaluated top-1.
 
-    An arm is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
-    colour from panel to panel, arms theirs from title to curve. The losses of different methods have different scales,
-    so each panel has its own, logarithmic. Of several seeds every one is a thin line and their mean a thick one, where
-    all of them were evaluated. A legend gives each last value, of several seeds the mean ± standard deviation (n − 1).
+    A variant is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
+    colour from panel to panel, variants theirs from title to curve. The losses of different methods have different
+    scales, so each panel has its own, logarithmic. Of several seeds every one is a thin line and
+    their mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1).
     A dashed line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
         runs: records of runs (see `record`), at least one; read are name, history (the trainer's log_history, may be
-            empty), and, where they are, seed, student, teacher, data and teacher_metrics.
+            empty), and, if present, seed, student, teacher, data and teacher_metrics.
         path: the file; missing folders are made.
 
     Raises:
@@ -45,12 +45,12 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
         def __call__(self, x, pos=None):
             return f"{x:g}" if super().__call__(x, pos) else ""
 
-    arms: dict[str, list[Mapping[str, Any]]] = {}
+    variants: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        arms.setdefault(run["name"], []).append(run)
-    term_colours, arm_colours = color_sequences["petroff10"], color_sequences["Dark2"]
-    columns = min(len(arms), PANELS_PER_ROW)
-    rows = math.ceil(len(arms) / columns)
+        variants.setdefault(run["name"], []).append(run)
+    term_colours, variant_colours = color_sequences["petroff10"], color_sequences["Dark2"]
+    columns = min(len(variants), PANELS_PER_ROW)
+    rows = math.ceil(len(variants) / columns)
     figure = Figure(figsize=(max(8.0, 4.4 * columns), 3.2 * rows + 3.8), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[3.2] * rows + [3.6])
 
@@ -58,24 +58,24 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     terms = dict.fromkeys(key for entry in entries for key in entry if key.startswith("loss_"))
     colour_of = {term: term_colours[i % len(term_colours)] for i, term in enumerate(terms)}
     first = None
-    for i, (name, seeds) in enumerate(arms.items()):
+    for i, (name, seeds) in enumerate(variants.items()):
         axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first)
         first = first or axes
         _plot_terms(axes, seeds[0], colour_of)
         which = f", seed {seeds[0]['seed']}" if len(seeds) > 1 and seeds[0].get("seed") is not None else ""
-        axes.set_title(f"trained with {name}{which}", fontsize=11, color=arm_colours[i % len(arm_colours)])
+        axes.set_title(f"trained with {name}{which}", fontsize=11, color=variant_colours[i % len(variant_colours)])
         axes.set_ylabel("training loss" if i % columns == 0 else "")
         axes.set_yscale("log")  # the terms of one loss differ by orders of magnitude
         axes.yaxis.set_major_formatter(PlainFormatter())
         axes.yaxis.set_minor_formatter(PlainFormatter(minor_thresholds=(1.5, 0.5)))
     below = figure.add_subplot(grid[rows, :])
-    _plot_top1(below, arms, arm_colours)
+    _plot_top1(below, variants, variant_colours)
     handles = [line for line in below.lines if not str(line.get_label()).startswith("_")]
     if handles:
         # Below the panel: curves and the teacher's line leave no corner that is always free.
         figure.legend(
             handles=handles,
-            title="last top-1" + (", mean ± standard deviation over seeds" if len(arms) < len(runs) else ""),
+            title="last top-1" + (", mean ± standard deviation over seeds" if len(variants) < len(runs) else ""),
             fontsize=9,
             title_fontsize=9,
             ncols=min(len(handles), columns + 1),
@@ -101,9 +101,9 @@ def _plot_terms(axes: "Axes", run: Mapping[str, Any], colour_of: Mapping[str, An
         axes.legend(title="last value", fontsize=8, title_fontsize=8, loc="best", framealpha=0.85)
 
 
-def _plot_top1(axes: "Axes", arms: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[Any]) -> None:
-    runs = [run for seeds in arms.values() for run in seeds]
-    for i, (name, seeds) in enumerate(arms.items()):
+def _plot_top1(axes: "Axes", variants: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[Any]) -> None:
+    runs = [run for seeds in variants.values() for run in seeds]
+    for i, (name, seeds) in enumerate(variants.items()):
         curves = [curve for curve in (_top1(run) for run in seeds) if curve]
         if not curves:
             continue

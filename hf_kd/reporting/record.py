@@ -26,7 +26,7 @@ _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 _SECRET_TEXT = re.compile(TOKEN + r"|(--?[\w-]*token[ =]+)(?!-)\S+")
-# A path from the root or a home folder tells of the machine; its last part is what a reader needs.
+# An absolute path describes the machine; a reader needs only its last part.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~)\]}-])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?")
 
 

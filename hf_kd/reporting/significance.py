@@ -38,7 +38,7 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[str, Any] | None:
-    """The paired test of arm `name` against arm `against`, over the seeds that both have; None if there are none."""
+    """The paired test of variants `name` and `against`, over the seeds that both have; None if there are none."""
     top1: dict[str, dict[int | None, float]] = {name: {}, against: {}}
     for run in runs:
         value = run.get("metrics", {}).get("top1")
@@ -52,25 +52,25 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
 
 
 def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
-    """One verdict for each arm that distils, in the order of the runs; none without a baseline or several seeds.
+    """One verdict for each variant that distils, in the order of the runs; none without a baseline or several seeds.
 
-    An arm *helped* if the 95 % interval of its difference to the baseline is above 0, and also that of its difference
-    to each of its loss's `controls` that is among the runs: what a control does too is no merit of the loss.
+    A variant *helped* if the 95 % interval of its difference to the baseline is above 0, and also that of its
+    difference to each of its loss's `controls` among the runs: a gain that a control shows too is not due to the loss.
 
     Returns:
-        Dicts of loss (the arm's name), seeds, helped, sentence, and tests (see `paired_test`), one for each that it
-        is compared with.
+        Dicts of loss (the variant's name), seeds, helped, sentence, and tests (see `paired_test`), one for each
+        variant that it is compared with.
     """
-    arms = {run["name"]: run for run in runs}
-    given = []
-    for name, run in arms.items():
+    variants = {run["name"]: run for run in runs}
+    found = []
+    for name, run in variants.items():
         if (run.get("loss") or {}).get("name") == BASELINE or name == baseline:
             continue
-        others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in arms)]
+        others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
         tests = [test for other in others if (test := compare(runs, name, other))]
         if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
             helped = len(tests) == len(others) and all(_above(test) for test in tests)
-            given.append(
+            found.append(
                 {
                     "loss": name,
                     "seeds": tests[0]["seeds"],
@@ -79,7 +79,7 @@ def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> lis
                     "tests": tests,
                 }
             )
-    return given
+    return found
 
 
 def points(value: float, signed: bool = True) -> str:
@@ -109,8 +109,8 @@ def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> st
         text = f"{name} did not help beyond its control: {describe(first)} points of top-1 over {first['against']}"
     else:
         harmed = first["half_width"] is not None and first["mean"] < -first["half_width"]
-        told = "" if harmed else f", as far as {len(first['seeds'])} seeds can tell"
-        text = f"{name} did not help{told}: {describe(first)} points of top-1 against {first['against']}"
+        doubt = "" if harmed else f", as far as {len(first['seeds'])} seeds can tell"
+        text = f"{name} did not help{doubt}: {describe(first)} points of top-1 against {first['against']}"
     text += f" ({proof(first)})"
     for test in controls:
         text += f", {describe(test)} against its control {test['against']} ({proof(test)})"

@@ -1,4 +1,4 @@
-"""Runs side by side: the table that says whether distillation helped."""
+"""The table that compares runs, and its error bars."""
 
 import math
 import statistics
@@ -30,40 +30,40 @@ def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
 def comparison_table(
     runs: Sequence[Mapping[str, Any]], teacher_row: Mapping[str, Any] | None = None, markdown: bool = False
 ) -> str:
-    """The runs side by side, as text for a terminal or as a GitHub table, and below it how far it can be trusted.
+    """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
     The runs should share student, data and settings, and differ in their loss and seed. Runs of one name are one row:
     the mean over its seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of
     training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named
     "ce" of the same seed, with the half-width of the paired 95 % interval (`significance`). What is missing or not
     finite shows as "–". The sampling error is the half-width of the 95 % interval of a single top-1 (Wilson 1927),
-    which, unlike the usual one, is not 0 where all images are right.
+    which, unlike the usual one, is not 0 if all images are right.
 
     Args:
         runs: see the module's text; only "name" is required.
         teacher_row: top1, top5, ece (in [0, 1]), size_mb and id of the teacher (see `teacher_row_of`), as first row.
         markdown: a GitHub table instead of aligned text.
     """
-    arms: dict[str, list[Mapping[str, Any]]] = {}
+    variants: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        arms.setdefault(run["name"], []).append(run)
+        variants.setdefault(run["name"], []).append(run)
     rows = []
     if teacher_row is not None:
         label = f"teacher {teacher_row['id']}" if teacher_row.get("id") else "teacher"
         rates = [rate([_number(teacher_row, key)]) for key in ("top1", "top5")]
         size = _fixed(_number(teacher_row, "size_mb"))
         rows.append([label, *rates, MISSING, rate([_number(teacher_row, "ece")]), MISSING, size, MISSING])
-    for name, arm in arms.items():
+    for name, seeds in variants.items():
         test = compare(runs, name, BASELINE)
         rates = [
-            rate([_number(run, "metrics", key) for run in arm], spread=key == "top1")
+            rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1")
             for key in ("top1", "top5", "agreement", "ece")
         ]
-        seconds = [value for run in arm if (value := _training_seconds(run)) is not None]
-        size = _fixed(_number(arm[0], "student", "size_mb"))
+        seconds = [value for run in seeds if (value := _training_seconds(run)) is not None]
+        size = _fixed(_number(seeds[0], "student", "size_mb"))
         mean_seconds = _fixed(statistics.fmean(seconds) if seconds else None)
         rows.append([str(name), *rates, mean_seconds, size, describe(test) if test else MISSING])
-    return f"{layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, arms)}"
+    return f"{layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, variants)}"
 
 
 def rate(values: Sequence[float | None], spread: bool = True) -> str:
@@ -86,12 +86,12 @@ def _training_seconds(run: Mapping[str, Any]) -> float | None:
     return seconds and seconds - sum(entry.get("eval_runtime", 0) for entry in history[:ended])
 
 
-def _caveat(runs: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence]) -> str:
+def _caveat(runs: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence]) -> str:
     seeds = sorted({str(run["seed"]) for run in runs if run.get("seed") is not None})
     named = f" ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})" if seeds else ""
-    if any(len(arm) > 1 for arm in arms.values()):
+    if any(len(seeds) > 1 for seeds in variants.values()):
         text = (
-            f"Each row is the mean of {max(map(len, arms.values()))} training runs{named}; ± is their standard "
+            f"Each row is the mean of {max(map(len, variants.values()))} training runs{named}; ± is their standard "
             "deviation, in the last column the half-width of the paired 95 % interval over the seeds."
         )
     else:

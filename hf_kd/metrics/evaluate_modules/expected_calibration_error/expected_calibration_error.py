@@ -10,7 +10,7 @@ INPUTS = """
 Args:
     predictions: logits, (N, C); kept as float32.
     references: labels, N integers in [0, C), or -100 for an image that is left out.
-    n_bins: at least 1; default 15, or what load() was given. Compare only with the same.
+    n_bins: at least 1; default 15, or the argument of load(). Compare only with the same.
 Returns:
     {"ece": expected calibration error in [0, 1]}
 """

@@ -10,7 +10,7 @@ INPUTS = """
 Args:
     predictions: logits, (N, C); kept as float32.
     references: labels, N integers in [0, C), or -100 for an image that is left out.
-    k: at least 1; default 1, or what load() was given.
+    k: at least 1; default 1, or the argument of load().
 Returns:
     {"top1": share in [0, 1]}, and so on for every other k. Of equal logits the lower class ranks first.
 """
