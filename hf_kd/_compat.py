@@ -130,10 +130,10 @@ def check_upstream() -> None:
         found = _parameters(_find(path), path)
         if not needed <= set(found) or found != [name for name in known if name in found]:
             raise _changed(path, f"has the parameters ({', '.join(found)}), not ({', '.join(known)})")
-    for path, parameters in USED.items():
+    for path, used in USED.items():
         found = _find(path)
-        if parameters is not None:
-            missing = set(parameters.split()) - set(_parameters(found, path))
+        if used is not None:
+            missing = set(used.split()) - set(_parameters(found, path))
             if missing:
                 raise _changed(path, f"does not accept {', '.join(sorted(missing))}")
     for name, path in MENTIONED.items():

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -163,7 +164,8 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
         return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{HEAD}.")}
     if not hasattr(student, "timm_model"):
         return state_dict
-    config, architecture = student.config, student.timm_model.pretrained_cfg
+    config: Any = student.config
+    architecture: Any = student.get_submodule("timm_model").pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
@@ -179,7 +181,7 @@ def _timm_data(processor) -> dict:
     if hasattr(processor, "data_config"):
         return processor.data_config
     preprocessing, size = Preprocessing(processor), dict(getattr(processor, "size", None) or {})
-    edge = size.get("shortest_edge") or size.get("height")
+    edge: Any = size.get("shortest_edge") or size.get("height")
     return {
         "input_size": (3, *preprocessing.size),
         "mean": (-preprocessing.offset / preprocessing.scale).flatten().tolist(),
@@ -201,7 +203,7 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     """
     if isinstance(student, PreTrainedModel):
         config = copy.deepcopy(student.config)
-        loaded, info = type(student).from_pretrained(
+        loaded, info = cast(Any, type(student)).from_pretrained(  # whose hints leave the info out
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
         state = loaded.state_dict()

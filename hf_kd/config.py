@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -11,7 +12,13 @@ from transformers import TrainingArguments
 from .losses import LOSSES, DistillationLoss, get_loss, loss_class
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+if TYPE_CHECKING:  # text becomes an object in __post_init__
+    JSONObject = dict[str, Any]
+else:
+    JSONObject = dict | str
 
 
 def read_json(name: str, text: str) -> dict:
@@ -43,7 +50,11 @@ class DistillationConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
-    _loss = None  # an instance in the place of `loss` and `loss_kwargs`, see `with_loss`; no field
+    # An instance in the place of `loss` and `loss_kwargs`, see `with_loss`; no field.
+    _loss: ClassVar[DistillationLoss | None] = None
+
+    if TYPE_CHECKING:
+        output_dir: str  # None is replaced in __post_init__
 
     loss: str = field(
         default="uskd",
@@ -52,7 +63,7 @@ class DistillationConfig(TrainingArguments):
             "file.py:Class."
         },
     )
-    loss_kwargs: dict | str | None = field(
+    loss_kwargs: JSONObject | None = field(
         default=None,
         metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
     )
@@ -169,8 +180,7 @@ class DistillationConfig(TrainingArguments):
                 "label_smoothing_factor out, and give the loss label_smoothing="
             )
         copied = object.__new__(type(self))  # copy.copy would go by __getstate__
-        copied.__dict__.update(self.__dict__, loss=name, loss_kwargs=loss.hyperparameters())
-        copied._loss = loss
+        copied.__dict__.update(self.__dict__, loss=name, loss_kwargs=loss.hyperparameters(), _loss=loss)
         return copied
 
     def check_teacher(self, has_teacher: bool) -> None:

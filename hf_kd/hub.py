@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, constants, is_offline_mode, resolve_revision
+from huggingface_hub import HfApi, ResolvedRevision, constants, is_offline_mode, resolve_revision
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -37,7 +37,7 @@ _IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach)(?: for)? '([\w./-]+)'")
 _BROKEN = {"RemoteProtocolError", "ReadError", "ReadTimeout"}  # of httpx, of which the Hub's client uses a copy
 
 
-def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
+def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model") -> ResolvedRevision:
     """The commit that a branch, tag or commit stands for now.
 
     Returns:
@@ -119,7 +119,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _url(error: BaseException) -> str:
     """The address that was asked for, or ""."""
     try:
-        return str(getattr(error, "response", error).request.url)
+        return str(getattr(error, "response", error).request.url)  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # httpx raises the latter where there was no request
         return ""
 

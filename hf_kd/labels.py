@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class ClassMapping:
                 raise ValueError(
                     f"class_map needs an entry for each of {len(target)} classes, it has {len(class_map)}."
                 )
-            mapped = dict(enumerate(class_map))
+            mapped: dict[int | str, Any] = dict(enumerate(class_map))
         else:
             mapped = {place.get(_key(name), str(name)): entry for name, entry in (class_map or {}).items()}
         unknown = [name for name in mapped if isinstance(name, str)]
@@ -183,7 +184,7 @@ def read_class_map(value):
     path = Path(value).expanduser()
     try:
         if str(value).lstrip().startswith(("{", "[")):
-            return json.loads(value)
+            return json.loads(str(value))
         read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except json.JSONDecodeError as error:
         raise ValueError(f"class_map is not valid JSON ({error}): {value}") from error

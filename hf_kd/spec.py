@@ -30,7 +30,7 @@ def resumable(default: Any = None) -> Any:
 class ModelSource:
     """Where a student or teacher comes from. `commit` is the 40 hex digits that `revision` stood for."""
 
-    id: str | None
+    id: str
     revision: str | None = None
     commit: str | None = None
     trust_remote_code: bool = False
@@ -170,7 +170,7 @@ class Experiment:
     """A comparison, or a single run: what is shared by its runs, and the runs."""
 
     output_dir: str = resumable("")
-    student: ModelSource = field(default_factory=lambda: ModelSource(None))
+    student: ModelSource = field(default_factory=lambda: ModelSource(""))
     teacher: ModelSource | None = None
     data: DataSource = field(default_factory=DataSource)
     train_image_size: int | None = None

@@ -6,6 +6,7 @@ import functools
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,6 +63,11 @@ class DistillationTrainer(Trainer):
 
     # compute_loss scales every micro-batch by its share of the optimizer step's samples.
     loss_is_scaled_for_ga = True
+    args: DistillationConfig
+    model: Any  # a module, with whatever its class has
+    train_dataset: Any
+    lr_scheduler: Any
+    hub_model_id: Any
 
     def __init__(
         self,
@@ -81,13 +87,14 @@ class DistillationTrainer(Trainer):
     ):
         check_upstream()
         check_trainer_arguments(args, data_collator, kwargs.get("compute_loss_func"))
+        assert args is not None  # as the check has seen
         args = args if loss is None else args.with_loss(loss)
         args.check_teacher(teacher is not None)
         self.plan = plan
         self.preprocessing = Preprocessing(processing_class) if processing_class is not None else None
         self.train_loss = args.build_loss().to(args.device)
         self.train_loss.check_trainable()
-        self.args, self.model_init, self._made, student = args, model_init, None, model
+        self.args, self.model_init, self._made, student = args, model_init, None, cast(Any, model)
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
             student = self._made = self.call_model_init()
@@ -125,8 +132,9 @@ class DistillationTrainer(Trainer):
         )
         if self.train_loss.reduce_mean is None and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
-        for each in {self.teacher, self.eval_teacher} - {None}:
-            each.to(args.device)
+        for each in {self.teacher, self.eval_teacher}:
+            if each is not None:
+                each.to(args.device)
 
     # ---- the student ----
 
@@ -169,7 +177,9 @@ class DistillationTrainer(Trainer):
             self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
         elif self._own_collator:
             teacher = self.eval_teacher
-            self.data_collator = evaluation_collator(self.preprocessing, teacher and teacher.preprocessing)
+            self.data_collator = evaluation_collator(
+                self.preprocessing, None if teacher is None else teacher.preprocessing
+            )
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -178,12 +188,13 @@ class DistillationTrainer(Trainer):
         # transformers keeps one loader for all datasets that are passed, where workers persist.
         return self._get_dataloader(eval_dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
-    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):
+    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):  # type: ignore[override]
         self._steps_per_epoch = num_update_steps_per_epoch
         # accelerate forwards set_epoch to the dataset only where the sampler takes none.
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **kwargs)
+        kwargs |= {"epoch": epoch, "num_update_steps_per_epoch": num_update_steps_per_epoch}
+        return super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -273,8 +284,10 @@ class DistillationTrainer(Trainer):
         """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
         teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
         self._meter = ClassificationMeter()
-        self._evaluated, self._skipped_now = self.num_examples(dataloader), {}
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, None]()
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         metrics = self._meter.compute()
         self._meter = None
         self.eval_skipped.update(self._skipped_now)
@@ -306,14 +319,14 @@ class DistillationTrainer(Trainer):
             samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
             teacher: default: `eval_teacher`.
         """
-        metrics = measure_teacher(self, teacher or self.eval_teacher, samples)
+        metrics = measure_teacher(self, cast(Teacher, teacher or self.eval_teacher), samples)
         if samples is None:
             self.teacher_metrics = metrics
         return metrics
 
     # ---- training, saving, resuming ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):  # type: ignore[override]
         """Trains; see `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint.
 
         Raises:
@@ -323,7 +336,7 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        write_plan(self, resume_from_checkpoint)
+        write_plan(self, resume_from_checkpoint or None)
         if self.teacher is not None and self.args.teacher_check_batches:
             warn_near_chance(self)
         self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
@@ -378,7 +391,7 @@ class DistillationTrainer(Trainer):
     def _load_best_model(self):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
-        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        load_weights(self.accelerator.unwrap_model(self.model), cast(str, self.state.best_model_checkpoint))
 
     # ---- pushing ----
 
@@ -396,7 +409,9 @@ class DistillationTrainer(Trainer):
         """
         push.card_of_run(self)
 
-    def push_to_hub(self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None):
+    def push_to_hub(  # type: ignore[override]  # neither blocking nor further arguments
+        self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None
+    ):
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
         Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for

@@ -190,7 +190,7 @@ def plot_confusions(
         np.add.at(matrices[name], tuple(pairs), 1)
     if not matrices:
         raise ValueError("no predictions to plot; pass at least one")
-    chosen = _most_confused(sum(matrices.values()), max_classes)
+    chosen = _most_confused(np.sum([*matrices.values()], axis=0), max_classes)
     of_class = np.maximum(np.bincount(labels[kept].astype(int), minlength=len(names)), 1)
     shares = {name: (100 * m / of_class[:, None])[np.ix_(chosen, chosen)] for name, m in matrices.items()}
     panels = dict(shares)

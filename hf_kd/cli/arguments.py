@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig
 from ..labels import read_class_map
@@ -92,7 +93,7 @@ class ScriptArguments:
     dry_run: bool = field(default=False, metadata={"help": "Print the plan (runs, steps, sizes, disk) and stop."})
     traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
 
-    explicit = frozenset()  # names of the arguments that the user has set; no field, thus no argument
+    explicit: ClassVar[set[str]] = set()  # names of the arguments that the user has set; no field, thus no argument
 
     def check(self, config: DistillationConfig) -> None:
         """Finds everything about the arguments that can be wrong without looking at data or models.
@@ -167,9 +168,9 @@ class _Formatter(argparse.HelpFormatter):
 
 def make_parser(help_all: bool = False) -> HfArgumentParser:
     """The parser of both argument classes; `help_all` lists every argument of transformers too."""
-    ScriptArguments._argument_group_name = "what to distil"
+    ScriptArguments._argument_group_name = "what to distil"  # type: ignore[attr-defined]
     parser = HfArgumentParser(
-        [ScriptArguments, DistillationConfig],
+        [ScriptArguments, DistillationConfig],  # type: ignore[list-item]  # DataClassType is no type of dataclasses
         prog="hf-kd distill",
         description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
         epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --loss uskd. Under "
@@ -181,9 +182,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
         "--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins."
     )
     parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
-    own = {f.name for f in DistillationConfig.__dataclass_fields__.values()} - {
-        f.name for f in DistillationConfig.__mro__[1].__dataclass_fields__.values()
-    }
+    own = {f.name for f in fields(DistillationConfig)} - {f.name for f in fields(TrainingArguments)}
     shown = {*ScriptArguments.__dataclass_fields__, *own, *_COMMON, "config", "help", "help_all"}
     for action in parser._actions:
         action.help = " ".join((action.help or "").split("\n\n")[0].split())

@@ -94,13 +94,15 @@ class EvaluationCollator:
             if self.resize_and_crop is None:
                 raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
             filler = {"pixels": torch.zeros(3, 32, 32, dtype=torch.uint8), "labels": 0}
-        blank = {key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler}
+        blank: dict[str, Any] = {
+            key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler
+        }
         blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
-        rows = [row or blank | _keys(item) for row, item in zip(rows, items, strict=True)]
+        filled = [row or blank | _keys(item) for row, item in zip(rows, items, strict=True)]
 
-        batch = _batch(rows, self.resize_and_crop or _stack)
+        batch = _batch(filled, self.resize_and_crop or _stack)
         if self.teacher_resize_and_crop is not None and "pixels" in batch:
-            batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in rows])
+            batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in filled])
         return batch | ({"skipped": skipped} if skipped else {})
 
 
@@ -110,13 +112,13 @@ def training_collator(
     """The collator that a trainer's arguments ask for: with mixup and cutmix, and resizing as the student's."""
     alphas = args.mixup_alpha, args.cutmix_alpha
     mixer = Mixer(num_classes_of(student), *alphas) if any(alphas) else None
-    return TrainingCollator(size, mixer, args.data_seed, preprocessing and preprocessing.interpolation)
+    return TrainingCollator(size, mixer, args.data_seed or 0, preprocessing and preprocessing.interpolation)
 
 
 def evaluation_collator(student: Preprocessing | None, teacher: Preprocessing | None) -> EvaluationCollator:
     """The collator of a student's preprocessing, and of a teacher's where that is another."""
     other = teacher if teacher != student else None
-    return EvaluationCollator(student and student.resize_and_crop, other and other.resize_and_crop)
+    return EvaluationCollator(*(each.resize_and_crop if each is not None else None for each in (student, other)))
 
 
 def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, max_fraction: float) -> None:
@@ -139,7 +141,8 @@ def _keys(item: Any) -> dict[str, Any]:
 
 def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any] | None], list[str]]:
     """The decoded items, None for each that cannot be decoded, and the reasons of these."""
-    rows, skipped = [], []
+    rows: list[dict[str, Any] | None] = []
+    skipped = []
     for item in items:
         try:
             rows.append(decode_row(item) | _keys(item))
@@ -152,7 +155,7 @@ def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any] | None], list[str
 def _batch(rows: list[dict[str, Any]], stack: Callable[[list[Tensor]], Tensor]) -> dict[str, Any]:
     labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
     if "pixel_values" in rows[0]:
-        batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        batch: dict[str, Any] = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
     else:
         batch = {"pixels": stack([row["pixels"] for row in rows])}
     batch["labels"] = labels.long() if labels.ndim == 1 else labels.float()

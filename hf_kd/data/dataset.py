@@ -179,7 +179,9 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
     if not _has_image_rows(dataset):
-        return ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed) if wrap else dataset
+        return (
+            ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed or 0) if wrap else dataset
+        )
     image, label = find_columns(dataset, args.image_column, args.label_column)
     feature = dataset.features[label]
     if getattr(feature, "dtype", "") == "string":
@@ -188,7 +190,7 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
         )
     if id2label and isinstance(feature, datasets.ClassLabel):
         check_class_order(class_names(dataset, label), id2label)
-    return ImageDataset(dataset, image, label, seed=args.data_seed)
+    return ImageDataset(dataset, image, label, seed=args.data_seed or 0)
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:

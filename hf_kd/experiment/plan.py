@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -63,15 +64,15 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         script.image_mean,
         script.image_std,
     )
-    recipe, changed, preset = _recipe_name(script, student), [], None
+    recipe, preset = _recipe_name(script, student), None
     provenance = recipes.provenance(recipe, config, script.explicit)
     if recipe:
         student = _with_recipe(student, recipe, script.explicit)
         config, changed = recipes.apply(recipe, config, script.explicit)
-        preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed}
     asked = run_configs(script, config, recipe)
     if recipe:
-        preset["text"] = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
+        text = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
+        preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed, "text": text}
     source = _data_source(script, config, earlier)
     data = load_data(**data_arguments(source))
     teacher, teacher_size = None, 0
@@ -84,7 +85,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         teacher_size = max(_check_teacher(teacher, data.names))
     model, student_size = _blank_student(student, data.names)
     size = config.train_image_size or max(teacher_size, *student_size)
-    found = {"image_column": data.image_column, "label_column": data.label_column, "train_image_size": size}
+    found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    found["train_image_size"] = size
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )

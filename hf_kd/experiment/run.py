@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -60,10 +61,11 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
         if not resume_here:
             check_disk(experiment)
         open_folder(experiment, resume_here)
-    data, teacher, records = None, None, {}
+    records: dict[str, dict] = {}
+    data, teacher = None, None
     for spec in experiment.runs:
         folder = experiment.folder(spec)
-        lock, claim = RunLock(folder), [None]
+        lock, claim = RunLock(folder), list[Any]([None])
         if state.is_main_process:
             claim = [_claim(experiment, spec, lock, resume_here)]
         broadcast_object_list(claim)
@@ -180,7 +182,9 @@ def _train(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
     metrics = trainer.evaluate()
-    skipped = tuple(sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped))
+    skipped, eval_skipped = (
+        sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
+    )
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
     record = make_record(
@@ -188,12 +192,12 @@ def _train(
         metrics,
         data,
         {"id": source.id, "from_scratch": source.from_scratch},
-        skipped,
+        (skipped, eval_skipped),
         name=spec.name,
         settings={**_asked(experiment), **config.to_dict()},
         command=experiment.command,
         preset=experiment.preset,
-        teacher=teacher and _describe_teacher(teacher, experiment.teacher),
+        teacher=_describe_teacher(teacher, experiment.teacher) if teacher and experiment.teacher else None,
     )
     write_record(record, config.output_dir)
     return record
@@ -242,7 +246,7 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
     runs = [records[r.key] for r in experiment.runs]
     report(runs, [experiment.folder(r) for r in experiment.runs], Path(experiment.output_dir), experiment.command)
     if experiment.push:
-        _push(experiment, token)
+        _push(experiment, experiment.push, token)
 
 
 def report(runs: list[dict], folders: list[Path], output_dir: Path, command: str | None) -> None:
@@ -274,8 +278,7 @@ def report(runs: list[dict], folders: list[Path], output_dir: Path, command: str
     print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
 
 
-def _push(experiment: Experiment, token: str | None) -> None:
-    to = experiment.push
+def _push(experiment: Experiment, to: dict[str, Any], token: str | None) -> None:
     folder = str(Path(experiment.output_dir) / to["folder"])
     try:
         url = publish(folder, to["repo_id"], token=token, private=to["private"], revision=to["revision"])

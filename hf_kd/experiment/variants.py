@@ -65,8 +65,8 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             values = dict(values)
             loss = values.pop("loss", name)
             name = loss_class(loss).name if name == loss else name  # of a class of the user's own
-            if script.benchmark or recipe:
-                values = published_hyperparameters(loss, script.benchmark or recipe)[0] | values
+            if benchmark := script.benchmark or recipe:
+                values = published_hyperparameters(loss, benchmark)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(
                 config,

@@ -167,7 +167,7 @@ class ClassificationMeter:
             ValueError: no row of positive weight was seen.
         """
         sums = [] if self._sums is None else self._sums.tolist()
-        if not sums or sums[0] == 0:
+        if self._gaps is None or not sums or sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
         n = sums[0]
         mean = {name: value / n for name, value in zip(COLUMNS + TEACHER_COLUMNS, sums, strict=False)}

@@ -22,8 +22,8 @@ from .forward import logits_of, tensor_of
 class StudentOutput(ModelOutput):
     """A student's output in training: `logits` (B, C) and the auxiliary head's `aux_logits` (B, C)."""
 
-    logits: torch.FloatTensor | None = None
-    aux_logits: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
+    aux_logits: torch.Tensor | None = None
 
 
 class AuxiliaryHead(nn.Module):
@@ -40,7 +40,7 @@ class AuxiliaryHead(nn.Module):
         if self.layer.pooling == "class_token":
             feature = feature[:, 0]
         elif self.layer.pooling != "none":
-            feature = feature.mean({"mean_token": 1, "nchw": (2, 3), "nhwc": (1, 2)}[self.layer.pooling])
+            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[self.layer.pooling])
         return self.fc(feature)
 
     def __getstate__(self) -> dict:
@@ -86,7 +86,10 @@ def add_auxiliary_head(
     parameter = next(student.parameters())
     student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))
     ignored = {f"{HEAD}.{name}" for name in head.state_dict()}
-    student._keys_to_ignore_on_save = {*(getattr(student, "_keys_to_ignore_on_save", None) or ()), *ignored}
+    student._keys_to_ignore_on_save = {  # type: ignore[assignment]
+        *(getattr(student, "_keys_to_ignore_on_save", None) or ()),
+        *ignored,
+    }
     student.get_submodule(layer.name).register_forward_hook(head._read_feature)
     student.register_forward_hook(head._add_aux_logits)
     return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -56,7 +57,7 @@ def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module
     """
     modules = dict(student.named_modules())
     name, kind = (feature_module, None) if feature_module else _known_layer(student)
-    if name not in modules:
+    if name is None or name not in modules:
         what = f"no module is named {name!r}" if name else f"there is no rule for {_kind_of(student)}"
         raise ValueError(
             f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module) "
@@ -76,10 +77,11 @@ def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
         half = (getattr(config, "num_hidden_layers", None) or 0) // 2 - 1
         depths = [0, 0, *(getattr(config, "depths", None) or ())]
         return name.format(half=half, stage=len(depths) - 4, block=depths[-2] - 1), kind
-    prefix, model = ("timm_model.", student.timm_model) if hasattr(student, "timm_model") else ("", student)
+    model: Any = getattr(student, "timm_model", student)
+    prefix = "" if model is student else "timm_model."
     if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
         return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
-    stages = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
+    stages: Any = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
     stages = getattr(stages, "info", stages)
     if stages and len(stages) > 1:
         return prefix + stages[-2]["module"], None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -39,7 +41,7 @@ def id2label_of(model: nn.Module) -> dict[int, str] | None:
     return id2label and {int(i): str(name) for i, name in id2label.items()}
 
 
-def num_classes_of(student: nn.Module) -> int:
+def num_classes_of(student: Any) -> int:
     """The number of classes C in a student's config.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
@@ -64,7 +65,7 @@ def commit_of(model: nn.Module) -> str | None:
 def build(config, trust_remote_code: bool = False):
     """A randomly initialised classifier of a config (which may, unlike in transformers, name no architecture)."""
     if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
     with outside_deepspeed():
         module = AutoModelForImageClassification.from_config(
@@ -125,7 +126,7 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
     caller to say, so transformers' own table of them is silenced."""
     if not is_offline_mode():  # offline, transformers sends no request
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
-    log = logging.get_logger("transformers.modeling_utils")
+    log: Any = logging.get_logger("transformers.modeling_utils")
 
     def keep(record) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -147,7 +148,7 @@ def loading_faults(info: dict) -> set[str]:
     return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
 
 
-def head_modules(module: nn.Module) -> list[nn.Module]:
+def head_modules(module: Any) -> list[nn.Module]:
     """The parts of a classifier that hold its classification head: timm's own, or the layers outside of the body as
     wide as there are classes."""
     if hasattr(module, "timm_model"):
@@ -170,7 +171,7 @@ def check_width(name: str, logits: torch.Tensor, names) -> None:
         raise ValueError(f"{name} names {len(names)} classes and gives {logits.shape[1]} logits.")
 
 
-def select_classes(module: nn.Module, rows: list[int], size: tuple[int, int]) -> None:
+def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
     """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place.
 
     Raises:

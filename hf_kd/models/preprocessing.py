@@ -6,6 +6,8 @@ with mean 0.5 and a student at 224 px with ImageNet statistics then see the same
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -50,7 +52,7 @@ class Preprocessing:
                 f"{list(shapes.values())}; a fixed size (3, H, W) is needed. Give it one "
                 "(`crop_size`, or `size` with height and width)."
             )
-        self.size: tuple[int, int] = tuple(black.shape[-2:])
+        self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
         low, part, high = (x[0, :, row, column].double() for x in (black, colour, white))
@@ -65,7 +67,7 @@ class Preprocessing:
                 f"51, 102, 204 -> {part.tolist()}): it can't be shared between teacher and student."
             )
         # Pillow's number of the filter, torchvision's mode, or timm's name for it.
-        resample = getattr(processor, "resample", None)
+        resample: Any = getattr(processor, "resample", None)
         if resample is None:
             resample = getattr(processor, "data_config", {}).get("interpolation")
         resample = getattr(resample, "value", resample)
@@ -90,7 +92,7 @@ class Preprocessing:
             and _settings(self.processor) == _settings(other.processor)
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # typeshed declares a method
 
     def _process(self, images: list[torch.Tensor]) -> torch.Tensor:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,11 +66,11 @@ def load_student(
     if isinstance(model, nn.Module):
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
-        module, name = model, type(model).__name__
-        config = getattr(module, "config", None)
+        module, name = cast(Any, model), type(model).__name__
+        config: Any = getattr(module, "config", None)
         known = config is not None and id2label is not None
         rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
-        if known and rows is None:
+        if config is not None and id2label is not None and rows is None:
             raise ValueError(
                 f"{name} has {config.num_labels} classes, id2label {len(id2label)}, and some of them by other names."
             )
@@ -102,7 +103,7 @@ def load_student(
         if rows != list(range(config.num_labels)):
             select_classes(module, rows, Preprocessing(processor).size)
         name_classes(module.config, id2label)
-    if renamed:
+    if rows is not None and renamed:
         logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
         own = getattr(module.config, "pretrained_cfg", None) or {}
@@ -119,26 +120,28 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
     import timm
     from transformers import TimmWrapperConfig
 
+    known: Any = timm.get_pretrained_cfg  # None for an unknown name
+
     if model.startswith("timm/") and not os.path.isdir(model):
         architecture = model.removeprefix("timm/").split(".")[0]
         if not timm.is_model(architecture):
             near = timm.list_models(f"*{architecture[:6]}*")[:5]
             raise ValueError(f"timm {timm.__version__} has no {architecture!r}. Near: {', '.join(near) or '-'}.")
         # Of the weights' own settings only the preprocessing holds without them.
-        data = timm.data.resolve_data_config(timm.get_pretrained_cfg(architecture).to_dict())
-        config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)
+        data = timm.data.resolve_data_config(known(architecture).to_dict())
+        config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)  # type: ignore[call-arg]  # taken by **kwargs
     else:
         config = load_config(model, hub)
     # Position embeddings depend on the size of the input.
     if image_size and config.model_type == "timm_wrapper":
-        if timm.get_pretrained_cfg(config.architecture).fixed_input_size:
+        if known(config.architecture).fixed_input_size:
             config.model_args = {**(config.model_args or {}), "img_size": image_size}
     elif image_size and hasattr(config, "image_size"):
         config.image_size = image_size
     return config
 
 
-def _check_loaded(module, name: str, info: dict, own: int) -> None:
+def _check_loaded(module: Any, name: str, info: dict, own: int) -> None:
     """Only the classification head may be new; anything else would be trained from noise without a word.
 
     Args:

@@ -45,6 +45,8 @@ class Teacher(nn.Module):
         ValueError: the count of class names is not that of the logits, or the classes cannot be matched.
     """
 
+    index: torch.Tensor | None
+
     def __init__(
         self,
         model: nn.Module,

@@ -162,9 +162,12 @@ def describe(
     text = f"preset {name}: {load(name).source}."
     for run, config in dict(runs).items():
         sources = loss_provenance(config, benchmark or name)
-        kept = [key for key, source in sources.items() if source.startswith("published")]
+        kept, numbers = (
+            [key for key, source in sources.items() if source.startswith("published")],
+            config.loss_kwargs or {},
+        )
         if kept:
-            text += f" {run}: {', '.join(f'{key} {config.loss_kwargs[key]:g}' for key in kept)} ({sources[kept[0]]})."
+            text += f" {run}: {', '.join(f'{key} {numbers[key]:g}' for key in kept)} ({sources[kept[0]]})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
     return f"{text} (--preset none: without.)"

@@ -105,7 +105,7 @@ def _fields(run: Mapping[str, Any]) -> dict[str, Any]:
     best, sentence = settings.get("load_best_model_at_end"), _escape(verdict.get("sentence"))
     # A positive max_steps overrides the number of epochs.
     unused = ("num_train_epochs",) if (settings.get("max_steps") or -1) > 0 else ("max_steps",)
-    start = {True: "architecture only, randomly initialized", False: "with its weights"}
+    start: dict[Any, str] = {True: "architecture only, randomly initialized", False: "with its weights"}
     taught = "taught the student" if _teaches(run) else "measured only; the student did not learn from it"
     return {
         "title": _escape(title(run)),

@@ -70,7 +70,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
         axes.yaxis.set_minor_formatter(PlainFormatter(minor_thresholds=(1.5, 0.5)))
     below = figure.add_subplot(grid[rows, :])
     _plot_top1(below, variants, variant_colours)
-    handles = [line for line in below.lines if not line.get_label().startswith("_")]
+    handles = [line for line in below.lines if not str(line.get_label()).startswith("_")]
     if handles:
         # Below the panel: curves and the teacher's line leave no corner that is always free.
         figure.legend(
@@ -120,7 +120,7 @@ def _plot_top1(axes: "Axes", variants: Mapping[str, Sequence[Mapping[str, Any]]]
         if x:
             axes.plot(x, y, label=f"{name} {y[-1]:.2f}{spread} %", **style)
     _finish(axes, runs[0], "no evaluation logged")
-    teachers = {}
+    teachers: dict[tuple[Any, float], None] = {}
     for run in runs:
         top1 = (run.get("teacher_metrics") or {}).get("top1")
         if top1 is not None and math.isfinite(top1):

@@ -60,7 +60,7 @@ def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
     from ..losses import LOSSES  # torch, slow to import
 
     loss = run.get("loss") or {}
-    own = LOSSES.get(loss.get("name"))
+    own = LOSSES.get(loss.get("name", ""))
     return own.describe(loss) if own else run.get("loss_description") or {}
 
 

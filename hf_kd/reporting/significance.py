@@ -39,7 +39,7 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
 
 def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[str, Any] | None:
     """The paired test of variants `name` and `against`, over the seeds that both have; None if there are none."""
-    top1: dict[str, dict[int, float]] = {name: {}, against: {}}
+    top1: dict[str, dict[int | None, float]] = {name: {}, against: {}}
     for run in runs:
         value = run.get("metrics", {}).get("top1")
         if run["name"] in top1 and value is not None and math.isfinite(value):

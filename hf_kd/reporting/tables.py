@@ -71,10 +71,11 @@ def rate(values: Sequence[float | None], spread: bool = True) -> str:
 
     Without `spread` the mean alone; "–" if one of them is missing.
     """
-    if None in values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return MISSING
-    several = f" ± {100 * statistics.stdev(values):.2f}" if spread and len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.2f}{several}"
+    several = f" ± {100 * statistics.stdev(known):.2f}" if spread and len(known) > 1 else ""
+    return f"{100 * statistics.fmean(known):.2f}{several}"
 
 
 def _training_seconds(run: Mapping[str, Any]) -> float | None:
