@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ..spec import DataSource, Experiment, ModelSource
-
-GIGABYTE = 1e9
+from .folder import GIGABYTE
 
 
 def introduction(experiment: Experiment) -> str:
