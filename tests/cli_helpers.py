@@ -45,5 +45,15 @@ def things(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def undrawn_figures(monkeypatch):
+    """Figures are made but not drawn, which would take longer than training a tiny model; test_report draws them."""
+
+    def save(figure, path, **options):
+        Image.new("RGB", (1, 1)).save(path, format="png")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+
+
 def distill(things, *more):
     return main(["distill", "--config", str(things / "config.yaml"), *map(str, more)])

@@ -10,4 +10,4 @@ pytest.register_assert_rewrite(
     *(f"{name}_helpers" for name in ("cli", "data", "hub", "losses", "model_card", "student", "trainer"))
 )
 
-from cli_helpers import things  # noqa: E402, F401
+from cli_helpers import things, undrawn_figures  # noqa: E402, F401

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from hf_kd.checkpointing import ABANDONED, STAGING, last_checkpoint
 from hf_kd.trainer import DistillationTrainer
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 
 def steps(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))

@@ -17,6 +17,8 @@ from hf_kd.cli import main
 from hf_kd.cli.arguments import make_parser, parse
 from hf_kd.experiment.variants import run_configs
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 
 def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
     out = tmp_path / "out"
@@ -41,7 +43,7 @@ def test_a_run_leaves_a_model_that_anyone_can_open(things, tmp_path, capsys):
         "eval_size": 24,
         "classes": 6,
     }
-    assert Image.open(out / "curves.png").size[0] > 500
+    assert Image.open(out / "curves.png").format == "PNG"
     assert "top-1 %" in capsys.readouterr().out
 
 

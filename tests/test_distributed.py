@@ -20,7 +20,11 @@ class StopRankOne(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-# Also run by itself, by torchrun: `test_distributed.py FOLDER LOSS`.
+# One launch for all cases: importing takes longer than training.
+pytestmark = pytest.mark.slow
+
+
+# Also run by torchrun: `test_distributed.py FOLDER CASE ...`.
 def worker(folder: str, loss: str) -> None:
     from test_trainer import freeze_batch_norm, rows, trainer_for
 
@@ -60,27 +64,29 @@ def worker(folder: str, loss: str) -> None:
         history = [e for e in trainer.state.log_history if "loss" in e]
         Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
     trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
-def launch(folder: Path, loss: str, processes: int) -> dict:
-    folder.mkdir()
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*start, str(Path(__file__)), str(folder), loss]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "skip", "stop"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
+    for case in ("nkd", "uskd", "skip"):
+        worker(str(folder / "1" / case), case)
+    return folder
+
+
+def results(folder, case):
+    return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
 @pytest.mark.parametrize("loss", ["nkd", "uskd"])
-@pytest.mark.slow
-def test_two_processes_equal_one(loss, tmp_path):
+def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
-    one, two = (launch(tmp_path / str(n), loss, n) for n in (1, 2))
+    one, two = results(folder, loss)
     assert len(one["history"]) == len(two["history"])
     for a, b in zip(one["history"], two["history"], strict=True):
         for name in (k for k in a if k.startswith("loss")):
@@ -90,30 +96,28 @@ def test_two_processes_equal_one(loss, tmp_path):
         assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], rel=1e-4), name
     for name in ("top1", "top5", "ece", *(["agreement", "teacher_top1"] if loss == "nkd" else [])):
         assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], abs=1.01 / 21), name
-    a, b = (torch.load(tmp_path / n / "final.pt") for n in "12")
+    a, b = (torch.load(folder / n / loss / "final.pt") for n in "12")
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5, msg=name)
-    assert not (tmp_path / "2" / "aux_head.safetensors").exists()
+    assert not (folder / "2" / loss / "aux_head.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_an_image_skipped_on_one_rank_keeps_the_mean_exact(tmp_path):
-    one, two = (launch(tmp_path / str(n), "skip", n) for n in (1, 2))
+def test_an_image_skipped_on_one_rank_keeps_the_mean_exact(folder):
+    one, two = results(folder, "skip")
     for a, b in zip(one["history"], two["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(tmp_path):
-    launch(tmp_path / "2", "stop", 2)
-    assert [(tmp_path / "2" / f"stopped-{rank}").read_text().split(";")[0] for rank in (0, 1)] == [
-        "stopped at step 10"
-    ] * 2
-    saved = {path.name for path in (tmp_path / "2" / "checkpoint-10").iterdir()}
+def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(folder):
+    stopped = [(folder / "2" / "stop" / f"stopped-{rank}").read_text() for rank in (0, 1)]
+    assert [text.split(";")[0] for text in stopped] == ["stopped at step 10"] * 2
+    saved = {path.name for path in (folder / "2" / "stop" / "checkpoint-10").iterdir()}
     assert saved >= {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}  # moved when both were written
-    assert not (tmp_path / "2" / ".incomplete").exists()
+    assert not (folder / "2" / "stop" / ".incomplete").exists()
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    for case in sys.argv[2:]:
+        worker(f"{sys.argv[1]}/{case}", case)
+    torch.distributed.destroy_process_group()

@@ -23,6 +23,8 @@ from hf_kd.experiment.lock import RunLock
 from hf_kd.experiment.plan import plan
 from hf_kd.spec import Experiment, check_same, differences, read_plan, run_spec
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 
 def config(folder="out", **values):
     values = {"loss": "ce", "use_cpu": True, "report_to": "none", "lr_scheduler_type": "constant"} | values
@@ -222,18 +224,18 @@ def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_
 def hold(folder):
     """A process that holds the lock of a run, and a child of it, as a loader's worker, that outlives it."""
     code = f"""
-import os, sys, time
+import os, sys
 from hf_kd.experiment.lock import RunLock
 assert RunLock({str(folder)!r}).acquire(new=True)
 read, write = os.pipe()
 if os.fork() == 0:
     os.close(1), os.close(2)
-    time.sleep(60)
+    sys.stdin.read()
     os._exit(0)
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 

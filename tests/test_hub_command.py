@@ -21,6 +21,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_kd.cli import main
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDENT, DATA, TOKEN = "facebook/deit-tiny-patch16-224", "uoft-cs/cifar100", "hf_" + "a" * 34
 COMMAND = f"accelerate launch examples/run_distill.py --student {STUDENT} --loss uskd"

@@ -25,6 +25,8 @@ from hf_kd import load_student, load_teacher
 from hf_kd.checkpointing import HEAD_FILE
 from hf_kd.push import check_push, push
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 hub = hub_helpers.hub
 
 

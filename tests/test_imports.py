@@ -33,6 +33,7 @@ ABSENT = {
     "hf_kd.push": HEAVY,
     "hf_kd.config": ("torchvision", "timm", "datasets", "evaluate", "matplotlib", "scipy"),
     "hf_kd.trainer": ("timm", "evaluate", "matplotlib"),
+    "hf_kd.visualization": ("timm", "evaluate", "matplotlib"),
 }
 
 

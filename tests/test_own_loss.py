@@ -20,6 +20,8 @@ from hf_kd.reporting.card import model_card
 from hf_kd.reporting.collect import make_record
 from hf_kd.reporting.significance import verdicts
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 ROOT = Path(__file__).parents[1]
 
 

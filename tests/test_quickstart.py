@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_kd import load_student, load_teacher, recipes
 from hf_kd.cli import main
@@ -62,7 +63,7 @@ def test_the_bundle_is_known_by_name_from_any_folder(tmp_path, monkeypatch):
 
 def test_the_config_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    short = ["--max_steps", "2", "--max_eval_samples", "64", "--disable_tqdm", "true", "--use_cpu"]
+    short = ["--seeds", "0", "--max_steps", "2", "--max_eval_samples", "64", "--disable_tqdm", "true", "--use_cpu"]
     config = str(ROOT / "examples" / "configs" / "quickstart.yaml")
     assert main(["distill", "--config", config, "--output_dir", str(tmp_path / "out"), *short]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -70,9 +71,10 @@ def test_the_config_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
         assert [line for line in lines if line.startswith(name + " ")], name
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(Path(str(PACKAGE))) not in file.read_text(), file  # where hf_kd is installed is nobody's business
-    run = json.loads((tmp_path / "out" / "nkd" / "seed-0" / "run.json").read_text())
+    run = json.loads((tmp_path / "out" / "nkd" / "run.json").read_text())
     assert (run["student"]["id"], run["teacher"]["id"]) == ("quickstart/student", "quickstart/teacher")
-    card = (tmp_path / "out" / "nkd" / "seed-0" / "README.md").read_text()
+    assert Image.open(tmp_path / "out" / "curves.png").size[0] > 500
+    card = (tmp_path / "out" / "nkd" / "README.md").read_text()
     assert "`quickstart/teacher`" in card and "huggingface.co/quickstart" not in card
 
 

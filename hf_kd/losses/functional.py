@@ -1,5 +1,6 @@
 """What the loss functions share: the reading of labels, masked logits, and the checks of tensors and numbers."""
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -10,8 +11,6 @@ from torch import Tensor
 
 # Stands for "not in the softmax". Finite, so that 0 * log-probability is 0 and never NaN, forward and backward.
 MASKED_LOGIT = -1e30
-
-_warned_no_non_target = False
 
 
 class Targets(NamedTuple):
@@ -78,59 +77,48 @@ def check_inputs(
     Raises:
         ValueError: says which argument, which value, and what to change.
     """
-    _check_shapes(student_logits, labels, logits)
+    shape = tuple(student_logits.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not student_logits.is_floating_point():
+        raise _unexpected("student_logits", student_logits, "floating point of shape (B, C) with B >= 1 and C >= 2")
+    for name, other in logits.items():
+        if other.ndim == 2 and other.shape[0] == shape[0] and other.shape[1] != shape[1]:
+            raise ValueError(
+                f"{name} has {other.shape[1]} classes, student_logits has {shape[1]}: "
+                "bring both to the same classes in the same order first"
+            )
+        if tuple(other.shape) != shape or not other.is_floating_point():
+            raise _unexpected(name, other, f"floating point of the student_logits' shape {shape}")
+    if labels is not None:
+        is_index = labels.dtype == torch.int64 and tuple(labels.shape) == shape[:1]
+        if not is_index and not (labels.is_floating_point() and tuple(labels.shape) == shape):
+            hint = ": convert them with .long(), or .float() for one-hot and mixed labels"
+            raise _unexpected("labels", labels, f"int64 of shape {shape[:1]} or floating point of shape {shape}", hint)
     if torch.compiler.is_compiling() or not (force_values or student_logits.device.type == "cpu"):
         return
     if labels is not None:
-        _check_label_values(labels, student_logits.shape[1])
+        _check_label_values(labels, shape[1])
     for name, tensor in {"student_logits": student_logits, **logits}.items():
         _check_finite(name, tensor)
 
 
-def _check_shapes(student_logits: Tensor, labels: Tensor | None, others: dict[str, Tensor]) -> None:
-    shape = tuple(student_logits.shape)
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not student_logits.is_floating_point():
-        raise ValueError(
-            f"student_logits must be floating point of shape (B, C) with B >= 1 and C >= 2, "
-            f"got {student_logits.dtype} of shape {shape}"
-        )
-    for name, logits in others.items():
-        if logits.ndim == 2 and logits.shape[0] == shape[0] and logits.shape[1] != shape[1]:
-            raise ValueError(
-                f"{name} has {logits.shape[1]} classes, student_logits has {shape[1]}: "
-                "bring both to the same classes in the same order first"
-            )
-        if tuple(logits.shape) != shape or not logits.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point of the student_logits' shape {shape}, "
-                f"got {logits.dtype} of shape {tuple(logits.shape)}"
-            )
-    if labels is None:
-        return
-    is_index = labels.dtype == torch.int64 and tuple(labels.shape) == shape[:1]
-    is_soft = labels.is_floating_point() and tuple(labels.shape) == shape
-    if not (is_index or is_soft):
-        raise ValueError(
-            f"labels must be int64 of shape {shape[:1]} or floating point of shape {shape}, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}: convert them with .long(), or .float() for "
-            "one-hot and mixed labels"
-        )
+def _unexpected(name: str, tensor: Tensor, expected: str, hint: str = "") -> ValueError:
+    return ValueError(f"{name} must be {expected}, got {tensor.dtype} of shape {tuple(tensor.shape)}{hint}")
 
 
 def _check_label_values(labels: Tensor, classes: int) -> None:
-    if labels.ndim == 1:
-        bad = labels[(labels < 0) | (labels >= classes)]
-        if bad.numel():
+    if labels.ndim == 2:
+        _check_finite("labels", labels)
+        if labels.min() < 0:
             raise ValueError(
-                f"labels hold {bad.numel()} value(s) outside [0, {classes}), the first is {bad[0].item()}: "
-                "leave such images out of the batch (there is no ignore index), or give the student more classes"
+                f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
+                "soft labels are probabilities"
             )
         return
-    _check_finite("labels", labels)
-    if labels.min() < 0:
+    bad = labels[(labels < 0) | (labels >= classes)]
+    if bad.numel():
         raise ValueError(
-            f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
-            "soft labels are probabilities"
+            f"labels hold {bad.numel()} value(s) outside [0, {classes}), the first is {bad[0].item()}: "
+            "leave such images out of the batch (there is no ignore index), or give the student more classes"
         )
 
 
@@ -150,14 +138,17 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 def warn_if_no_non_target(targets: Targets, classes: int) -> None:
     """Warn once that the non-target term is 0: C = 2, or C = 3 and a row with two targets (seen on CPU only)."""
-    global _warned_no_non_target
-    if classes > 3 or torch.compiler.is_compiling() or _warned_no_non_target:
+    if classes > 3 or torch.compiler.is_compiling():
         return
     if classes == 2 or (targets.active.device.type == "cpu" and targets.active[:, 1:].any()):
-        _warned_no_non_target = True
-        rows = "every row has" if classes == 2 else "a row with two targets has"
-        warnings.warn(
-            f"with {classes} classes {rows} at most one non-target class: the non-target term is 0 there, "
-            "and only the target term distils",
-            stacklevel=3,
-        )
+        _warn_no_non_target(classes)
+
+
+@functools.cache
+def _warn_no_non_target(classes: int) -> None:
+    rows = "every row has" if classes == 2 else "a row with two targets has"
+    warnings.warn(
+        f"with {classes} classes {rows} at most one non-target class: the non-target term is 0 there, "
+        "and only the target term distils",
+        stacklevel=4,
+    )

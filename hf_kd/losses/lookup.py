@@ -28,7 +28,6 @@ def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
 
     Args:
         name: a key of `LOSSES`, `package.module:Class`, `file.py:Class`, or a class, which is checked and returned.
-            A file is run once for each of its versions.
 
     Raises:
         ValueError: unknown name (the nearest are named), a file or module that cannot be imported, or a class that is
@@ -46,7 +45,7 @@ def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
             f"unknown loss {name!r}: {hint}pass one of {', '.join(LOSSES)}, or a class of your own as "
             "package.module:Class or file.py:Class"
         )
-    module = _import_file(Path(origin)) if origin.endswith(".py") else _import_module(origin)
+    module = _import(origin)
     found = getattr(module, attribute, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_loss(value)]
@@ -65,10 +64,9 @@ def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
     """
     cls = loss_class(name)
     accepted = inspect.signature(cls).parameters
-    unknown = [key for key in kwargs if key not in accepted]
-    if unknown:
-        key = unknown[0]
-        raise ValueError(f"{name} takes no argument {key}={kwargs[key]!r}: it accepts {', '.join(accepted)}")
+    for key, value in kwargs.items():
+        if key not in accepted:
+            raise ValueError(f"{name} takes no argument {key}={value!r}: it accepts {', '.join(accepted)}")
     return cls(**kwargs)
 
 
@@ -88,39 +86,36 @@ def loss_source(loss: str | type[DistillationLoss]) -> dict[str, str] | None:
         else:
             spec = importlib.util.find_spec(origin) if origin else None
             file = spec.origin if spec else None
-        return {"path": str(Path(file).resolve()), "sha256": _sha256(Path(file).read_bytes())} if file else None
+        if not file:
+            return None
+        return {"path": str(Path(file).resolve()), "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
     except (OSError, TypeError, ImportError):
         return None
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _import_file(path: Path) -> ModuleType:
+def _import(origin: str) -> ModuleType:
+    """A module by its name, or a file, which is run once for each of its versions."""
     try:
-        name = f"hf_kd_loss_{path.stem}_{_sha256(str(path.resolve()).encode() + path.read_bytes())[:12]}"
+        if not origin.endswith(".py"):
+            return importlib.import_module(origin)
+        path = Path(origin).resolve()
+        version = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]
     except OSError as error:
-        raise ValueError(f"loss file {path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"loss file {origin} cannot be read: {error.strerror}") from error
+    except (ImportError, ValueError) as error:
+        hint = "install its package, or name its file: file.py:Class"
+        raise ValueError(f"the loss's module {origin!r} cannot be imported ({error}): {hint}") from error
+    name = f"hf_kd_loss_{path.stem}_{version}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            spec.loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise
     return sys.modules[name]
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-        hint = "install its package, or name its file: file.py:Class"
-        raise ValueError(f"the loss's module {name!r} cannot be imported ({error}): {hint}") from error
 
 
 def _is_loss(value: Any) -> TypeGuard[type[DistillationLoss]]:

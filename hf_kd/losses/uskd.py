@@ -64,7 +64,7 @@ def uskd_loss(
     Raises:
         ValueError: wrong shapes, dtypes, numbers, or (on CPU) values.
     """
-    _check_numbers(alpha, beta, mu)
+    _check_numbers(alpha=alpha, beta=beta, mu=mu)
     check_inputs(student_logits, labels, weak_logits=weak_logits)
     student = at_least_float32(student_logits)
     weak = weak_logits.to(student.dtype)
@@ -117,10 +117,9 @@ def zipf_weights(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: b
     return rank.scatter_(1, order, weight.expand_as(rank)).scatter_(1, index, 0.0)
 
 
-def _check_numbers(alpha: float, beta: float, mu: float) -> None:
-    check_number("alpha", alpha, 0)
-    check_number("beta", beta, 0)
-    check_number("mu", mu, 0)
+def _check_numbers(**weights: float) -> None:
+    for name, weight in weights.items():
+        check_number(name, weight, 0)
 
 
 class USKDLoss(DistillationLoss):
@@ -160,18 +159,10 @@ class USKDLoss(DistillationLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(label_smoothing)
-        _check_numbers(alpha, beta, mu)
+        _check_numbers(alpha=alpha, beta=beta, mu=mu)
         self.alpha, self.beta, self.mu, self.target_in_rank = alpha, beta, mu, target_in_rank
         self.reduce_mean = reduce_mean
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, aux_logits: Tensor) -> dict[str, Tensor]:
-        return uskd_loss(
-            student_logits,
-            aux_logits,
-            labels,
-            self.alpha,
-            self.beta,
-            self.mu,
-            self.target_in_rank,
-            self.reduce_mean,
-        )
+        weights = self.alpha, self.beta, self.mu
+        return uskd_loss(student_logits, aux_logits, labels, *weights, self.target_in_rank, self.reduce_mean)
