@@ -42,13 +42,14 @@ def show_images(images: Any, titles: Sequence[str] | None = None, columns: int =
         ValueError: no image, another number of titles, or an image that can't be decoded.
     """
     shown = [_pixels(image) for image in images]
-    if not shown or (titles is not None and len(titles) != len(shown)):
-        raise ValueError(f"{len(shown)} images and {len(titles or ())} titles: pass one or more, and a title for each")
+    titles = [""] * len(shown) if titles is None else titles
+    if not shown or len(titles) != len(shown):
+        raise ValueError(f"{len(shown)} images and {len(titles)} titles: pass one or more, and a title for each")
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
-    lines = max((title.count("\n") + 1 for title in titles or ()), default=0)
+    lines = max(len(title.splitlines()) for title in titles)
     figure = _figure(columns * side, rows * (side + 0.17 * lines))
-    for i, (image, title) in enumerate(zip(shown, titles or [""] * len(shown), strict=True)):
+    for i, (image, title) in enumerate(zip(shown, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(image)
         axes.set_axis_off()
@@ -91,7 +92,7 @@ def plot_soft_labels(
             teacher's probabilities and the student's, or USKD's Zipf labels and the rankings that they come from.
         names: of the C classes.
         label: the true class; always among the bars.
-        image: anything that `decode_rgb` takes, shown on the left.
+        image: as in `show_images`, shown on the left.
         k: number of classes.
         title: above the figure.
 
@@ -101,22 +102,18 @@ def plot_soft_labels(
     from matplotlib import color_sequences
 
     by_name = soft_labels if isinstance(soft_labels, Mapping) else {"": soft_labels}
-    values = {name: _array(value) for name, value in by_name.items()}
-    if not values or k < 1 or (label is not None and not 0 <= label < len(names)):
+    values = np.array([_array(value) for value in by_name.values()])
+    fit = values.shape[1:] == (len(names),) and (np.isfinite(values) & (values >= 0)).all()
+    if not fit or k < 1 or (label is not None and not 0 <= label < len(names)):
         raise ValueError(
-            f"{len(values)} soft labels, k={k} and label={label}: pass one or more, k of at least 1, "
-            f"and a label below {len(names)}"
+            f"soft labels of shape {values.shape}, values from {values.min(initial=0):.3g} to "
+            f"{values.max(initial=0):.3g}, k={k}, label={label}; expected {len(names)} finite values of at least 0 in "
+            f"each of one or more, k of at least 1, and a label below {len(names)}"
         )
-    for name, value in values.items():
-        if value.shape != (len(names),) or not (np.isfinite(value) & (value >= 0)).all():
-            raise ValueError(
-                f"soft labels {name!r} of shape {value.shape} with values from {value.min(initial=0):.3g} to "
-                f"{value.max(initial=0):.3g}; expected {len(names)} finite values of at least 0, one for each name"
-            )
-    first = next(iter(values.values()))
-    order = np.argsort(-first, kind="stable")[:k].tolist()
+    order = np.argsort(-values[0], kind="stable")[:k].tolist()
     if label is not None and label not in order:
-        order[-1:] = [label]
+        order[-1] = label
+    shown = values[:, order]
 
     figure = _figure(5.5 if image is None else 7.5, max(2.2, 0.8 + 0.1 * len(order) * (3 + len(values))))
     if image is None:
@@ -127,13 +124,12 @@ def plot_soft_labels(
         left.set_axis_off()
         left.set_title("" if label is None else names[label], fontsize=10)
     height, colours = 0.8 / len(values), color_sequences["petroff10"]
-    longest = max(float(value[order].max()) for value in values.values()) or 1.0
-    for i, (name, value) in enumerate(values.items()):
+    for i, (name, weights) in enumerate(zip(by_name, shown, strict=True)):
         at = np.arange(len(order)) + (i - (len(values) - 1) / 2) * height
-        bars = axes.barh(at, value[order], height, label=name, color=colours[i])
-        texts = [f"{v:.3f}" if v >= 0.0005 else "<0.001" if v else "0" for v in value[order]]
+        bars = axes.barh(at, weights, height, label=name, color=colours[i])
+        texts = [f"{w:.3f}" if w >= 0.0005 else "<0.001" if w else "0" for w in weights]
         axes.bar_label(bars, texts, padding=2, fontsize=7)
-    axes.set_xlim(0, 1.15 * longest)
+    axes.set_xlim(0, 1.15 * (shown.max() or 1))
     axes.set_yticks(range(len(order)), [f"{names[c]}{' (true)' if c == label else ''}" for c in order])
     if label is not None:
         axes.get_yticklabels()[order.index(label)].set_fontweight("bold")
@@ -224,6 +220,7 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
         ValueError: shapes that do not fit, n_bins < 1, or no labelled image.
     """
     labels = torch.as_tensor(_array(labels))
+    kept = labels != IGNORED_LABEL
     models = {name: torch.as_tensor(_array(value)) for name, value in logits.items()}
     if not models:
         raise ValueError("no logits to plot; pass at least one model's")
@@ -231,18 +228,16 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
     grid = figure.add_gridspec(2, len(models), height_ratios=[3, 1])
     for i, (name, value) in enumerate(models.items()):
         ece = expected_calibration_error(value, labels, n_bins)  # and the checks
-        kept = labels != IGNORED_LABEL
         confidence, predicted = value[kept].double().softmax(1).max(1)
         bins, hit = calibration_bins(confidence, n_bins).numpy(), (predicted == labels[kept]).numpy()
         count = np.bincount(bins, minlength=n_bins)
         accuracy = np.bincount(bins, hit, n_bins) / np.maximum(count, 1)
-        mean = np.bincount(bins, confidence.numpy(), n_bins) / np.maximum(count, 1)
+        gap = np.bincount(bins, confidence.numpy(), n_bins) / np.maximum(count, 1) - accuracy
         x, width = (np.arange(n_bins) + 0.5) / n_bins, 1 / n_bins
         above = figure.add_subplot(grid[0, i])
         above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
         above.bar(x, accuracy, width, color=RIGHT, edgecolor="white", label="accuracy")
-        gap_style = {"color": "none", "hatch": "////", "edgecolor": GAP}
-        above.bar(x, mean - accuracy, width, accuracy, label="to confidence", **gap_style)
+        above.bar(x, gap, width, accuracy, color="none", hatch="////", edgecolor=GAP, label="to confidence")
         above.set_title(f"{name}\ntop-1 {100 * hit.mean():.2f} %, ECE {100 * ece:.2f} %", fontsize=10)
         above.set_ylim(0, 1)
         below = figure.add_subplot(grid[1, i], sharex=above)
@@ -292,8 +287,7 @@ def _most_confused(counts: np.ndarray, limit: int) -> list[int]:
 
 def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -> None:
     """Cells with their rounded values; `top` ends the colour scale of errors, a difference has its own."""
-    n = len(values)
-    diagonal = np.eye(n, dtype=bool)
+    diagonal = np.eye(len(values), dtype=bool)
     if difference:
         top = max(1.0, np.abs(values).max())
         axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top)
@@ -303,6 +297,6 @@ def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -
     for row, column in np.argwhere(np.abs(values.round()) >= 1):
         value = values[row, column]
         dark = abs(value) > 0.6 * top and (difference or not diagonal[row, column])
-        text = f"{value:+.0f}" if difference else f"{value:.0f}"
+        text = f"{value:{'+' if difference else ''}.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.tick_params(length=0)

@@ -4,6 +4,8 @@ An evaluation over several ranks gathers `sample_statistics` (a few numbers per 
 feeds them to a `ClassificationMeter`, whose memory does not grow with the dataset.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,8 +79,7 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
     """What one image contributes to every metric, as one row: small enough to be gathered over ranks.
 
     Args:
-        student_logits: (B, C), any float dtype.
-        labels: (B,), integers in [0, C), or -100 for an image that counts nowhere: its row is all zero.
+        student_logits, labels: as of `top_k_accuracy`; the row of an image without a label is all zero.
         teacher_logits: (B, C) in the student's class order, or None.
 
     Returns:
@@ -120,9 +121,9 @@ class ClassificationMeter:
         if n_bins < 1:
             raise ValueError(f"n_bins is {n_bins}; it must be at least 1")
         self.n_bins = n_bins
-        self._sums: Tensor | None = None
+        self._sums: Any = None  # by column
         # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
-        self._gaps: Tensor | None = None
+        self._gaps: Any = None
 
     def update(self, stats: Tensor) -> None:
         """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
@@ -136,11 +137,9 @@ class ClassificationMeter:
                 f"rows have shape {tuple(stats.shape)}, expected (B, {' or '.join(map(str, columns))}): pass what "
                 "sample_statistics returns, always with or always without a teacher"
             )
-        dtype = _sum_dtype(stats)
-        if self._sums is None or self._gaps is None:
-            self._sums = torch.zeros(stats.shape[1], dtype=dtype, device=stats.device)
-            self._gaps = torch.zeros(self.n_bins, dtype=dtype, device=stats.device)
-        stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
+        stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(_sum_dtype(stats))
+        if self._sums is None:
+            self._sums, self._gaps = stats.new_zeros(stats.shape[1]), stats.new_zeros(self.n_bins)
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
@@ -155,7 +154,7 @@ class ClassificationMeter:
         Raises:
             ValueError: no row of positive weight was seen.
         """
-        if self._sums is None or self._gaps is None or self._sums[0] == 0:
+        if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
         n, *sums = self._sums.tolist()
         mean = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))

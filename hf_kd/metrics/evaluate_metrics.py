@@ -53,31 +53,16 @@ class TopKAccuracy(LogitsMetric):
 class ExpectedCalibrationError(LogitsMetric):
     function = staticmethod(expected_calibration_error)
     RESULT, OPTIONS = "ece", {"n_bins": 15}
-    CITATION = """@inproceedings{guo2017calibration,
-  title={On Calibration of Modern Neural Networks},
-  author={Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
-  booktitle={International Conference on Machine Learning},
-  year={2017}
-}"""
+    CITATION = "Guo et al. On Calibration of Modern Neural Networks. ICML 2017."
 
 
 class TeacherAgreement(LogitsMetric):
     function = staticmethod(agreement)
     RESULT, REFERENCES = "agreement", LOGITS
-    CITATION = """@inproceedings{stanton2021does,
-  title={Does Knowledge Distillation Really Work?},
-  author={Stanton, Samuel and Izmailov, Pavel and Kirichenko, Polina and Alemi, Alexander A. and Wilson, Andrew G.},
-  booktitle={Advances in Neural Information Processing Systems},
-  year={2021}
-}"""
+    CITATION = "Stanton et al. Does Knowledge Distillation Really Work? NeurIPS 2021."
 
 
 class TeacherKl(LogitsMetric):
     function = staticmethod(teacher_kl)
     RESULT, REFERENCES = "kl", LOGITS
-    CITATION = """@article{kullback1951information,
-  title={On Information and Sufficiency},
-  author={Kullback, Solomon and Leibler, Richard A.},
-  journal={The Annals of Mathematical Statistics},
-  year={1951}
-}"""
+    CITATION = "Kullback, Leibler. On Information and Sufficiency. The Annals of Mathematical Statistics, 1951."

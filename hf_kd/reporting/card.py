@@ -33,8 +33,8 @@ def write_card(folder: str | os.PathLike) -> Path:
         OSError: there is no run.json in `folder`, or README.md cannot be written.
         ValueError: run.json is no record of one run.
     """
-    path = Path(folder) / CARD_FILE
     card = model_card(json.loads((Path(folder) / RUN_FILE).read_text("utf-8")))
+    path = Path(folder) / CARD_FILE
     path.write_bytes(card.encode("utf-8", errors="replace"))  # of file names, run.json keeps bytes that are no UTF-8
     return path
 

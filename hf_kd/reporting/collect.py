@@ -76,18 +76,16 @@ def cpu_name() -> str:
 def known_plan(trainer) -> Experiment:
     """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
 
-    def source(model: torch.nn.Module, name: str | None) -> ModelSource:
-        return ModelSource(name or type(model).__name__, commit=commit_of(model))
-
     def size(dataset) -> int | None:
         return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
 
     model, teacher = trainer.model, trainer.eval_teacher
     config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or type(model).__name__
     plan = Experiment(
         output_dir=trainer.args.output_dir,
-        student=source(model, getattr(model, "name_or_path", None)),
-        teacher=teacher and source(teacher.model, teacher.name),
+        student=ModelSource(name, commit=commit_of(model)),
+        teacher=teacher and ModelSource(teacher.name, commit=commit_of(teacher.model)),
         data=DataSource(
             train_size=size(trainer.train_dataset),
             eval_size=size(trainer.eval_dataset),

@@ -21,15 +21,13 @@ PANELS_PER_ROW = 3
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's evaluated top-1.
 
-    A variant is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
-    colour from panel to panel, variants theirs from title to curve. Each panel has its own logarithmic scale, since
-    the losses of different methods differ in theirs. Of several seeds every one is a thin line and their mean a thick
-    one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1). A dashed line is the
-    teacher's top-1 where a run's teacher_metrics have it.
+    A variant is all runs of one name, which differ in their seed; its panel, with a logarithmic scale of its own,
+    shows the first of them. Terms and variants keep their colours. Of several seeds every one is a thin line and their
+    mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1). A dashed
+    line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
-        runs: records of runs (see `record`), at least one; read are name, history (the trainer's log_history, may be
-            empty), and, if present, seed, student, teacher, data and teacher_metrics.
+        runs: records (see `record`), at least one; only name is required.
         path: the file; missing folders are made.
 
     Raises:

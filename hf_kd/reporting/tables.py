@@ -26,12 +26,11 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    The runs should share student, data and settings, and differ in their loss and seed. Runs of one name are one row:
-    the mean over its seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of
-    training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named
-    "ce" of the same seed, with the half-width of the paired 95 % interval (`significance`). What is missing or not
-    finite shows as "–". The sampling error is the half-width of the 95 % interval of a single top-1 (Wilson 1927),
-    which, unlike the usual one, is not 0 if all images are right.
+    The runs should share student, data and settings, and differ in loss and seed. Those of one name are one row: the
+    mean over the seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of training
+    without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named "ce" of
+    the same seed, with the half-width of the paired 95 % interval. What is missing or not finite shows as "–". The
+    sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927), not 0 if all images are right.
 
     Args:
         runs: records (see `record`); only "name" is required.
