@@ -137,7 +137,8 @@ class ClassificationMeter:
                 f"rows have shape {tuple(stats.shape)}, expected (B, {' or '.join(map(str, columns))}): pass what "
                 "sample_statistics returns, always with or always without a teacher"
             )
-        stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(_sum_dtype(stats))
+        dtype = torch.float32 if stats.device.type == "mps" else torch.float64
+        stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
         if self._sums is None:
             self._sums, self._gaps = stats.new_zeros(stats.shape[1]), stats.new_zeros(self.n_bins)
         self._sums += stats.sum(0)
@@ -195,11 +196,7 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
 def _mean(values: Tensor) -> float:
     if values.numel() == 0:
         raise ValueError("no labelled image: the batch is empty, or every label is -100")
-    return values.to(_sum_dtype(values)).mean().item()
-
-
-def _sum_dtype(values: Tensor) -> torch.dtype:
-    return torch.float32 if values.device.type == "mps" else torch.float64  # mps has no float64
+    return values.cpu().double().mean().item()  # mps has no float64
 
 
 def _checked(logits: Tensor, labels: Tensor) -> Tensor:
