@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import decode_rgb
-from .losses.functional import top_targets
+from .losses.functional import check_inputs, top_targets
 from .losses.uskd import soft_targets, zipf_weights
 from .metrics.classification import IGNORED_LABEL, calibration_bins, expected_calibration_error
 
@@ -41,19 +41,19 @@ def show_images(images: Any, titles: Sequence[str] | None = None, columns: int =
     Raises:
         ValueError: no image, another number of titles, or an image that can't be decoded.
     """
-    shown = [decode_rgb(image).permute(1, 2, 0).numpy() for image in images]
-    if not shown or (titles is not None and len(titles) != len(shown)):
-        raise ValueError(f"{len(shown)} images and {len(titles or ())} titles: pass one or more, and a title for each")
+    shown = [_pixels(image) for image in images]
+    titles = [""] * len(shown) if titles is None else titles
+    if not shown or len(titles) != len(shown):
+        raise ValueError(f"{len(shown)} images and {len(titles)} titles: pass one or more, and a title for each")
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
-    lines = max((title.count("\n") + 1 for title in titles or ()), default=0)
+    lines = max(len(title.splitlines()) for title in titles)
     figure = _figure(columns * side, rows * (side + 0.17 * lines))
-    for i, image in enumerate(shown):
+    for i, (image, title) in enumerate(zip(shown, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(image)
         axes.set_axis_off()
-        if titles is not None:
-            axes.set_title(titles[i], fontsize=8)
+        axes.set_title(title, fontsize=8)
     return figure
 
 
@@ -72,14 +72,9 @@ def uskd_soft_labels(
         over this batch; and Z (B, C), 0 at the target, Zipf's 1 / rank elsewhere, each row's sum 1.
 
     Raises:
-        ValueError: shapes or types that do not fit.
+        ValueError: shapes, types or values that do not fit.
     """
-    fits = student_logits.ndim == 2 and student_logits.shape == weak_logits.shape
-    if not fits or labels.dtype != torch.int64 or labels.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"student_logits are {tuple(student_logits.shape)}, weak_logits {tuple(weak_logits.shape)} and labels "
-            f"{tuple(labels.shape)} {labels.dtype}; expected (B, C), (B, C) and int64 (B,)"
-        )
+    check_inputs(student_logits, labels, weak_logits=weak_logits)
     student, weak = student_logits.detach().float(), weak_logits.detach().float()
     targets = top_targets(labels, student.dtype)
     zipf = zipf_weights(student, weak, targets.index, target_in_rank)
@@ -97,7 +92,7 @@ def plot_soft_labels(
             teacher's probabilities and the student's, or USKD's Zipf labels and the rankings that they come from.
         names: of the C classes.
         label: the true class; always among the bars.
-        image: anything that `decode_rgb` takes, shown on the left.
+        image: as in `show_images`, shown on the left.
         k: number of classes.
         title: above the figure.
 
@@ -107,41 +102,34 @@ def plot_soft_labels(
     from matplotlib import color_sequences
 
     by_name = soft_labels if isinstance(soft_labels, Mapping) else {"": soft_labels}
-    values = {name: _array(value) for name, value in by_name.items()}
-    for name, value in values.items():
-        if value.shape != (len(names),) or not (np.isfinite(value) & (value >= 0)).all():
-            raise ValueError(
-                f"soft labels {name!r} of shape {value.shape} with values from {value.min(initial=0):.3g} to "
-                f"{value.max(initial=0):.3g}; expected {len(names)} finite values of at least 0, one for each name"
-            )
-    if not values or k < 1 or (label is not None and not 0 <= label < len(names)):
+    values = np.array([_array(value) for value in by_name.values()])
+    fit = values.shape[1:] == (len(names),) and (np.isfinite(values) & (values >= 0)).all()
+    if not fit or k < 1 or (label is not None and not 0 <= label < len(names)):
         raise ValueError(
-            f"{len(values)} soft labels, k={k} and label={label}: pass one or more, k of at least 1, "
-            f"and a label below {len(names)}"
+            f"soft labels of shape {values.shape}, values from {values.min(initial=0):.3g} to "
+            f"{values.max(initial=0):.3g}, k={k}, label={label}; expected {len(names)} finite values of at least 0 in "
+            f"each of one or more, k of at least 1, and a label below {len(names)}"
         )
-    first = next(iter(values.values()))
-    order = np.argsort(-first, kind="stable")[:k].tolist()
+    order = np.argsort(-values[0], kind="stable")[:k].tolist()
     if label is not None and label not in order:
-        order[-1:] = [label]
+        order[-1] = label
+    shown = values[:, order]
 
-    rows = len(order) * len(values)
-    figure = _figure(7.5 if image is not None else 5.5, max(2.2, 0.8 + 0.3 * len(order) + 0.1 * rows))
-    if image is not None:
-        left, axes = figure.subplots(1, 2, width_ratios=[1, 2.2])
-        left.imshow(decode_rgb(image).permute(1, 2, 0).numpy())
-        left.set_axis_off()
-        if label is not None:
-            left.set_title(names[label], fontsize=10)
-    else:
+    figure = _figure(5.5 if image is None else 7.5, max(2.2, 0.8 + 0.1 * len(order) * (3 + len(values))))
+    if image is None:
         axes = figure.subplots()
+    else:
+        left, axes = figure.subplots(1, 2, width_ratios=[1, 2.2])
+        left.imshow(_pixels(image))
+        left.set_axis_off()
+        left.set_title("" if label is None else names[label], fontsize=10)
     height, colours = 0.8 / len(values), color_sequences["petroff10"]
-    longest = max(float(value[order].max()) for value in values.values()) or 1.0
-    for i, (name, value) in enumerate(values.items()):
+    for i, (name, weights) in enumerate(zip(by_name, shown, strict=True)):
         at = np.arange(len(order)) + (i - (len(values) - 1) / 2) * height
-        bars = axes.barh(at, value[order], height, label=name, color=colours[i])
-        texts = [f"{v:.3f}" if v >= 0.0005 else "<0.001" if v else "0" for v in value[order]]
+        bars = axes.barh(at, weights, height, label=name, color=colours[i])
+        texts = [f"{w:.3f}" if w >= 0.0005 else "<0.001" if w else "0" for w in weights]
         axes.bar_label(bars, texts, padding=2, fontsize=7)
-    axes.set_xlim(0, 1.15 * longest)
+    axes.set_xlim(0, 1.15 * (shown.max() or 1))
     axes.set_yticks(range(len(order)), [f"{names[c]}{' (true)' if c == label else ''}" for c in order])
     if label is not None:
         axes.get_yticklabels()[order.index(label)].set_fontweight("bold")
@@ -171,28 +159,28 @@ def plot_confusions(
     Raises:
         ValueError: shapes that do not fit, or no labelled image.
     """
-    labels = _array(labels)
+    if not predictions:
+        raise ValueError("no predictions to plot; pass at least one")
+    labels, classes = _array(labels), len(names)
     kept = labels != IGNORED_LABEL
-    matrices = {}
+    counts = {}
     for name, prediction in predictions.items():
         predicted = _array(prediction)
-        if predicted.ndim == 2 and predicted.shape[1] == len(names):
+        if predicted.ndim == 2 and predicted.shape[1] == classes:
             predicted = predicted.argmax(1)
         if labels.ndim != 1 or predicted.shape != labels.shape or not kept.any():
             raise ValueError(
                 f"labels are {labels.shape} ({kept.sum()} of them not -100) and predictions of {name} "
-                f"{_array(prediction).shape}; expected (N,), and (N,) or (N, {len(names)})"
+                f"{predicted.shape}; expected (N,), and (N,) or (N, {classes})"
             )
         pairs = np.stack([labels[kept], predicted[kept]]).astype(int)
-        if pairs.min() < 0 or pairs.max() >= len(names):
-            raise ValueError(f"classes go from {pairs.min()} to {pairs.max()}, but there are {len(names)} names")
-        matrices[name] = np.zeros((len(names), len(names)))
-        np.add.at(matrices[name], tuple(pairs), 1)
-    if not matrices:
-        raise ValueError("no predictions to plot; pass at least one")
-    chosen = _most_confused(np.sum([*matrices.values()], axis=0), max_classes)
-    of_class = np.maximum(np.bincount(labels[kept].astype(int), minlength=len(names)), 1)
-    shares = {name: (100 * m / of_class[:, None])[np.ix_(chosen, chosen)] for name, m in matrices.items()}
+        if pairs.min() < 0 or pairs.max() >= classes:
+            raise ValueError(f"classes go from {pairs.min()} to {pairs.max()}, but there are {classes} names")
+        flat = np.ravel_multi_index(pairs, (classes, classes))
+        counts[name] = np.bincount(flat, minlength=classes**2).reshape(classes, classes)
+    chosen = _most_confused(np.sum([*counts.values()], axis=0), max_classes)
+    images = np.maximum(np.bincount(labels[kept].astype(int), minlength=classes), 1)[:, None]
+    shares = {name: (100 * count / images)[np.ix_(chosen, chosen)] for name, count in counts.items()}
     panels = dict(shares)
     if len(shares) == 2:
         (first, a), (second, b) = shares.items()
@@ -202,15 +190,15 @@ def plot_confusions(
     figure = _figure(side * len(panels) + 0.8, side + 0.6)
     off = ~np.eye(len(chosen), dtype=bool)
     top = max(1.0, *(share[off].max(initial=0) for share in shares.values()))
-    for i, (name, panel) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), i + 1)
-        difference = name not in shares
-        _draw_matrix(axes, panel, top, difference)
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    ticks = {"ticks": range(len(chosen)), "labels": [names[c] for c in chosen], "fontsize": 7}
+    for axes, (name, panel) in zip(row, panels.items(), strict=True):
+        _draw_matrix(axes, panel, top, difference=name not in shares)
         axes.set_title(name, fontsize=10)
-        axes.set_xticks(range(len(chosen)), [names[c] for c in chosen], rotation=90, fontsize=7)
-        axes.set_yticks(range(len(chosen)), [names[c] for c in chosen] if i == 0 else [""] * len(chosen), fontsize=7)
+        axes.set_xticks(**ticks, rotation=90)
+        axes.set_yticks(**ticks)
         axes.set_xlabel("predicted class")
-        axes.set_ylabel("true class" if i == 0 else "")
+    figure.axes[0].set_ylabel("true class")
     which = "" if len(chosen) == len(names) else f", the {len(chosen)} most confused of {len(names)} classes"
     figure.suptitle(f"% of each true class{which} ({kept.sum()} images)", fontsize=11)
     return figure
@@ -232,6 +220,7 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
         ValueError: shapes that do not fit, n_bins < 1, or no labelled image.
     """
     labels = torch.as_tensor(_array(labels))
+    kept = labels != IGNORED_LABEL
     models = {name: torch.as_tensor(_array(value)) for name, value in logits.items()}
     if not models:
         raise ValueError("no logits to plot; pass at least one model's")
@@ -239,26 +228,24 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
     grid = figure.add_gridspec(2, len(models), height_ratios=[3, 1])
     for i, (name, value) in enumerate(models.items()):
         ece = expected_calibration_error(value, labels, n_bins)  # and the checks
-        kept = labels != IGNORED_LABEL
         confidence, predicted = value[kept].double().softmax(1).max(1)
         bins, hit = calibration_bins(confidence, n_bins).numpy(), (predicted == labels[kept]).numpy()
         count = np.bincount(bins, minlength=n_bins)
-        accuracy, mean = (np.bincount(bins, x, n_bins) / np.maximum(count, 1) for x in (hit, confidence.numpy()))
+        accuracy = np.bincount(bins, hit, n_bins) / np.maximum(count, 1)
+        gap = np.bincount(bins, confidence.numpy(), n_bins) / np.maximum(count, 1) - accuracy
         x, width = (np.arange(n_bins) + 0.5) / n_bins, 1 / n_bins
         above = figure.add_subplot(grid[0, i])
         above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
         above.bar(x, accuracy, width, color=RIGHT, edgecolor="white", label="accuracy")
-        above.bar(
-            x, mean - accuracy, width, accuracy, color="none", hatch="////", edgecolor=GAP, label="to confidence"
-        )
+        above.bar(x, gap, width, accuracy, color="none", hatch="////", edgecolor=GAP, label="to confidence")
         above.set_title(f"{name}\ntop-1 {100 * hit.mean():.2f} %, ECE {100 * ece:.2f} %", fontsize=10)
         above.set_ylim(0, 1)
         below = figure.add_subplot(grid[1, i], sharex=above)
         below.bar(x, 100 * count / count.sum(), width, color=GREY, edgecolor="white")
         below.set_xlim(0, 1)
         below.set_xlabel("confidence")
-        for axes in (above, below):
-            _bare(axes)
+        _bare(above)
+        _bare(below)
         if i == 0:
             above.set_ylabel("accuracy")
             above.legend(fontsize=8, loc="upper left")
@@ -278,6 +265,10 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
+def _pixels(image: Any) -> np.ndarray:
+    return decode_rgb(image).permute(1, 2, 0).numpy()
+
+
 def _array(value: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -286,23 +277,17 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _most_confused(counts: np.ndarray, limit: int) -> list[int]:
-    """At most `limit` classes, in order: all, or those of the largest errors."""
-    if len(counts) <= limit:
-        return list(range(len(counts)))
+    """At most `limit` classes, in order: those of the largest errors."""
     errors = counts + counts.T
     np.fill_diagonal(errors, -1)
-    chosen: dict[int, None] = {}
-    for pair in np.argsort(-errors, axis=None, kind="stable"):
-        chosen.update(dict.fromkeys(int(c) for c in np.unravel_index(pair, errors.shape)))
-        if len(chosen) >= limit:
-            return sorted(list(chosen)[:limit])
-    return sorted(chosen)
+    ranked = np.argsort(-errors, axis=None, kind="stable")
+    classes = np.stack(np.unravel_index(ranked, errors.shape), axis=1).ravel().tolist()
+    return sorted(list(dict.fromkeys(classes))[:limit])
 
 
 def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -> None:
     """Cells with their rounded values; `top` ends the colour scale of errors, a difference has its own."""
-    n = len(values)
-    diagonal = np.eye(n, dtype=bool)
+    diagonal = np.eye(len(values), dtype=bool)
     if difference:
         top = max(1.0, np.abs(values).max())
         axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top)
@@ -312,6 +297,6 @@ def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -
     for row, column in np.argwhere(np.abs(values.round()) >= 1):
         value = values[row, column]
         dark = abs(value) > 0.6 * top and (difference or not diagonal[row, column])
-        text = f"{value:+.0f}" if difference else f"{value:.0f}"
+        text = f"{value:{'+' if difference else ''}.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.tick_params(length=0)

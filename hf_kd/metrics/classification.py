@@ -4,8 +4,12 @@ An evaluation over several ranks gathers `sample_statistics` (a few numbers per 
 feeds them to a `ClassificationMeter`, whose memory does not grow with the dataset.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..losses.functional import at_least_float32
 
 IGNORED_LABEL = -100
 """An image with this label counts nowhere (padding of the last batch, unlabelled images)."""
@@ -27,9 +31,8 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    _check(logits, labels)
-    labelled = labels != IGNORED_LABEL
-    return _mean(_rank_below(_wide(logits[labelled]), labels[labelled], k))
+    logits, labelled = _checked(logits, labels), labels != IGNORED_LABEL
+    return _mean(_rank_below(logits[labelled], labels[labelled], k))
 
 
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
@@ -41,21 +44,16 @@ def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
     Raises:
         ValueError: the shapes differ, or B is 0.
     """
-    _check_pair(student_logits, teacher_logits)
-    return _mean(student_logits.argmax(-1) == teacher_logits.argmax(-1))
+    student, teacher = _checked_pair(student_logits, teacher_logits)
+    return _mean(student.argmax(-1) == teacher.argmax(-1))
 
 
 def teacher_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean over the images of KL(teacher || student) at temperature 1, in nats, at least 0 (Kullback, Leibler 1951).
 
-    Args:
-        student_logits, teacher_logits: (B, C), the same class order in both.
-
-    Raises:
-        ValueError: the shapes differ, or B is 0.
+    Args and errors as of `agreement`.
     """
-    _check_pair(student_logits, teacher_logits)
-    return _mean(_kl(_wide(student_logits), _wide(teacher_logits)))
+    return _mean(_kl(*_checked_pair(student_logits, teacher_logits)))
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float:
@@ -65,8 +63,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15)
     probability. The figure depends on M: compare only with the same `n_bins`.
 
     Args:
-        logits: (B, C), any float dtype.
-        labels: (B,), integers in [0, C), or -100 for an image that is left out.
+        logits, labels: as of `top_k_accuracy`.
         n_bins: M, at least 1.
 
     Raises:
@@ -82,8 +79,7 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
     """What one image contributes to every metric, as one row: small enough to be gathered over ranks.
 
     Args:
-        student_logits: (B, C), any float dtype.
-        labels: (B,), integers in [0, C), or -100 for an image that counts nowhere: its row is all zero.
+        student_logits, labels: as of `top_k_accuracy`; the row of an image without a label is all zero.
         teacher_logits: (B, C) in the student's class order, or None.
 
     Returns:
@@ -93,8 +89,7 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check(student_logits, labels)
-    logits = _wide(student_logits)
+    logits = _checked(student_logits, labels)
     labelled = labels != IGNORED_LABEL
     target = torch.where(labelled, labels, 0)
     columns = [
@@ -105,13 +100,8 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
         logits.softmax(-1).amax(-1),
     ]
     if teacher_logits is not None:
-        _check_pair(student_logits, teacher_logits)
-        teacher = _wide(teacher_logits)
-        columns += [
-            logits.argmax(-1) == teacher.argmax(-1),
-            _kl(logits, teacher),
-            _rank_below(teacher, target, 1),
-        ]
+        _, teacher = _checked_pair(logits, teacher_logits)
+        columns += [logits.argmax(-1) == teacher.argmax(-1), _kl(logits, teacher), _rank_below(teacher, target, 1)]
     rows = torch.stack([column.float() for column in columns], dim=1)
     # where, not a product: the logits of a padding row may be NaN.
     return torch.where(labelled[:, None], rows, 0.0)
@@ -121,7 +111,7 @@ class ClassificationMeter:
     """Streams rows of `sample_statistics` into the metrics of a whole dataset.
 
     `update` stays on the rows' device, never waits for it, and keeps two short vectors however many images come. Sums
-    are float64 (float32 on mps, which has no float64), so the order of the batches does not matter.
+    are float64 (on mps float32), so the order of the batches does not matter.
 
     Args:
         n_bins: bins of the expected calibration error (Guo et al. 2017), at least 1.
@@ -131,9 +121,9 @@ class ClassificationMeter:
         if n_bins < 1:
             raise ValueError(f"n_bins is {n_bins}; it must be at least 1")
         self.n_bins = n_bins
-        self._sums: Tensor | None = None
+        self._sums: Any = None  # by column
         # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
-        self._gaps: Tensor | None = None
+        self._gaps: Any = None
 
     def update(self, stats: Tensor) -> None:
         """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
@@ -141,17 +131,16 @@ class ClassificationMeter:
         Raises:
             ValueError: another number of columns, or not the number of the first update.
         """
-        widths = (len(COLUMNS), len(COLUMNS + TEACHER_COLUMNS)) if self._sums is None else (len(self._sums),)
-        if stats.ndim != 2 or stats.shape[1] not in widths:
+        columns = {len(COLUMNS), len(COLUMNS + TEACHER_COLUMNS)} if self._sums is None else {len(self._sums)}
+        if stats.ndim != 2 or stats.shape[1] not in columns:
             raise ValueError(
-                f"rows have shape {tuple(stats.shape)}, expected (B, {' or '.join(map(str, widths))}): pass what "
+                f"rows have shape {tuple(stats.shape)}, expected (B, {' or '.join(map(str, columns))}): pass what "
                 "sample_statistics returns, always with or always without a teacher"
             )
         dtype = torch.float32 if stats.device.type == "mps" else torch.float64
-        if self._sums is None or self._gaps is None:
-            self._sums = torch.zeros(stats.shape[1], dtype=dtype, device=stats.device)
-            self._gaps = torch.zeros(self.n_bins, dtype=dtype, device=stats.device)
         stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
+        if self._sums is None:
+            self._sums, self._gaps = stats.new_zeros(stats.shape[1]), stats.new_zeros(self.n_bins)
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
@@ -166,11 +155,10 @@ class ClassificationMeter:
         Raises:
             ValueError: no row of positive weight was seen.
         """
-        sums = [] if self._sums is None else self._sums.tolist()
-        if self._gaps is None or not sums or sums[0] == 0:
+        if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
-        n = sums[0]
-        mean = {name: value / n for name, value in zip(COLUMNS + TEACHER_COLUMNS, sums, strict=False)}
+        n, *sums = self._sums.tolist()
+        mean = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
         metrics = {"loss": mean["ce"], "top1": mean["top1"], "top5": mean["top5"]}
         metrics |= {"ece": self._gaps.abs().sum().item() / n, "n": n}
         return metrics | {name: mean[name] for name in TEACHER_COLUMNS if name in mean}
@@ -185,10 +173,6 @@ def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
 def hard_labels(labels: Tensor) -> Tensor:
     """Class indices (B,) of labels that may be one value a class, (B, C)."""
     return labels.argmax(-1) if labels.ndim == 2 else labels
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _rank_below(logits: Tensor, target: Tensor, k: int) -> Tensor:
@@ -212,20 +196,23 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
 def _mean(values: Tensor) -> float:
     if values.numel() == 0:
         raise ValueError("no labelled image: the batch is empty, or every label is -100")
-    return values.double().mean().item() if values.device.type != "mps" else values.float().mean().item()
+    return values.cpu().double().mean().item()  # mps has no float64
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
+def _checked(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits, at least in float32."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}; expected (B, C) and "
             "integers (B,): for soft labels (B, C) pass labels.argmax(-1)"
         )
+    return at_least_float32(logits)
 
 
-def _check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def _checked_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}; "
             "expected the same (B, C): align the teacher's classes to the student's first"
         )
+    return at_least_float32(student_logits), at_least_float32(teacher_logits)

@@ -14,11 +14,9 @@ class LossTerms:
         self._first_step = 0
 
     def add(self, terms: dict[str, Tensor], step: int) -> None:
-        """Adds the terms of a micro-batch.
+        """Adds the terms of a micro-batch, scalars that are each its share of the mean over its optimizer step.
 
-        Args:
-            terms: scalars by name, each this micro-batch's share of the mean over its optimizer step.
-            step: the number of optimizer steps done before this one.
+        `step` is the number of optimizer steps done before this one.
         """
         if not self._sums:
             self._first_step = step
@@ -28,9 +26,7 @@ class LossTerms:
     def means(self, step: int, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """The mean of every term over the optimizer steps since the last call; {} if nothing was added.
 
-        Args:
-            step: the number of optimizer steps done.
-            reduce: over the ranks, as `Accelerator.reduce`.
+        `step` is the number of optimizer steps done; `reduce` averages over the ranks, as `Accelerator.reduce`.
         """
         if not self._sums:
             return {}

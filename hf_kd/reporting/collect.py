@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import statistics
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -26,10 +26,9 @@ FORWARDS = 30
 
 
 def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, int]) -> dict:
-    """What a record says of a model: id, revision, library, kind, architecture, parameters, size and latency.
+    """What a record says of a classifier, on any device: where it is from, what it is, its size and latency.
 
     Args:
-        model: a classifier on any device.
         name: its Hub id or folder.
         size: height and width of its input in pixels.
     """
@@ -53,15 +52,12 @@ def latency_ms(model: torch.nn.Module, size: tuple[int, int]) -> float:
     """Median time in ms of a forward of one image, on the CPU with one thread, as the saved model would run."""
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = copy.deepcopy(model).cpu()
+    pixels = torch.zeros(1, 3, *size, dtype=next(model.parameters()).dtype)
     training, threads = model.training, torch.get_num_threads()
     torch.set_num_threads(1)
     model.eval()
     try:
-        pixels, seconds = torch.zeros(1, 3, *size, dtype=next(model.parameters()).dtype), []
-        for _ in range(FORWARDS + 3):
-            start = time.perf_counter()
-            model(pixels)
-            seconds.append(time.perf_counter() - start)
+        seconds = timeit.repeat(lambda: model(pixels), number=1, repeat=3 + FORWARDS)
     finally:
         model.train(training)
         torch.set_num_threads(threads)
@@ -77,25 +73,19 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 def known_plan(trainer) -> Experiment:
     """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
-
-    def source(model: torch.nn.Module, name: str | None = None) -> ModelSource:
-        name = name or getattr(model, "name_or_path", None) or type(model).__name__
-        return ModelSource(name, commit=commit_of(model))
 
     def size(dataset) -> int | None:
         return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
 
-    config, teacher = getattr(trainer.model, "config", None), trainer.eval_teacher
+    model, teacher = trainer.model, trainer.eval_teacher
+    config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or type(model).__name__
     plan = Experiment(
         output_dir=trainer.args.output_dir,
-        student=source(trainer.model),
-        teacher=teacher and source(teacher.model, teacher.name),
+        student=ModelSource(name, commit=commit_of(model)),
+        teacher=teacher and ModelSource(teacher.name, commit=commit_of(teacher.model)),
         data=DataSource(
             train_size=size(trainer.train_dataset),
             eval_size=size(trainer.eval_dataset),
@@ -125,7 +115,7 @@ def make_record(
     skipped: tuple[list, list] | None = None,
     **known,
 ) -> dict:
-    """The record of a trained student; see `hf_kd.reporting.tables` for its keys.
+    """The record of a trained student; see `hf_kd.reporting.record` for its keys.
 
     Args:
         trainer: the `DistillationTrainer`, after training.
@@ -135,33 +125,30 @@ def make_record(
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
         **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
     """
-    args, loss = trainer.args, trainer.train_loss
-    history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
-    logs = [entry for entry in history if "loss" in entry]
+    args, loss, history, teacher = trainer.args, trainer.train_loss, trainer.state.log_history, trainer.eval_teacher
+    model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = metrics or trainer.evaluate()
-    seconds = [entry["seconds"] for entry in history if "seconds" in entry]
-    teacher = trainer.eval_teacher
+    skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
+    student_entry = describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
+    if saved := [file.stat().st_size for file in Path(args.output_dir).glob("model*.safetensors")]:
+        student_entry["size_mb"] = sum(saved) / 1e6
+    data_entry = data.describe() if data else dict.fromkeys(("name", "revision", "train_split", "eval_split"))
     if "teacher" not in known:
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
     if teacher and teacher.mapping.kind != "identity":
         known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
-    saved = [file.stat().st_size / 1e6 for file in Path(args.output_dir).glob("model*.safetensors")]
-    sizes = {"train_size": len(trainer.train_dataset), "eval_size": len(trainer.eval_dataset)}
-    skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
+    if loss.name not in LOSSES:
+        known.setdefault("loss_description", loss.describe(loss.hyperparameters()))
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
     record = {
         "name": loss.name,
         "loss": {"name": loss.name, **loss.hyperparameters()},
-        **({} if loss.name in LOSSES else {"loss_description": loss.describe(loss.hyperparameters())}),
-        "student": {
-            **describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size),
-            **({"size_mb": sum(saved)} if saved else {}),
-            **(student or {}),
-        },
+        "student": {**student_entry, **(student or {})},
         "data": {
-            "id": data and data.name,
-            **{key: None for key in ("revision", "train_split", "eval_split")},
-            **({k: v for k, v in data.describe().items() if k != "name"} if data else {}),
-            **sizes,
+            "id": data_entry.pop("name"),
+            **data_entry,
+            "train_size": len(trainer.train_dataset),
+            "eval_size": len(trainer.eval_dataset),
             "classes": model.config.num_labels,
             "augmentation": trainer.augmentation_applied,
             "skipped": {
@@ -176,19 +163,23 @@ def make_record(
         "settings": args.to_dict(),
         "metrics": {k: v for name, v in metrics.items() if (k := name.removeprefix("eval_")) in METRICS},
         "teacher_metrics": trainer.teacher_metrics,
-        "terms": {k: v for k, v in logs[-1].items() if k.startswith("loss")} if logs else {},
+        "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
-        "timings": {"train_seconds": seconds[-1] if seconds else None, "eval_seconds": metrics.get("eval_runtime")},
+        "timings": {
+            "train_seconds": _last_with("seconds", history).get("seconds"),
+            "eval_seconds": metrics.get("eval_runtime"),
+        },
         "latency": {"how": f"median of {FORWARDS} forwards of one image, 1 thread, {cpu_name()}"},
-        "device": f"{_device(args.device)}, {torch.get_num_threads()} threads, {args.world_size} processes",
+        "device": f"{device}, {torch.get_num_threads()} threads, {args.world_size} processes",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "preset": None,
-        "repo_id": None,
-        "verdict": None,
+        **dict.fromkeys(("preset", "repo_id", "verdict")),
         "plan": trainer.plan and trainer.plan.to_dict(),
-        **known,
     }
-    return records.redact(record)
+    return records.redact(record | known)
+
+
+def _last_with(key: str, history: list[dict]) -> dict:
+    return next((entry for entry in reversed(history) if key in entry), {})
 
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:

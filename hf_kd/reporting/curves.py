@@ -3,10 +3,13 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .record import by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,15 +21,13 @@ PANELS_PER_ROW = 3
 def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
     """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's evaluated top-1.
 
-    A variant is all runs of one name, which differ in their seed; its panel shows the first of them. Terms keep their
-    colour from panel to panel, variants theirs from title to curve. The losses of different methods have different
-    scales, so each panel has its own, logarithmic. Of several seeds every one is a thin line and
-    their mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1).
-    A dashed line is the teacher's top-1 where a run's teacher_metrics have it.
+    A variant is all runs of one name, which differ in their seed; its panel, with a logarithmic scale of its own,
+    shows the first of them. Terms and variants keep their colours. Of several seeds every one is a thin line and their
+    mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1). A dashed
+    line is the teacher's top-1 where a run's teacher_metrics have it.
 
     Args:
-        runs: records of runs (see `record`), at least one; read are name, history (the trainer's log_history, may be
-            empty), and, if present, seed, student, teacher, data and teacher_metrics.
+        runs: records (see `record`), at least one; only name is required.
         path: the file; missing folders are made.
 
     Raises:
@@ -45,36 +46,39 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
         def __call__(self, x, pos=None):
             return f"{x:g}" if super().__call__(x, pos) else ""
 
-    variants: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        variants.setdefault(run["name"], []).append(run)
-    term_colours, variant_colours = color_sequences["petroff10"], color_sequences["Dark2"]
+    variants = by_name(runs)
     columns = min(len(variants), PANELS_PER_ROW)
     rows = math.ceil(len(variants) / columns)
     figure = Figure(figsize=(max(8.0, 4.4 * columns), 3.2 * rows + 3.8), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[3.2] * rows + [3.6])
 
-    entries = [entry for run in runs for entry in _history(run)]
-    terms = dict.fromkeys(key for entry in entries for key in entry if key.startswith("loss_"))
-    colour_of = {term: term_colours[i % len(term_colours)] for i, term in enumerate(terms)}
+    terms = dict.fromkeys(key for run in runs for entry in _history(run) for key in entry if key.startswith("loss_"))
+    term_colours = dict(zip(terms, cycle(color_sequences["petroff10"]), strict=False))
+    colours = dict(zip(variants, cycle(color_sequences["Dark2"]), strict=False))
     first = None
     for i, (name, seeds) in enumerate(variants.items()):
         axes = figure.add_subplot(grid[i // columns, i % columns], sharex=first)
         first = first or axes
-        _plot_terms(axes, seeds[0], colour_of)
+        _plot_terms(axes, seeds[0], term_colours)
         which = f", seed {seeds[0]['seed']}" if len(seeds) > 1 and seeds[0].get("seed") is not None else ""
-        axes.set_title(f"trained with {name}{which}", fontsize=11, color=variant_colours[i % len(variant_colours)])
+        axes.set_title(f"trained with {name}{which}", fontsize=11, color=colours[name])
         axes.set_ylabel("training loss" if i % columns == 0 else "")
         axes.set_yscale("log")  # the terms of one loss differ by orders of magnitude
         axes.yaxis.set_major_formatter(PlainFormatter())
         axes.yaxis.set_minor_formatter(PlainFormatter(minor_thresholds=(1.5, 0.5)))
     below = figure.add_subplot(grid[rows, :])
-    _plot_top1(below, variants, variant_colours)
-    handles = [line for line in below.lines if not str(line.get_label()).startswith("_")]
+    for i, (name, seeds) in enumerate(variants.items()):
+        _plot_top1(below, name, seeds, {"color": colours[name], "marker": "osD^v"[i % 5], "markersize": 4})
+    _finish(below, runs[0], "no evaluation logged")
+    _plot_teachers(below, runs)
+    below.set_title("top-1 on the evaluation set", fontsize=11)
+    below.set_ylabel("top-1 %")
+    handles, labels = below.get_legend_handles_labels()
     if handles:
         # Below the panel: curves and the teacher's line leave no corner that is always free.
         figure.legend(
-            handles=handles,
+            handles,
+            labels,
             title="last top-1" + (", mean ± standard deviation over seeds" if len(variants) < len(runs) else ""),
             fontsize=9,
             title_fontsize=9,
@@ -87,49 +91,42 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     figure.savefig(path, format="png", dpi=120)
 
 
-def _plot_terms(axes: "Axes", run: Mapping[str, Any], colour_of: Mapping[str, Any]) -> None:
-    terms = [term for term in colour_of if any(term in entry for entry in _history(run))]
+def _plot_terms(axes: "Axes", run: Mapping[str, Any], colours: Mapping[str, Any]) -> None:
+    terms = [term for term in colours if any(term in entry for entry in _history(run))]
     # With one term the total is that term.
     for key in terms if len(terms) == 1 else ["loss", *terms]:
         x, y = _series(run, key)
         if y:
             label = f"{'total' if key == 'loss' else key.removeprefix('loss_')} {y[-1]:.3g}"
-            style = {"color": TOTAL_COLOUR, "linewidth": 2.2} if key == "loss" else {"color": colour_of[key]}
+            style = {"color": TOTAL_COLOUR, "linewidth": 2.2} if key == "loss" else {"color": colours[key]}
             axes.plot(x, y, label=label, marker="o" if len(y) < 3 else None, **style)
     _finish(axes, run, "no training loss logged")
     if axes.lines:
         axes.legend(title="last value", fontsize=8, title_fontsize=8, loc="best", framealpha=0.85)
 
 
-def _plot_top1(axes: "Axes", variants: Mapping[str, Sequence[Mapping[str, Any]]], colours: Sequence[Any]) -> None:
-    runs = [run for seeds in variants.values() for run in seeds]
-    for i, (name, seeds) in enumerate(variants.items()):
-        curves = [curve for curve in (_top1(run) for run in seeds) if curve]
-        if not curves:
-            continue
-        style = {"color": colours[i % len(colours)], "marker": "osD^v"[i % 5], "markersize": 4}
-        x = [at for at in curves[0] if all(at in curve for curve in curves)]
-        values = np.array([[curve[at] for at in x] for curve in curves])
-        spread = ""
-        if len(curves) > 1:
-            for curve in curves:
-                axes.plot(*zip(*curve.items(), strict=True), color=style["color"], linewidth=0.7, alpha=0.6, label="_")
-            style |= {"linewidth": 2.0}
-            spread = f" ± {values[:, -1].std(ddof=1):.2f}" if x else ""
-        y = values.mean(0)
-        if x:
-            axes.plot(x, y, label=f"{name} {y[-1]:.2f}{spread} %", **style)
-    _finish(axes, runs[0], "no evaluation logged")
-    teachers: dict[tuple[Any, float], None] = {}
-    for run in runs:
-        top1 = (run.get("teacher_metrics") or {}).get("top1")
-        if top1 is not None and math.isfinite(top1):
-            teachers[(run.get("teacher") or {}).get("id"), top1] = None
-    for name, top1 in teachers:
-        label = f"teacher {100 * top1:.2f} %" + (f" ({name})" if name else "")
-        axes.axhline(100 * top1, color="black", linestyle="--", linewidth=1.2, label=label)
-    axes.set_title("top-1 on the evaluation set", fontsize=11)
-    axes.set_ylabel("top-1 %")
+def _plot_top1(axes: "Axes", name: str, seeds: Sequence[Mapping[str, Any]], style: dict[str, Any]) -> None:
+    curves = [dict(zip(*_series(run, "eval_top1"), strict=True)) for run in seeds]
+    curves = [curve for curve in curves if curve]
+    if len(curves) > 1:
+        for curve in curves:
+            x, y = list(curve), 100 * np.array([*curve.values()])
+            axes.plot(x, y, color=style["color"], linewidth=0.7, alpha=0.6, label="_")
+        style |= {"linewidth": 2.0}
+    common = [at for at in curves[0] if all(at in curve for curve in curves)] if curves else []
+    if common:
+        values = 100 * np.array([[curve[at] for at in common] for curve in curves])
+        mean = values.mean(0)
+        spread = f" ± {values[:, -1].std(ddof=1):.2f}" if len(curves) > 1 else ""
+        axes.plot(common, mean, label=f"{name} {mean[-1]:.2f}{spread} %", **style)
+
+
+def _plot_teachers(axes: "Axes", runs: Sequence[Mapping[str, Any]]) -> None:
+    top1 = [((run.get("teacher") or {}).get("id"), (run.get("teacher_metrics") or {}).get("top1")) for run in runs]
+    for name, value in dict.fromkeys(top1):
+        if value is not None and math.isfinite(value):
+            label = f"teacher {100 * value:.2f} %" + (f" ({name})" if name else "")
+            axes.axhline(100 * value, color="black", linestyle="--", linewidth=1.2, label=label)
 
 
 def _finish(axes: "Axes", run: Mapping[str, Any], nothing: str) -> None:
@@ -141,12 +138,6 @@ def _finish(axes: "Axes", run: Mapping[str, Any], nothing: str) -> None:
         # Not set_ticks([]), which would also empty the panels that share this axis.
         axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
         axes.text(0.5, 0.5, nothing, ha="center", va="center", color="grey", transform=axes.transAxes)
-
-
-def _top1(run: Mapping[str, Any]) -> dict[float, float]:
-    """Top-1 in percent by epoch or step."""
-    x, y = _series(run, "eval_top1")
-    return {at: 100 * value for at, value in zip(x, y, strict=True)}
 
 
 def _history(run: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

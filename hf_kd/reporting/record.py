@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib import metadata
 from json import dump
@@ -42,12 +42,11 @@ def collect_versions() -> dict[str, str | None]:
 
 
 def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON-serialisable copy without secrets, nested dicts included.
+    """A JSON-serialisable copy without secrets, of settings or of a whole run.
 
     Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
-    numbers named ``*_tokens``, which are counts; inside strings, Hub tokens and the value of an option that ends in
-    "token" become ``<redacted>``, and paths lose what tells of this machine. A whole run
-    may be passed: that also covers its command.
+    numbers named ``*_tokens``, which are counts. Inside strings, Hub tokens and the value of an option that ends in
+    "token" become ``<redacted>``, and of an absolute path only the last part is kept.
     """
     return plain(settings, redacted=True)
 
@@ -62,6 +61,14 @@ def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
     loss = run.get("loss") or {}
     own = LOSSES.get(loss.get("name", ""))
     return own.describe(loss) if own else run.get("loss_description") or {}
+
+
+def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The variants of a comparison: the runs of each name, which differ in their seed."""
+    variants: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        variants.setdefault(str(run.get("name") or ""), []).append(run)
+    return variants
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -92,20 +99,21 @@ def plain(obj: Any, redacted: bool = False) -> Any:
         return plain(obj.value, redacted)
     if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float
         return plain(obj.tolist(), redacted)
-    if obj is None or isinstance(obj, bool | int):
+    if obj is None or isinstance(obj, int):
         return obj
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, Mapping):
-        kept = ((str(key), value) for key, value in obj.items())
-        return {key: plain(value, redacted) for key, value in kept if not (redacted and _is_secret(key, value))}
-    if isinstance(obj, list | tuple | set | frozenset):
-        items = sorted(obj, key=str) if isinstance(obj, set | frozenset) else obj
-        return [plain(item, redacted) for item in items]
+        kept = {str(key): value for key, value in obj.items() if not (redacted and _is_secret(str(key), value))}
+        return {key: plain(value, redacted) for key, value in kept.items()}
+    if isinstance(obj, set | frozenset):
+        obj = sorted(obj, key=str)
+    if isinstance(obj, list | tuple):
+        return [plain(item, redacted) for item in obj]
     if not redacted:
         return str(obj)
-    text = str(obj).replace(f"{Path.cwd()}{os.sep}", "")
-    return _SECRET_TEXT.sub(r"\1<redacted>", _ABSOLUTE_PATH.sub(r"\1", text))
+    text = _ABSOLUTE_PATH.sub(r"\1", str(obj).replace(f"{Path.cwd()}{os.sep}", ""))
+    return _SECRET_TEXT.sub(r"\1<redacted>", text)
 
 
 def _is_secret(key: str, value: Any) -> bool:

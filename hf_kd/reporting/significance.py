@@ -19,16 +19,14 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
     """Student's t-test of paired differences against 0 (Student, "The probable error of a mean", 1908).
 
     Args:
-        differences: one for each seed, in points.
+        differences: one for each seed, in points; at least one.
 
     Returns:
         differences, mean, half_width of the 95 % interval, p (two-sided), test. half_width and p are None where
-        nothing can be tested: with fewer than two seeds, or if all differences are equal (a tiny evaluation set).
+        nothing can be tested: with one seed, or if all differences are equal (a tiny evaluation set).
     """
-    differences = [float(d) for d in differences]
-    n = len(differences)
-    result = {"differences": differences, "mean": statistics.fmean(differences) if n else None, "test": TEST}
-    if n < 2 or math.isclose(min(differences), max(differences), abs_tol=1e-9):
+    result = {"differences": list(differences), "mean": statistics.fmean(differences), "test": TEST}
+    if len(differences) < 2 or math.isclose(min(differences), max(differences), abs_tol=1e-9):
         return {**result, "half_width": None, "p": None}
     from scipy.stats import ttest_1samp  # slow to import
 
@@ -69,27 +67,15 @@ def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> lis
         others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
         tests = [test for other in others if (test := compare(runs, name, other))]
         if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
-            helped = len(tests) == len(others) and all(_above(test) for test in tests)
-            found.append(
-                {
-                    "loss": name,
-                    "seeds": tests[0]["seeds"],
-                    "helped": helped,
-                    "sentence": _sentence(name, tests, helped),
-                    "tests": tests,
-                }
-            )
+            verdict = {"loss": name, "seeds": tests[0]["seeds"]}
+            verdict["helped"] = len(tests) == len(others) and all(_above(test) for test in tests)
+            found.append(verdict | {"sentence": _sentence(name, tests, verdict["helped"]), "tests": tests})
     return found
 
 
-def points(value: float, signed: bool = True) -> str:
-    """`+0.52`, and never −0.00."""
-    return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
-
-
-def describe(test: Mapping[str, Any], signed: bool = True) -> str:
+def describe(test: Mapping[str, Any], sign: str = "+") -> str:
     """`+0.52 ± 0.31`: the mean and, where there is one, the half-width of its 95 % interval, in points."""
-    mean = points(test["mean"], signed)
+    mean = f"{test['mean']:{sign}z.2f}"  # z: never −0.00
     return mean if test["half_width"] is None else f"{mean} ± {test['half_width']:.2f}"
 
 
@@ -100,18 +86,18 @@ def _above(test: Mapping[str, Any]) -> bool:
 def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> str:
     def proof(test: Mapping[str, Any]) -> str:
         p = "no test: the seeds do not differ" if test["p"] is None else f"p = {test['p']:.2g}"
-        return f"{len(test['seeds'])} seeds, {p}"
+        return f"({len(test['seeds'])} seeds, {p})"
 
     first, *controls = tests
     if helped:
-        text = f"{name} helped by {describe(first, signed=False)} points of top-1 over {first['against']}"
+        text = f"{name} helped by {describe(first, sign='')} points of top-1 over {first['against']}"
     elif _above(first):
         text = f"{name} did not help beyond its control: {describe(first)} points of top-1 over {first['against']}"
     else:
         harmed = first["half_width"] is not None and first["mean"] < -first["half_width"]
         doubt = "" if harmed else f", as far as {len(first['seeds'])} seeds can tell"
         text = f"{name} did not help{doubt}: {describe(first)} points of top-1 against {first['against']}"
-    text += f" ({proof(first)})"
+    text += f" {proof(first)}"
     for test in controls:
-        text += f", {describe(test)} against its control {test['against']} ({proof(test)})"
-    return text + "."
+        text += f", {describe(test)} against its control {test['against']} {proof(test)}"
+    return f"{text}."

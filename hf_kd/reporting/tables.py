@@ -3,21 +3,15 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
+from .record import by_name
 from .significance import BASELINE, compare, describe
 
 MISSING = "–"
-HEADER = (
-    "student trained with",
-    "top-1 %",
-    "top-5 %",
-    "agreement %",
-    "ECE %",
-    "seconds",
-    "MB",
-    "difference to CE",
-)
+RATES = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agreement %", "ece": "ECE %"}
+HEADER = ["student trained with", *RATES.values(), "seconds", "MB", "difference to CE"]
 
 
 def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -32,38 +26,33 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    The runs should share student, data and settings, and differ in their loss and seed. Runs of one name are one row:
-    the mean over its seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of
-    training without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named
-    "ce" of the same seed, with the half-width of the paired 95 % interval (`significance`). What is missing or not
-    finite shows as "–". The sampling error is the half-width of the 95 % interval of a single top-1 (Wilson 1927),
-    which, unlike the usual one, is not 0 if all images are right.
+    The runs should share student, data and settings, and differ in loss and seed. Those of one name are one row: the
+    mean over the seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of training
+    without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named "ce" of
+    the same seed, with the half-width of the paired 95 % interval. What is missing or not finite shows as "–". The
+    sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927), not 0 if all images are right.
 
     Args:
-        runs: see the module's text; only "name" is required.
+        runs: records (see `record`); only "name" is required.
         teacher_row: top1, top5, ece (in [0, 1]), size_mb and id of the teacher (see `teacher_row_of`), as first row.
         markdown: a GitHub table instead of aligned text.
     """
-    variants: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        variants.setdefault(run["name"], []).append(run)
-    rows = []
+    variants = by_name(runs)
+    rows = [HEADER]
     if teacher_row is not None:
-        label = f"teacher {teacher_row['id']}" if teacher_row.get("id") else "teacher"
-        rates = [rate([_number(teacher_row, key)]) for key in ("top1", "top5")]
-        size = _fixed(_number(teacher_row, "size_mb"))
-        rows.append([label, *rates, MISSING, rate([_number(teacher_row, "ece")]), MISSING, size, MISSING])
+        label = f"teacher {teacher_row.get('id') or ''}".strip()
+        rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], MISSING))
     for name, seeds in variants.items():
         test = compare(runs, name, BASELINE)
-        rates = [
-            rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1")
-            for key in ("top1", "top5", "agreement", "ece")
-        ]
-        seconds = [value for run in seeds if (value := _training_seconds(run)) is not None]
-        size = _fixed(_number(seeds[0], "student", "size_mb"))
-        mean_seconds = _fixed(statistics.fmean(seconds) if seconds else None)
-        rows.append([str(name), *rates, mean_seconds, size, describe(test) if test else MISSING])
-    return f"{layout([list(HEADER), *rows], markdown)}\n\n{_caveat(runs, variants)}"
+        rows.append(_row(name, seeds, describe(test) if test else MISSING))
+    return f"{layout(rows, markdown)}\n\n{_caveat(runs, max(map(len, variants.values()), default=0))}"
+
+
+def _row(label: str, seeds: Sequence[Mapping[str, Any]], difference: str) -> list[str]:
+    rates = [rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1") for key in RATES]
+    seconds = [value for run in seeds if (value := _training_seconds(run)) is not None]
+    values = [statistics.fmean(seconds) if seconds else None, _number(seeds[0], "student", "size_mb")]
+    return [label, *rates, *(MISSING if value is None else f"{value:.1f}" for value in values), difference]
 
 
 def rate(values: Sequence[float | None], spread: bool = True) -> str:
@@ -81,29 +70,27 @@ def rate(values: Sequence[float | None], spread: bool = True) -> str:
 def _training_seconds(run: Mapping[str, Any]) -> float | None:
     """Without the evaluations in between, in which every student pays for the teacher's agreement."""
     seconds = _number(run, "timings", "train_seconds")
-    history = run.get("history") or [{}]
-    ended = next((i for i, entry in enumerate(history) if "train_runtime" in entry), len(history))
-    return seconds and seconds - sum(entry.get("eval_runtime", 0) for entry in history[:ended])
+    if seconds is None:
+        return None
+    training = takewhile(lambda entry: "train_runtime" not in entry, run.get("history") or [])
+    return seconds - sum(entry.get("eval_runtime", 0) for entry in training)
 
 
-def _caveat(runs: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence]) -> str:
+def _caveat(runs: Sequence[Mapping[str, Any]], most_seeds: int) -> str:
     seeds = sorted({str(run["seed"]) for run in runs if run.get("seed") is not None})
     named = f" ({'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)})" if seeds else ""
-    if any(len(seeds) > 1 for seeds in variants.values()):
+    text = f"Each row is one training run{named}, so a difference between rows has no error bar."
+    if most_seeds > 1:
         text = (
-            f"Each row is the mean of {max(map(len, variants.values()))} training runs{named}; ± is their standard "
-            "deviation, in the last column the half-width of the paired 95 % interval over the seeds."
+            f"Each row is the mean of {most_seeds} training runs{named}; ± is their standard deviation, in the last "
+            "column the half-width of the paired 95 % interval over the seeds."
         )
-    else:
-        text = f"Each row is one training run{named}, so a difference between rows has no error bar."
     pairs = [(_number(run, "metrics", "top1"), _number(run, "data", "eval_size")) for run in runs]
-    known = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
-    if not known:
-        return text
-    width = max(_half_width(top1, size) for top1, size in known)
-    return (
-        f"{text} Sampling error of one top-1 from {min(size for _, size in known)} images: ±{width:.2f} points (95 %)."
-    )
+    measured = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
+    if measured:
+        width, images = max(_half_width(*pair) for pair in measured), min(size for _, size in measured)
+        text += f" Sampling error of one top-1 from {images} images: ±{width:.2f} points (95 %)."
+    return text
 
 
 def _half_width(rate: float, n: int, z: float = 1.96) -> float:
@@ -111,31 +98,24 @@ def _half_width(rate: float, n: int, z: float = 1.96) -> float:
     return 100 * z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2)
 
 
-def layout(rows: list[list[str]], markdown: bool) -> str:
+def layout(rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    """The rows below the first, the header; all columns but the first are right-aligned."""
     if markdown:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [
-        [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    ]
+    rule = ["-" * width for width in widths]
     if markdown:
-        rule = ["-" * (width - 1) + ":" if i else "-" * width for i, width in enumerate(widths)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [padded[0], rule, *padded[1:]])
-    lines = ["  ".join(row).rstrip() for row in [padded[0], ["-" * width for width in widths], *padded[1:]]]
-    return "\n".join(lines)
+        rule[1:] = [dashes[:-1] + ":" for dashes in rule[1:]]
+    lines = []
+    for first, *others in [rows[0], rule, *rows[1:]]:
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append([first.ljust(widths[0]), *padded])
+    if markdown:
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
-def _number(mapping: Mapping[str, Any], *keys: str) -> float | None:
-    """The finite number at a path of keys, else None."""
-    value: Any = mapping
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
+def _number(run: Mapping[str, Any], section: str, key: str) -> float | None:
+    """The finite number of that name, else None."""
+    value = (run.get(section) or {}).get(key)
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _fixed(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
