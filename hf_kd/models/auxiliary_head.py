@@ -1,8 +1,8 @@
 """The auxiliary head of USKD: a linear classifier on a pooled intermediate feature of the student.
 
 It is a submodule of the student, fed by a forward hook at the feature layer, and its logits leave through a forward
-hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need, and
-no modelling code is touched. It is kept out of the saved model.
+hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need.
+It is kept out of the saved model.
 """
 
 from __future__ import annotations
@@ -72,10 +72,9 @@ def add_auxiliary_head(
     Args:
         student: the classifier; its saved form does not change.
         num_classes: C.
-        size: height and width of the student's input.
-        feature_module: see `find_feature_layer`.
-        seed: of the head's initialisation, which leaves the global generator as it was: a run with the head draws
-            the same numbers as one without.
+        size, feature_module: see `find_feature_layer`.
+        seed: of the head's weights. The global generator is left alone: a run with the head draws the same numbers as
+            one without.
     """
     if hasattr(student, HEAD):
         return getattr(student, HEAD)
@@ -83,13 +82,9 @@ def add_auxiliary_head(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU's too
         head = AuxiliaryHead(layer, num_classes)
-    parameter = next(student.parameters())
-    student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))
+    student.add_module(HEAD, head.to(next(student.parameters())))
     ignored = {f"{HEAD}.{name}" for name in head.state_dict()}
-    student._keys_to_ignore_on_save = {  # type: ignore[assignment]
-        *(getattr(student, "_keys_to_ignore_on_save", None) or ()),
-        *ignored,
-    }
+    student._keys_to_ignore_on_save = ignored.union(getattr(student, "_keys_to_ignore_on_save", None) or ())  # type: ignore[assignment]
     student.get_submodule(layer.name).register_forward_hook(head._read_feature)
     student.register_forward_hook(head._add_aux_logits)
     return head

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,6 @@ from torch import nn
 from .forward import dry_run, tensor_of
 
 HEAD = "aux_head"
-
 
 # Module names by model_type, counted from 0: `{half}` is block L/2 (the 6th of 12), `{stage}` the last stage but one,
 # `{block}` the last block of that. Swin's stages themselves give what comes after patch merging.
@@ -55,18 +56,18 @@ def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module
     Raises:
         ValueError: if there is no such module, or no rule for this kind of model; with the candidates.
     """
-    modules = dict(student.named_modules())
     name, kind = (feature_module, None) if feature_module else _known_layer(student)
-    if name is None or name not in modules:
-        what = f"no module is named {name!r}" if name else f"there is no rule for {_kind_of(student)}"
+    if name is None or name not in dict(student.named_modules()):
+        model_type = getattr(getattr(student, "config", None), "model_type", None)
+        what = f"model_type {model_type!r}" if model_type else type(student).__name__
+        what = f"no module is named {name!r}" if name else f"there is no rule for {what}"
         raise ValueError(
             f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module) "
             f"with one of: {', '.join(_candidates(student, size))}."
         )
     shape = _trace(student, size, [name])[name]
     kind = kind or _pooling(student, shape)
-    channels = shape[1] if kind in ("nchw", "none") else shape[-1]
-    return FeatureLayer(name, channels, kind)
+    return FeatureLayer(name, shape[1] if kind in ("nchw", "none") else shape[-1], kind)
 
 
 def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
@@ -88,26 +89,15 @@ def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _kind_of(student: nn.Module) -> str:
-    model_type = getattr(getattr(student, "config", None), "model_type", None)
-    return f"model_type {model_type!r}" if model_type else type(student).__name__
-
-
 def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[int, ...]]:
     """Output shapes of the named modules for one blank image, in the order in which they run."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(name):
-        def hook(module, args, output):
-            try:
-                shapes[name] = tuple(tensor_of(output).shape)
-            except (TypeError, IndexError, KeyError):  # no tensor in it: not a feature
-                pass
+    def note(module, args, output, name):
+        with contextlib.suppress(TypeError, IndexError, KeyError):  # no tensor in it: not a feature
+            shapes[name] = tuple(tensor_of(output).shape)
 
-        return hook
-
-    modules = dict(student.named_modules())
-    handles = [modules[name].register_forward_hook(note(name)) for name in names]
+    handles = [student.get_submodule(name).register_forward_hook(partial(note, name=name)) for name in names]
     try:
         dry_run(student, size)
     finally:

@@ -1,8 +1,4 @@
-"""How a model sees an image: pixels in, the model's own `pixel_values` out, and back.
-
-Batches hold raw pixels; each model owns its `Preprocessing`, measured off its image processor. A teacher at 384 px
-with mean 0.5 and a student at 224 px with ImageNet statistics then see the same image, each as it was trained to.
-"""
+"""How a model sees an image: pixels in, the model's own `pixel_values` out, and back."""
 
 from __future__ import annotations
 
@@ -19,9 +15,10 @@ _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 class Preprocessing:
     """The preprocessing of one image processor, as a function of pixels.
 
-    Mean and standard deviation are not read from attributes (each family names and composes them differently) but
-    measured: the processor is run on a black, a white and a coloured image, which gives its affine map per channel,
-    and the order of the channels (MobileViT's is BGR).
+    Batches hold raw pixels: a teacher at 384 px with mean 0.5 and a student at 224 px with ImageNet statistics see the
+    same image, each as it was trained to. The statistics are not read from attributes (each family names and composes
+    them differently) but measured: the processor is run on a black, a white and a coloured image, which gives its
+    affine map per channel, and the order of the channels (MobileViT's is BGR).
 
     Args:
         processor: an image processor of transformers (the timm wrapper's too) with a fixed output size.
@@ -30,6 +27,7 @@ class Preprocessing:
         size (`tuple[int, int]`): height and width of the model's input.
         channels (`list[int]`): which channel of the pixels becomes which of the model's input; [0, 1, 2] for RGB.
         scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels[channels] / 255 * scale + offset`.
+        mean, std (`list[float]`): the same map in the usual form, of pixels in [0, 1].
         interpolation (`InterpolationMode`): how images are resized.
 
     Raises:
@@ -45,18 +43,18 @@ class Preprocessing:
             self._process([torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, *shape).contiguous()])
             for shape, rgb in colours.items()
         )
-        shapes = {shape: tuple(x.shape[1:]) for shape, x in zip(colours, (black, colour, white), strict=True)}
-        if black.ndim != 4 or black.shape[1] != 3 or len(set(shapes.values())) > 1:
+        shapes = [tuple(x.shape[1:]) for x in (black, colour, white)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
             raise ValueError(
-                f"{name} turns images of the sizes {list(shapes)} into tensors of the shapes "
-                f"{list(shapes.values())}; a fixed size (3, H, W) is needed. Give it one "
-                "(`crop_size`, or `size` with height and width)."
+                f"{name} turns images of the sizes {list(colours)} into tensors of the shapes {shapes}; a fixed size "
+                "(3, H, W) is needed. Give it one (`crop_size`, or `size` with height and width)."
             )
         self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
         low, part, high = (x[0, :, row, column].double() for x in (black, colour, white))
         self.scale, self.offset = (x.float().view(3, 1, 1) for x in (high - low, low))
+        self.mean, self.std = ((-self.offset / self.scale).flatten().tolist(), (1 / self.scale).flatten().tolist())
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         share = (part - low) / (high - low)
         error, nearest = (share[:, None] - torch.tensor([0.2, 0.4, 0.8])).abs().min(dim=1)
@@ -75,33 +73,21 @@ class Preprocessing:
         self.interpolation = InterpolationMode(mode if mode in _PILLOW.values() else "bicubic")
 
     def __repr__(self) -> str:
-        mean, std = (
-            ", ".join(f"{v:.4g}" for v in x.flatten().tolist()) for x in (-self.offset / self.scale, 1 / self.scale)
-        )
+        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
         return f"Preprocessing(size={self.size}, mean=[{mean}], std=[{std}], interpolation={self.interpolation.value})"
 
     def __eq__(self, other) -> bool:
-        """Whether both show every image alike (as far as size, statistics and the processor's settings tell)."""
+        """Whether both show every image alike: processors of one class with the same settings."""
         return (
             isinstance(other, Preprocessing)
-            and self.size == other.size
-            and torch.allclose(self.scale, other.scale)
-            and torch.allclose(self.offset, other.offset)
-            and self.interpolation == other.interpolation
             and type(self.processor) is type(other.processor)
             and _settings(self.processor) == _settings(other.processor)
         )
 
     __hash__ = None  # type: ignore[assignment]  # typeshed declares a method
 
-    def _process(self, images: list[torch.Tensor]) -> torch.Tensor:
-        try:
-            return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
-        except (RuntimeError, ValueError) as error:
-            shapes = sorted({tuple(p.shape) for p in images})
-            raise ValueError(
-                f"{type(self.processor).__name__} could not make one batch of images of the shapes {shapes}: {error}"
-            ) from error
+    def _process(self, images) -> torch.Tensor:
+        return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
 
     def resize_and_crop(self, images) -> torch.Tensor:
         """The processor's own resize and crop of whole images, for evaluation.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,24 +63,24 @@ def load_student(
             (with their names), if the head is not as wide as the model names classes, or if the model can't take
             `image_size` or does not have `id2label`'s count of classes.
     """
+    module: Any
+    config: Any
     if isinstance(model, nn.Module):
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
-        module, name = cast(Any, model), type(model).__name__
-        config: Any = getattr(module, "config", None)
-        known = config is not None and id2label is not None
-        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
-        if config is not None and id2label is not None and rows is None:
+        module, name, config = model, type(model).__name__, getattr(model, "config", None)
+    else:
+        name, hub = check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
+        module, config = None, student_config(name, from_scratch, image_size, hub)
+    rows, renamed = None, 0
+    if config is not None and id2label is not None and not from_scratch:
+        rows, renamed = head_rows(config.id2label, id2label)
+        if module is not None and rows is None:
             raise ValueError(
                 f"{name} has {config.num_labels} classes, id2label {len(id2label)}, and some of them by other names."
             )
-    else:
-        name = check_id(model)
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = student_config(name, from_scratch, image_size, hub)
+    if module is None:
         own = config.num_labels
-        known = id2label is not None and not from_scratch
-        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
         if id2label is not None and rows is None:
             name_classes(config, id2label)
         if from_scratch:
@@ -103,27 +103,23 @@ def load_student(
         if rows != list(range(config.num_labels)):
             select_classes(module, rows, Preprocessing(processor).size)
         name_classes(module.config, id2label)
-    if rows is not None and renamed:
-        logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
+        if renamed:
+            logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
-        own = getattr(module.config, "pretrained_cfg", None) or {}
-        module.config.pretrained_cfg = {**own, **processor.data_config}
+        module.config.pretrained_cfg = {**(module.config.pretrained_cfg or {}), **processor.data_config}
     return module, processor
 
 
 def student_config(name: str, from_scratch: bool, image_size: int | None, hub: dict):
     """The config that `load_student` builds on; see there for the arguments, and `load_config` for `hub`."""
-    return _scratch_config(name, image_size, hub) if from_scratch else load_config(name, hub)
-
-
-def _scratch_config(model: str, image_size: int | None, hub: dict):
+    if not from_scratch:
+        return load_config(name, hub)
     import timm
     from transformers import TimmWrapperConfig
 
     known: Any = timm.get_pretrained_cfg  # None for an unknown name
-
-    if model.startswith("timm/") and not os.path.isdir(model):
-        architecture = model.removeprefix("timm/").split(".")[0]
+    if name.startswith("timm/") and not os.path.isdir(name):
+        architecture = name.removeprefix("timm/").split(".")[0]
         if not timm.is_model(architecture):
             near = timm.list_models(f"*{architecture[:6]}*")[:5]
             raise ValueError(f"timm {timm.__version__} has no {architecture!r}. Near: {', '.join(near) or '-'}.")
@@ -131,7 +127,7 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
         data = timm.data.resolve_data_config(known(architecture).to_dict())
         config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)  # type: ignore[call-arg]  # taken by **kwargs
     else:
-        config = load_config(model, hub)
+        config = load_config(name, hub)
     # Position embeddings depend on the size of the input.
     if image_size and config.model_type == "timm_wrapper":
         if known(config.architecture).fixed_input_size:
@@ -142,11 +138,7 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
 
 
 def _check_loaded(module: Any, name: str, info: dict, own: int) -> None:
-    """Only the classification head may be new; anything else would be trained from noise without a word.
-
-    Args:
-        own: the number of classes that the checkpoint's config names.
-    """
+    """Only the head may be new, of a checkpoint that names `own` classes: all else would be trained from noise."""
     new = loading_faults(info)
     head = {id(p) for part in head_modules(module) for p in part.parameters()}
     wrong = new - {n for n, p in module.named_parameters() if id(p) in head}

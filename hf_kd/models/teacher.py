@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import DTYPES, DistillationConfig
 from ..labels import ClassMapping, label_maps, read_class_map
-from .forward import dry_run, logits_of
+from .forward import dry_run, id2label_of, logits_of
 from .loading import (
     adjust_processor,
     check_id,
@@ -38,8 +38,7 @@ class Teacher(nn.Module):
     Attributes:
         mapping (`ClassMapping`): from the model's classes to those of `id2label`.
 
-    A `Teacher` does not change: `aligned` gives another one, with the same model. `train()` keeps it in eval mode
-    whatever a wrapper asks for, and gradients are off: its parameters never need them.
+    A `Teacher` does not change: `aligned` gives another one, with the same model.
 
     Raises:
         ValueError: the count of class names is not that of the logits, or the classes cannot be matched.
@@ -69,9 +68,7 @@ class Teacher(nn.Module):
         if class_names is None:
             logits = dry_run(model, self.preprocessing.size)
             # Of a module without class names only an explicit class_map can order the outputs.
-            class_names = getattr(getattr(model, "config", None), "id2label", None) or {
-                i: f"LABEL_{i}" for i in range(logits.shape[1])
-            }
+            class_names = id2label_of(model) or [f"LABEL_{i}" for i in range(logits.shape[1])]
             check_width(name, logits, class_names)
         self.class_names = label_maps(class_names)["id2label"]
         self.id2label = self.class_names if id2label is None else label_maps(id2label)["id2label"]
@@ -87,21 +84,14 @@ class Teacher(nn.Module):
         if id2label is None and self.id2label is not self.class_names:
             id2label = self.id2label
         class_map = self.class_map if class_map is None else class_map
-        return Teacher(
-            self.model, self.processor, id2label, class_map, dtype or self.dtype, self.name, self.class_names
-        )
+        dtype = dtype or self.dtype
+        return Teacher(self.model, self.processor, id2label, class_map, dtype, self.name, self.class_names)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode: `model.train()` on a wrapper must not reach it."""
         return super().train(False)
 
-    def _logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        parameter = next(self.model.parameters())
-        enabled = self.dtype in (torch.bfloat16, torch.float16)  # otherwise an autocast around this one is off here
-        cast = torch.autocast(parameter.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
-        with torch.no_grad(), cast:
-            return logits_of(self.model(pixel_values.to(device=parameter.device, dtype=parameter.dtype))).float()
-
+    @torch.no_grad()
     def forward(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
         """Logits of images.
 
@@ -113,7 +103,12 @@ class Teacher(nn.Module):
         Returns:
             float32 `(B, C)` in the order of `id2label`, without gradient; see `ClassMapping.apply`.
         """
-        return self.mapping.apply(self._logits(self.preprocessing(pixels, cropped)), self.index)
+        parameter = next(self.model.parameters())
+        values = self.preprocessing(pixels, cropped).to(device=parameter.device, dtype=parameter.dtype)
+        enabled = self.dtype in (torch.bfloat16, torch.float16)  # otherwise an autocast around this one is off here
+        with torch.autocast(parameter.device.type, dtype=self.dtype if enabled else None, enabled=enabled):
+            logits = logits_of(self.model(values)).float()
+        return self.mapping.apply(logits, self.index)
 
 
 def load_teacher(
@@ -135,14 +130,10 @@ def load_teacher(
         model: as for `load_student`; of a `Teacher` another one is made, see `Teacher.aligned`.
         id2label: the class names of the data, in label order. The teacher's are matched by name, and may be more:
             the probability of classes that are left out is dropped, see `ClassMapping.apply`.
-        processor: default: the one saved beside the model. A module needs it, or size, mean and std.
         class_map: which classes are which where the names differ: `"by_index"`, a list, a dict, JSON text or the path
             of a JSON or YAML file; see `ClassMapping.between`.
-        dtype: see `Teacher`.
-        revision, trust_remote_code: as in transformers.
-        class_names: the model's own class names, in the order of its outputs; default: those of its config.
-        image_size: side in pixels of the square that images are resized to, without a crop.
-        image_mean, image_std: channel statistics of pixels in [0, 1]; default, as for the size: the processor's.
+        dtype, class_names: see `Teacher`.
+        processor, revision, trust_remote_code, image_size, image_mean, image_std: see `load_student`.
 
     Raises:
         ValueError: weights are missing or do not fit (a freshly initialised head teaches noise), or the classes
@@ -152,8 +143,7 @@ def load_teacher(
         return model.aligned(id2label, class_map, dtype)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        name = check_id(model)
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        name, hub = check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
         module, info = load_classifier(name, load_config(name, hub), hub)
         bad = sorted(loading_faults(info))
         if bad:
@@ -171,12 +161,10 @@ def load_teacher(
 def aligned_teacher(
     teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
 ) -> Teacher | None:
-    """A teacher of the trainer's own, with its classes in the student's order and the compute type `args` ask for.
+    """A teacher of the trainer's own, with its classes in the student's order.
 
-    The type is `args.teacher_dtype`, else the teacher's, else that of the student's training.
-
-    Raises:
-        ValueError: it is no teacher, is the student itself, or knows other classes.
+    It computes with `args.teacher_dtype`, else its own type, else that of the student's training. ValueError if it is
+    no teacher, is the student itself, or knows other classes.
     """
     if teacher is None:
         return None
