@@ -74,16 +74,10 @@ class ClassMapping:
                 and a `class_map` that can be typed.
         """
         source, target = (tuple(label_maps(names)["id2label"].values()) for names in (source, target))
-        class_map = read_class_map(class_map)
+        class_map, counts_differ = read_class_map(class_map), ""
         if class_map == "by_index" and len(source) != len(target):
-            try:
-                hint = cls.between(source, target) and "leave class_map out: all classes are found by name."
-            except ValueError as error:
-                hint = str(error)
-            raise ValueError(
-                f'class_map="by_index" needs equal counts, the teacher has {len(source)} classes, the data '
-                f"{len(target)}: {hint}"
-            )
+            counts = f"the teacher has {len(source)} classes, the data {len(target)}"
+            class_map, counts_differ = None, f'class_map="by_index" needs equal counts, {counts}: '
         # Names that occur twice are no question in two equal lists.
         if class_map == "by_index" or (class_map is None and [*map(_key, source)] == [*map(_key, target)]):
             return cls(tuple((i,) for i in range(len(source))), source, target)
@@ -91,11 +85,14 @@ class ClassMapping:
         candidates = iter(_candidates(source, [*chain(*entries)]))
         found = [[(item, next(candidates)) for item in entry] for entry in entries]
         members = [tuple(dict.fromkeys(indices[0] for _, indices in row if len(indices) == 1)) for row in found]
-        counts = Counter(chain(*members))
-        shared = [i for i, indices in enumerate(members) if any(counts[j] > 1 for j in indices)]
+        uses = Counter(chain(*members))
+        shared = [i for i, indices in enumerate(members) if any(uses[j] > 1 for j in indices)]
         todo = [i for i, row in enumerate(found) if i in shared or any(len(indices) != 1 for _, indices in row)]
-        if todo:
-            raise ValueError(_unmatched(source, target, entries, found, shared, todo))
+        if todo or counts_differ:
+            hint = "leave class_map out: all classes are found by name."
+            if todo:
+                hint = _unmatched(source, target, entries, found, shared, todo)
+            raise ValueError(counts_differ + hint)
         return cls(tuple(members), source, target)
 
     @functools.cached_property
@@ -119,13 +116,10 @@ class ClassMapping:
         return torch.tensor([[*m, *[blank] * (width - len(m))] for m in self.members])
 
     def apply(self, logits: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `(B, targets)` from the source's `(B, sources)`.
+        """Logits `(B, targets)` from the source's `(B, sources)`; `index` is `self.index` on their device.
 
         Of a permutation they are the very same numbers. Else they are log-probabilities at temperature 1, that of a
         class the logsumexp of its members'; softmax renormalises them over the classes that are kept.
-
-        Args:
-            index: `self.index` on the device of `logits`, where it is kept there.
         """
         index = self.index.to(logits.device) if index is None else index
         if self.kind in ("identity", "permutation"):
@@ -141,19 +135,17 @@ class ClassMapping:
     def describe(self) -> dict:
         """For the record: the kind, both counts, and (unless it is the identity) `[target, {index: source}]` pairs."""
         text = {"kind": self.kind, "source_classes": len(self.source_names), "target_classes": len(self.target_names)}
-        parts = [{i: self.source_names[i] for i in indices} for indices in self.members]
-        pairs = [list(pair) for pair in zip(self.target_names, parts, strict=True)]
-        return text if self.kind == "identity" else {**text, "classes": pairs}
+        if self.kind != "identity":
+            parts = [{i: self.source_names[i] for i in indices} for indices in self.members]
+            text["classes"] = [list(pair) for pair in zip(self.target_names, parts, strict=True)]
+        return text
 
 
 def read_class_map(value):
     """A class map as `ClassMapping.between` takes it: None, `"by_index"`, a list or a dict.
 
-    Args:
-        value: one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one.
-
-    Raises:
-        ValueError: it is none of these.
+    `value` is one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one; ValueError
+    if it is none of these.
     """
     if value is None or value == "by_index" or not isinstance(value, (str, os.PathLike)):
         return value
@@ -178,13 +170,10 @@ def read_class_map(value):
 
 
 def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
-    """Which rows of a checkpoint's classification head are for the classes of the data.
+    """The row of a checkpoint's head for each class of the data (None if the head must be new), and how many are new.
 
     A class that the checkpoint knows keeps its row. Where it does not know all and the counts are equal, the other
     classes take the other rows in order, under their new names.
-
-    Returns:
-        `(rows, renamed)`: the row of each class, or None if the head must be new; the count of new names.
     """
     source, target = (list(label_maps(x)["id2label"].values()) for x in (own, names))
     if are_placeholders(own):
@@ -253,15 +242,6 @@ def _wordnet_ids(names: Sequence[str]) -> list[str | None]:
     return ids
 
 
-def _positions(groups) -> dict:
-    """For each key its places in a sequence of groups of keys."""
-    places: dict = {}
-    for i, group in enumerate(groups):
-        for key in group:
-            places.setdefault(key, []).append(i)
-    return places
-
-
 def _entries(class_map, source: Sequence[str], target: Sequence[str]) -> list[list]:
     """For each target class the names and indices of its source classes, as a list or dict says; else its own name."""
     entries: list = list(target)
@@ -286,16 +266,25 @@ def _entries(class_map, source: Sequence[str], target: Sequence[str]) -> list[li
     return entries
 
 
+def _places(groups) -> dict:
+    """For each key its places in a sequence of groups of keys."""
+    places: dict = {}
+    for i, group in enumerate(groups):
+        for key in group:
+            places.setdefault(key, []).append(i)
+    return places
+
+
 def _candidates(source: Sequence[str], items: Sequence[str | int]) -> list[list[int]]:
     """For each name (or index) the source classes that it may mean: one, if it is found."""
-    by_name = _positions([_key(name)] for name in source)
+    by_name = _places([_key(name)] for name in source)
     found = [[item] if isinstance(item, int) else by_name.get(_key(item), []) for item in items]
     if all(len(indices) == 1 for indices in found) and len({i for (i,) in found}) == len(items):
         return found
     names = [str(item) for item in items]
     ids, counts = _wordnet_ids(names), Counter(map(_key, names))
-    by_id = _positions([i] for i in _wordnet_ids(source)) if any(ids) else {}
-    by_word = _positions(map(_synonyms, source))
+    by_id = _places([i] for i in _wordnet_ids(source)) if any(ids) else {}
+    by_word = _places(map(_synonyms, source))
     for i, name in enumerate(names):
         if isinstance(items[i], int):
             continue
@@ -309,7 +298,7 @@ def _candidates(source: Sequence[str], items: Sequence[str | int]) -> list[list[
 def _unmatched(source, target, entries: list[list], found: list[list], shared: list[int], todo: list[int]) -> str:
     """The message about the target classes `todo`, with ways to say which is which that work as they stand."""
     missing = [item for item, indices in chain(*found) if not indices]
-    several = {item: indices[:_SHOWN] for item, indices in chain(*found) if len(indices) > 1}
+    several = [(item, indices[:_SHOWN]) for item, indices in chain(*found) if len(indices) > 1]
     used = {indices[0] for i, row in enumerate(found) if i not in todo for _, indices in row}
     free = [i for i in range(len(source)) if i not in used]
     parts = []
@@ -319,24 +308,23 @@ def _unmatched(source, target, entries: list[list], found: list[list], shared: l
             f"{missing[:_SHOWN]}; the teacher's unmatched ones: {[source[i] for i in free[:_SHOWN]]}"
         )
     if several:
-        parts.append(f"the teacher has several classes of the name: {dict(list(several.items())[:_SHOWN])}")
+        parts.append(f"the teacher has several classes of the name: {dict(several[:_SHOWN])}")
     if shared:
         names = [target[i] for i in shared[:_SHOWN]]
         parts.append(f"names are not unique, one class of the teacher would be that of {names}")
     if len(todo) > len(free):
         parts.append(f"it has {len(source)} classes, too few: use a teacher that knows the data's {len(target)}")
         return f"{'; '.join(parts)}."
-    ways = []
+    ways = ["a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)"]
+    if len(source) == len(target):
+        ways.insert(0, '"by_index" (--class_map by_index)')
     if len(todo) <= _SHOWN and len(set(map(_key, target))) == len(target):
         guess: dict[str, Any] = {name: entry for name, entry in zip(target, entries, strict=True) if entry != [name]}
-        counts = Counter(map(_key, source))
+        keys = [_key(name) for name in source]
         for i in todo:
             j = next((j for _, indices in found[i] for j in indices if j in free), free[0])
-            guess[target[i]] = source[j] if counts[_key(source[j])] == 1 else j
+            guess[target[i]] = source[j] if keys.count(keys[j]) == 1 else j
             free.remove(j)
         text = json.dumps(guess, ensure_ascii=False)
-        ways.append(f"{text} (--class_map {shlex.quote(text)})")
-    if len(source) == len(target):
-        ways.append('"by_index" (--class_map by_index)')
-    ways.append("a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)")
+        ways.insert(0, f"{text} (--class_map {shlex.quote(text)})")
     return f"{'; '.join(parts)}. Say which class is which with class_map={', '.join(ways)}."

@@ -380,8 +380,8 @@ def test_load_errors_say_what_there_is_and_the_way_out(tmp_path, monkeypatch):
 
     good = write_parquet(tmp_path / "good", {"train": [0, 1], "test": [1, 0]})
     for options, message in (
-        ({"eval_split": "dev"}, "'dev'.*--eval_split.*train, test"),
-        ({"train_split": "all"}, "'all'.*--train_split.*train, test"),
+        ({"eval_split": "dev"}, "'dev'.*--eval_split.*train.*test"),
+        ({"train_split": "all"}, "'all'.*--train_split.*train.*test"),
         ({"label_column": "klass"}, "'klass'.*--label_column.*label.*img"),
         ({"image_column": "foto"}, "'foto'.*--image_column.*label.*img"),
         ({"label_column": "img"}, "img.*no labels"),

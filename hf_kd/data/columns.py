@@ -22,18 +22,19 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
         ValueError: a named column does not exist, or there are none or several to choose from; lists the columns.
     """
     features = getattr(features, "features", features) or {}
-    images = [name for name, feature in features.items() if _holds_images(feature)]
+    # A struct with bytes is what parquet files written without datasets' metadata give.
+    images = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    ]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     named = [name for name in ("labels", "label", "fine_label") if name in features]
+    usual = [name for name in ("image", "img") if name in images]
     return (
-        _choose("image_column", image_column, [n for n in ("image", "img") if n in images][:1] or images, features),
+        _choose("image_column", image_column, usual[:1] or images, features),
         _choose("label_column", label_column, named[:1] or classes, features),
     )
-
-
-def _holds_images(feature: Any) -> bool:
-    # A struct with bytes is what parquet files written without datasets' metadata give.
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:
@@ -64,9 +65,9 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     Raises:
         ValueError: a column of another kind, splits that disagree about it, or labels outside [0, C) or missing.
     """
-    features = {split: data.features[label_column] for split, data in splits.items()}
-    feature = next(iter(features.values()))
-    if any(other != feature for other in features.values()):
+    feature = next(iter(splits.values())).features[label_column]
+    if any(data.features[label_column] != feature for data in splits.values()):
+        features = {split: data.features[label_column] for split, data in splits.items()}
         raise ValueError(f"the splits disagree about column {label_column!r}: {features}")
     # Through arrow: no image is read, and nothing is copied to the cache as `cast` would do with the whole dataset.
     tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}

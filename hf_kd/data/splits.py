@@ -112,8 +112,7 @@ def fingerprint(*parts: str | None) -> str:
 def overlap(ours: dict[str, Any], theirs: dict[str, Any]) -> int | None:
     """How many of our evaluation images a teacher was trained on, by `ImageData.describe()` or the "data" of a record.
 
-    Evaluation has the first images of a split in the order of `sort_rows` and training the last, so that the number of
-    those in both follows from the sizes. None: another dataset, or a record without fingerprints.
+    By the order of `sort_rows` it follows from the sizes. None: another dataset, or a record without fingerprints.
     """
     our_prints, their_prints = (data.get("split_fingerprints") or {} for data in (ours, theirs))
     if not set(our_prints.values()) & set(their_prints.values()):

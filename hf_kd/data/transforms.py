@@ -66,10 +66,7 @@ def _posterize(image, bits: int, **kwargs):
 
 
 def augment_image(pixels: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, key: int) -> Tensor:
-    """The augmentation of one image, a function of seed, epoch and sample key alone.
-
-    It seeds the CPU generators of torch, random and numpy: call it within `forked_rng`, once for many images.
-    """
+    """The augmentation of one image, a function of seed, epoch and sample key alone; call it within `forked_rng`."""
     seed_rngs(sample_seed(seed, epoch, key))
     return transform(pixels)
 
@@ -119,10 +116,8 @@ class Mixer:
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
         if min(mixup_alpha, cutmix_alpha) < 0 or mixup_alpha == cutmix_alpha == 0:
-            raise ValueError(
-                f"mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}: none may be negative and one must be "
-                "positive; to train without mixing, use no mixer"
-            )
+            alphas = f"mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}"
+            raise ValueError(f"{alphas}: none may be negative and one must be positive, else use no mixer")
         kinds = [(v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)]
         self._mix = v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0])
 
@@ -140,20 +135,17 @@ def sample_seed(*numbers: int) -> int:
 @contextmanager
 def forked_rng() -> Iterator[None]:
     """Restores the CPU generators of torch, random and numpy on leaving."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def seed_rngs(seed: int) -> None:
-    """Seeds the CPU generators of torch, random and numpy with `seed`, in [0, 2**32).
-
-    Unlike `torch.manual_seed` it leaves the accelerators' generators alone: `forked_rng` could not put them back.
-    """
-    torch.default_generator.manual_seed(seed)
+    """Seeds the CPU generators of torch, random and numpy with `seed`, in [0, 2**32)."""
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
     random.seed(seed)
     np.random.seed(seed)

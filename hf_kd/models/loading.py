@@ -31,11 +31,7 @@ _deepspeed_config = None
 
 
 def check_id(model: str | os.PathLike) -> str:
-    """The Hub id or local folder, as text; of a bundled model ("quickstart/student") its folder.
-
-    Raises:
-        ValueError: if it can only be a folder and there is none (the Hub's own message would not say so).
-    """
+    """The Hub id or local folder, as text; of a bundled model its folder. ValueError if there is no such folder."""
     text = os.path.expanduser(os.fspath(bundled(model) or model))
     if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise ValueError(f"no such folder: {text} (seen from {os.getcwd()}). A Hub id has the form OWNER/NAME.")
@@ -43,10 +39,7 @@ def check_id(model: str | os.PathLike) -> str:
 
 
 def load_config(name: str, hub: dict):
-    """The config of a model on the Hub or in a folder.
-
-    `hub["revision"]` becomes the commit that it stands for: what is loaded with `hub` next is of the same commit.
-    """
+    """The config of a model on the Hub or in a folder. In `hub`, the revision becomes the commit it stands for."""
     name = check_id(name)
     if not os.path.isdir(name):
         hub["revision"] = resolve(name, hub["revision"])
@@ -115,9 +108,9 @@ def outside_deepspeed():
         _deepspeed_config.config = config  # which the Trainer completes later
 
 
-def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
-    """A pretrained classifier and its loading info. The caller reports what is missing; transformers' own table of it
-    is silenced."""
+def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict[str, tuple | None]]:
+    """A pretrained classifier of a config, and its weights that are not the checkpoint's: by name, the shape that they
+    have there, or None. transformers' own table of them is silenced: which may be new is for the caller to say."""
     if not is_offline_mode():  # offline, transformers sends no request
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
     log: Any = logging.get_logger("transformers.modeling_utils")
@@ -128,23 +121,18 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
     log.addFilter(keep)
     try:
         with outside_deepspeed():
-            return AutoModelForImageClassification.from_pretrained(
+            model, info = AutoModelForImageClassification.from_pretrained(
                 name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
             )
     finally:
         log.removeFilter(keep)
-
-
-def loading_faults(info: dict) -> set[str]:
-    """Names of the weights that from_pretrained's loading info reports as missing or of another shape."""
-    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    faults = dict.fromkeys(info["missing_keys"]) | {key: shape for key, shape, _ in info["mismatched_keys"]}
     # Counts of batches, which old checkpoints have none of, play no part.
-    return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
+    return model, {key: shape for key, shape in faults.items() if not key.endswith("num_batches_tracked")}
 
 
 def head_modules(module: Any) -> list[nn.Module]:
-    """The parts of a classifier that hold its head: timm's own, or the layers outside of the body as wide as there are
-    classes."""
+    """The parts that hold a classifier's head: timm's own, or the layers outside the body as wide as its classes."""
     if hasattr(module, "timm_model"):
         parts = module.timm_model.get_classifier()
         return list(parts) if isinstance(parts, (tuple, list)) else [parts]
@@ -159,18 +147,16 @@ def _width(layer: nn.Module) -> int | None:
     return layer.out_features if isinstance(layer, nn.Linear) else None
 
 
-def check_width(name: str, logits: torch.Tensor, names) -> None:
-    """Raises ValueError unless there are as many class names as logits, `(B, C)`."""
-    if logits.shape[1] != len(names):
-        raise ValueError(f"{name} names {len(names)} classes and gives {logits.shape[1]} logits.")
+def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> int:
+    """The number of a model's logits. Raises ValueError if there are class names, and another number of them."""
+    width = dry_run(model, size).shape[1]
+    if names is not None and width != len(names):
+        raise ValueError(f"{name} names {len(names)} classes and gives {width} logits.")
+    return width
 
 
 def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
-    """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place.
-
-    Raises:
-        ValueError: the head is not made of layers with a row for each class.
-    """
+    """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place."""
     classes = module.config.num_labels
     before = dry_run(module, size)
     for layer in [m for part in head_modules(module) for m in part.modules() if _width(m) == classes]:

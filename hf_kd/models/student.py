@@ -10,19 +10,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..labels import head_rows, name_classes
+from . import loading
 from .forward import dry_run
-from .loading import (
-    adjust_processor,
-    build,
-    check_id,
-    check_width,
-    head_modules,
-    load_classifier,
-    load_config,
-    loading_faults,
-    processor_for,
-    select_classes,
-)
 from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
@@ -70,7 +59,7 @@ def load_student(
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
         module, name, config = model, type(model).__name__, getattr(model, "config", None)
     else:
-        name, hub = check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
+        name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
         module, config = None, student_config(name, from_scratch, image_size, hub)
     rows, renamed = None, 0
     if config is not None and id2label is not None and not from_scratch:
@@ -84,13 +73,13 @@ def load_student(
         if id2label is not None and rows is None:
             name_classes(config, id2label)
         if from_scratch:
-            module = build(config, trust_remote_code)
+            module = loading.build(config, trust_remote_code)
         else:
             # The default dtype is that of the checkpoint, which may be too coarse to train.
-            module, info = load_classifier(name, config, hub, dtype=torch.float32)
-            _check_loaded(module, name, info, own)
-        processor = processor or processor_for(module, name, hub)
-    processor = adjust_processor(processor, image_size, image_mean, image_std)
+            module, faults = loading.load_classifier(name, config, hub, dtype=torch.float32)
+            _check_loaded(module, name, faults, own)
+        processor = processor or loading.processor_for(module, name, hub)
+    processor = loading.adjust_processor(processor, image_size, image_mean, image_std)
     if image_size:
         try:
             dry_run(module, (image_size, image_size))
@@ -98,10 +87,10 @@ def load_student(
             raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
     names = config.id2label if config is not None else id2label
     if module is model and names is not None:
-        check_width(name, dry_run(module, Preprocessing(processor).size), names)
+        loading.check_width(name, module, Preprocessing(processor).size, names)
     if rows is not None:
         if rows != list(range(config.num_labels)):
-            select_classes(module, rows, Preprocessing(processor).size)
+            loading.select_classes(module, rows, Preprocessing(processor).size)
         name_classes(module.config, id2label)
         if renamed:
             logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
@@ -113,7 +102,7 @@ def load_student(
 def student_config(name: str, from_scratch: bool, image_size: int | None, hub: dict):
     """The config that `load_student` builds on; see there for the arguments, and `load_config` for `hub`."""
     if not from_scratch:
-        return load_config(name, hub)
+        return loading.load_config(name, hub)
     import timm
     from transformers import TimmWrapperConfig
 
@@ -127,7 +116,7 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
         data = timm.data.resolve_data_config(known(architecture).to_dict())
         config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)  # type: ignore[call-arg]  # taken by **kwargs
     else:
-        config = load_config(name, hub)
+        config = loading.load_config(name, hub)
     # Position embeddings depend on the size of the input.
     if image_size and config.model_type == "timm_wrapper":
         if known(config.architecture).fixed_input_size:
@@ -137,18 +126,17 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
     return config
 
 
-def _check_loaded(module: Any, name: str, info: dict, own: int) -> None:
+def _check_loaded(module: Any, name: str, faults: dict, own: int) -> None:
     """Only the head may be new, of a checkpoint that names `own` classes: all else would be trained from noise."""
-    new = loading_faults(info)
-    head = {id(p) for part in head_modules(module) for p in part.parameters()}
-    wrong = new - {n for n, p in module.named_parameters() if id(p) in head}
+    head = {id(p) for part in loading.head_modules(module) for p in part.parameters()}
+    wrong = sorted(faults.keys() - {n for n, p in module.named_parameters() if id(p) in head})
     if wrong:
         raise ValueError(
             f"{name}: {len(wrong)} weights besides the classification head are not in the checkpoint or have another "
-            f"shape: {sorted(wrong)[:8]}. Use the architecture the weights were made for, or --from_scratch."
+            f"shape: {wrong[:8]}. Use the architecture the weights were made for, or --from_scratch."
         )
-    widths = {shape[0] for key, shape, _ in info["mismatched_keys"] if key in new} - {own}
+    widths = {shape[0] for shape in faults.values() if shape} - {own}
     if widths:
         raise ValueError(f"{name}: its config names {own} classes, its head has {widths.pop()}: correct config.json.")
-    if new:
+    if faults:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")

@@ -9,36 +9,25 @@ from torch import nn
 
 from ..config import DTYPES, DistillationConfig
 from ..labels import ClassMapping, label_maps, read_class_map
-from .forward import dry_run, id2label_of, logits_of
-from .loading import (
-    adjust_processor,
-    check_id,
-    check_width,
-    load_classifier,
-    load_config,
-    loading_faults,
-    processor_for,
-)
+from . import loading
+from .forward import id2label_of, logits_of
 from .preprocessing import Preprocessing
 
 
 class Teacher(nn.Module):
     """A frozen classifier that turns pixels into logits of the data's classes, in their order.
 
+    It does not change: `aligned` gives another one, with the same model.
+
     Args:
         model: a classifier `(B, 3, H, W) -> logits` (transformers, timm, any module). It is frozen and kept in eval.
         processor: its image processor, from which its `Preprocessing` is measured.
         id2label: the class names of the data, in label order; default: the teacher's own.
-        class_map: see `ClassMapping.between`.
+        class_map: see `ClassMapping.between`; `mapping` is what it gives.
         dtype: compute type: `torch.bfloat16` or `torch.float16` (autocast), `torch.float32`, or None for the weights'
             own. Weights of another type are copied for float32.
         name: how reports call it.
         class_names: the model's own class names, in the order of its outputs; default: those of its config.
-
-    Attributes:
-        mapping (`ClassMapping`): from the model's classes to those of `id2label`.
-
-    A `Teacher` does not change: `aligned` gives another one, with the same model.
 
     Raises:
         ValueError: the count of class names is not that of the logits, or the classes cannot be matched.
@@ -66,10 +55,10 @@ class Teacher(nn.Module):
         self.name = name
         self.dtype = dtype
         if class_names is None:
-            logits = dry_run(model, self.preprocessing.size)
+            class_names = id2label_of(model)
+            width = loading.check_width(name, model, self.preprocessing.size, class_names)
             # Of a module without class names only an explicit class_map can order the outputs.
-            class_names = id2label_of(model) or [f"LABEL_{i}" for i in range(logits.shape[1])]
-            check_width(name, logits, class_names)
+            class_names = class_names or [f"LABEL_{i}" for i in range(width)]
         self.class_names = label_maps(class_names)["id2label"]
         self.id2label = self.class_names if id2label is None else label_maps(id2label)["id2label"]
         self.class_map = read_class_map(class_map)
@@ -77,7 +66,7 @@ class Teacher(nn.Module):
         self.register_buffer("index", self.mapping.index, persistent=False)
 
     def aligned(self, id2label=None, class_map=None, dtype: torch.dtype | None = None) -> Teacher:
-        """A teacher with the same frozen model and another class order or compute type; this one stays as it is.
+        """A teacher with the same frozen model and another class order or compute type.
 
         What is not given stays: a `class_map` given at loading counts for every later order of the classes.
         """
@@ -96,9 +85,7 @@ class Teacher(nn.Module):
         """Logits of images.
 
         Args:
-            pixels: `(B, 3, H, W)`, uint8 or float in [0, 1], of any size. What comes out is what the model alone gives
-                for the image through its own processor.
-            cropped: True if the image shows just what the model is to see (a training crop): resized, not cropped.
+            pixels, cropped: see `Preprocessing.__call__`.
 
         Returns:
             float32 `(B, C)` in the order of `id2label`, without gradient; see `ClassMapping.apply`.
@@ -124,7 +111,7 @@ def load_teacher(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
 ) -> Teacher:
-    """A teacher from a Hub id, a `timm/...` id, a local folder, or a module.
+    """A frozen teacher.
 
     Args:
         model: as for `load_student`; of a `Teacher` another one is made, see `Teacher.aligned`.
@@ -143,18 +130,17 @@ def load_teacher(
         return model.aligned(id2label, class_map, dtype)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        name, hub = check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
-        module, info = load_classifier(name, load_config(name, hub), hub)
-        bad = sorted(loading_faults(info))
-        if bad:
+        name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
+        module, faults = loading.load_classifier(name, loading.load_config(name, hub), hub)
+        if faults:
             raise ValueError(
-                f"teacher {name}: {len(bad)} weights are missing from its checkpoint or have another shape, and would "
-                f"be random: {bad[:8]}. Use a checkpoint with its trained classification head."
+                f"teacher {name}: {len(faults)} weights are missing from its checkpoint or have another shape, and "
+                f"would be random: {sorted(faults)[:8]}. Use a checkpoint with its trained classification head."
             )
-        model, processor = module, processor or processor_for(module, name, hub)
-    processor = adjust_processor(processor, image_size, image_mean, image_std)
+        model, processor = module, processor or loading.processor_for(module, name, hub)
+    processor = loading.adjust_processor(processor, image_size, image_mean, image_std)
     if class_names is not None:
-        check_width(name, dry_run(model, Preprocessing(processor).size), class_names)
+        loading.check_width(name, model, Preprocessing(processor).size, class_names)
     return Teacher(model, processor, id2label, class_map, dtype, name, class_names)
 
 
