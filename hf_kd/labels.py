@@ -37,11 +37,6 @@ def name_classes(config, id2label) -> None:
         config.label_names = list(config.id2label.values())
 
 
-def are_placeholders(names: Mapping[int, str]) -> bool:
-    """Whether these are what transformers calls the classes of a model that names none."""
-    return all(name == f"LABEL_{i}" for i, name in names.items())
-
-
 @dataclass(frozen=True)
 class ClassMapping:
     """Of which source classes (a teacher's, a checkpoint's) each target class (the data's) is made.
@@ -176,7 +171,7 @@ def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
     classes take the other rows in order, under their new names.
     """
     source, target = (list(label_maps(x)["id2label"].values()) for x in (own, names))
-    if are_placeholders(own):
+    if source == [f"LABEL_{i}" for i in range(len(source))]:  # transformers' names for a model that has none
         return (list(range(len(target))) if len(source) == len(target) else None), 0
     try:
         return ClassMapping.between(source, target).rows, 0

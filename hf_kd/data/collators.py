@@ -7,6 +7,7 @@ them; and "skipped", a list of texts about images that could not be decoded, onl
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,30 +25,24 @@ from .transforms import Mixer, forked_rng, sample_seed, seed_rngs
 Stack = Callable[[list[Tensor]], Tensor]
 
 
+@dataclass(eq=False)
 class TrainingCollator:
     """A training batch, without the items that cannot be decoded.
 
     Args:
-        size: side in pixels to which every image is brought, whatever the others of its batch are; None: images are
-            stacked as they are and must have one shape.
-        mixer: applied last. Its draws are a function of `seed`, the epoch and the first key of the batch, or come from
-            torch's global generator where items have no key.
-        seed: not negative.
+        size: side in pixels to which every image is brought; None: images are stacked and must have one shape.
+        mixer: applied last. Its draws are a function of `seed` (not negative), the epoch and the first key of the
+            batch, or come from torch's global generator where items have no key.
         interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
 
     Raises:
         ValueError: on a call: nothing left of a batch, no label or image, or several shapes without a size.
     """
 
-    def __init__(
-        self,
-        size: int | None = None,
-        mixer: Mixer | None = None,
-        seed: int = 0,
-        interpolation: InterpolationMode | None = None,
-    ) -> None:
-        self.size, self.mixer, self.seed = size, mixer, seed
-        self.interpolation = interpolation or InterpolationMode.BICUBIC
+    size: int | None = None
+    mixer: Mixer | None = None
+    seed: int = 0
+    interpolation: InterpolationMode | None = None
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows, skipped = _decode(items)
@@ -62,25 +57,26 @@ class TrainingCollator:
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         if self.size is not None:
-            images = [resize(image, [self.size] * 2, self.interpolation, antialias=True) for image in images]
+            mode = self.interpolation or InterpolationMode.BICUBIC
+            images = [resize(image, [self.size] * 2, mode, antialias=True) for image in images]
         return _stack(images, "train_image_size, or augment with 'resized_crop'")
 
 
+@dataclass(eq=False)
 class EvaluationCollator:
     """An evaluation batch, with a black image and label -100 for each that cannot be decoded: ranks must agree on B.
 
     Args:
         resize_and_crop: a model's `Preprocessing.resize_and_crop`, a list of uint8 (3, H, W) to uint8 (B, 3, h, w).
-            None: images are stacked as they are and must have one shape.
+            None: images are stacked and must have one shape.
         teacher_resize_and_crop: the same for an additional "teacher_pixels".
 
     Raises:
-        ValueError: on a call: no label or image; without `resize_and_crop`: several shapes, or no image that can be
-            decoded.
+        ValueError: on a call: no label or image; without `resize_and_crop` also several shapes, or nothing decoded.
     """
 
-    def __init__(self, resize_and_crop: Stack | None = None, teacher_resize_and_crop: Stack | None = None) -> None:
-        self.resize_and_crop, self.teacher_resize_and_crop = resize_and_crop, teacher_resize_and_crop
+    resize_and_crop: Stack | None = None
+    teacher_resize_and_crop: Stack | None = None
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows, skipped = _decode(items)
@@ -116,10 +112,8 @@ def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, ma
     """Moves the "skipped" of a batch into a dict; ValueError if that is more than `max_fraction` of `total` images."""
     skipped.update(dict.fromkeys(batch.pop("skipped", ())))
     if len(skipped) > max_fraction * total:
-        raise ValueError(
-            f"{len(skipped)} of {total} images could not be decoded, more than max_skipped_fraction={max_fraction} "
-            f"allows. The first: {list(skipped)[:5]}."
-        )
+        limit = f"more than max_skipped_fraction={max_fraction} allows"
+        raise ValueError(f"{len(skipped)} of {total} images could not be decoded, {limit}: {list(skipped)[:5]}.")
 
 
 def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:

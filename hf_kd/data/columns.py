@@ -11,10 +11,9 @@ INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row nu
 
 
 def find_columns(features: Any, image_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
-    """The names of the image and the label column.
+    """The names of the image and the label column, of `datasets.Features` or a dataset that has them.
 
     Args:
-        features: `datasets.Features`, or a dataset that has them.
         image_column: its name, or None: the column of images ("image" or "img" if there are several).
         label_column: its name, or None: "labels", "label" or "fine_label", else the only ClassLabel column.
 
@@ -38,15 +37,13 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
 
 
 def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:
-    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
     if name is not None:
-        if name not in features:
-            raise ValueError(f"there is no column {name!r} (--{option}); the columns are: {columns}")
-        return name
-    if len(candidates) != 1:
-        found = f"several ({', '.join(candidates)})" if candidates else "none"
-        raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
-    return candidates[0]
+        candidates = [name] if name in features else []
+    if len(candidates) == 1:
+        return candidates[0]
+    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
+    found = f"several ({', '.join(candidates)})" if candidates else "none" + (f" named {name!r}" if name else "")
+    raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
 
 
 def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
@@ -58,7 +55,7 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
 
 
 def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """The same splits with `label_column` a ClassLabel of the same names in all of them.
+    """The splits with `label_column` a ClassLabel of the same names in all of them.
 
     A ClassLabel stays as it is; texts become classes in sorted order; integers become the classes "0" to the largest.
 
@@ -73,7 +70,7 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}
     labels = {split: table[label_column] for split, table in tables.items()}
     dtype = getattr(feature, "dtype", "")
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    names = getattr(feature, "names", None)  # of a ClassLabel
     if dtype in ("string", "large_string"):
         names = sorted(set().union(*(values.unique().to_pylist() for values in labels.values())) - {None})
         labels = {split: pc.index_in(values, pa.array(names, values.type)) for split, values in labels.items()}
@@ -82,7 +79,6 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     elif not dtype.startswith(("int", "uint")):
         columns = ", ".join(next(iter(splits.values())).column_names)
         raise ValueError(f"column {label_column!r} is {feature}: no labels; the columns are: {columns}")
-
     arrays = {split: values.fill_null(-1).to_numpy() for split, values in labels.items()}
     if names is None:
         names = [str(label) for label in range(max(int(array.max()) for array in arrays.values()) + 1)]

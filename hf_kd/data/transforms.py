@@ -20,26 +20,22 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
         augment: one of `AUGMENTS`:
             "none": the image as it is;
             "flip": a horizontal flip, half of the time;
-            "pad_crop": a crop of the image's own size out of the image padded with black by an eighth (4 at 32
-            pixels), and the flip (the CIFAR standard);
-            "resized_crop": a random part of the image (8 to 100 % of its area), resized to `size`, bicubic, and the
-            flip (the ImageNet standard);
+            "pad_crop": the flip, and a crop of the image's own size out of the image padded with black by an eighth
+            (the CIFAR standard);
+            "resized_crop": the flip, and a random part of the image (8 to 100 % of its area), resized to `size`,
+            bicubic (the ImageNet standard);
             "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1), then random erasing with noise (p .25).
-        size: side h = w of the result in pixels, for "resized_crop" and "deit", which need it; the others keep the
-            image's size whatever it is.
+        size: side h = w of the result in pixels, which "resized_crop" and "deit" need; the others keep the image's.
 
     Raises:
         ValueError: an unknown augment, or no size where one is needed.
     """
     if augment not in AUGMENTS:
         raise ValueError(f"unknown augment {augment!r}: choose one of {', '.join(AUGMENTS)}")
-    if augment == "none":
-        return v2.Identity()
     flip = v2.RandomHorizontalFlip()
-    if augment == "flip":
-        return flip
-    if augment == "pad_crop":
-        return v2.Compose([PadCrop(), flip])
+    sizeless = {"none": v2.Identity(), "flip": flip, "pad_crop": v2.Compose([PadCrop(), flip])}
+    if augment in sizeless:
+        return sizeless[augment]
     if not size:
         hint = "pass train_image_size, or processing_class; for images of one small size take 'pad_crop'"
         raise ValueError(f"augment {augment!r} needs a size in pixels: {hint}")
@@ -102,13 +98,13 @@ class Mixer:
     """Mixup and CutMix of a batch; with both on, each batch gets one of them with equal probability.
 
     Called with pixels, uint8 (B, 3, H, W) or float, and labels, int64 (B,) in [0, C) or float (B, C), it gives float32
-    pixels (uint8 is scaled to [0, 1], float is mixed as it is) and float32 labels (B, C) whose rows sum to 1. It draws
-    from torch's global generator alone. Each image is mixed with its neighbour in the batch.
+    pixels (uint8 is scaled to [0, 1]) and float32 labels (B, C) whose rows sum to 1. It draws from torch's global
+    generator alone. Each image is mixed with its neighbour in the batch.
 
     Args:
         num_classes: C.
         mixup_alpha: of Beta(α, α), from which mixup draws its weight (arXiv 1710.09412); 0 turns it off.
-        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899); 0 turns it off.
+        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899).
 
     Raises:
         ValueError: a negative alpha, or both 0.

@@ -60,16 +60,14 @@ def build(config, trust_remote_code: bool = False):
     if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with outside_deepspeed():
-        module = AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        module = AutoModelForImageClassification.from_config(config, **options)
     if config.model_type == "timm_wrapper":  # transformers has overwritten timm's initialisation with normal(0, 0.02)
         import timm
 
-        module.timm_model = timm.create_model(
-            config.architecture, num_classes=config.num_labels, **(config.model_args or {})
-        )
+        options = {"num_classes": config.num_labels, **(config.model_args or {})}
+        module.timm_model = timm.create_model(config.architecture, **options)
     return module
 
 

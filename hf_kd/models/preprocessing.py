@@ -10,22 +10,21 @@ from torchvision.transforms.v2 import functional as F
 
 # Pillow's resampling filters, by number, as image processors store them: those that tensors can be resized with.
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_NOT_SETTINGS = {"_name_or_path": None, "image_processor_type": None}  # in a processor's to_dict()
 
 
 class Preprocessing:
     """The preprocessing of one image processor, as a function of pixels.
 
-    Batches hold raw pixels: a teacher at 384 px with mean 0.5 and a student at 224 px with ImageNet statistics see the
-    same image, each as it was trained to. The statistics are not read from attributes (each family names and composes
-    them differently) but measured: the processor is run on a black, a white and a coloured image, which gives its
-    affine map per channel, and the order of the channels (MobileViT's is BGR).
+    It is not read from attributes (each family names and composes them differently) but measured: the processor is run
+    on a black, a white and a coloured image, which gives its affine map per channel, and the order of the channels.
 
     Args:
         processor: an image processor of transformers (the timm wrapper's too) with a fixed output size.
 
     Attributes:
         size (`tuple[int, int]`): height and width of the model's input.
-        channels (`list[int]`): which channel of the pixels becomes which of the model's input; [0, 1, 2] for RGB.
+        channels (`list[int]`): which channel of the pixels becomes which of the model's; [2, 1, 0] for BGR.
         scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels[channels] / 255 * scale + offset`.
         mean, std (`list[float]`): the same map in the usual form, of pixels in [0, 1].
         interpolation (`InterpolationMode`): how images are resized.
@@ -78,11 +77,10 @@ class Preprocessing:
 
     def __eq__(self, other) -> bool:
         """Whether both show every image alike: processors of one class with the same settings."""
-        return (
-            isinstance(other, Preprocessing)
-            and type(self.processor) is type(other.processor)
-            and _settings(self.processor) == _settings(other.processor)
-        )
+        if not isinstance(other, Preprocessing) or type(self.processor) is not type(other.processor):
+            return False
+        ours, theirs = ({**item.processor.to_dict(), **_NOT_SETTINGS} for item in (self, other))
+        return ours == theirs
 
     __hash__ = None  # type: ignore[assignment]  # typeshed declares a method
 
@@ -90,27 +88,20 @@ class Preprocessing:
         return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
 
     def resize_and_crop(self, images) -> torch.Tensor:
-        """The processor's own resize and crop of whole images, for evaluation.
+        """The processor's own resize and crop of whole images, for evaluation: uint8 `(B, 3, *size)` on the CPU.
 
-        Args:
-            images: list of uint8 `(3, H, W)` of any sizes, or one uint8 batch `(B, 3, H, W)`.
-
-        Returns:
-            uint8 `(B, 3, *size)` on the CPU. Exact: the processor's output is mapped back to whole pixel values.
+        `images` are a list of uint8 `(3, H, W)` of any sizes, or a batch of them. Exact: the processor's output is
+        mapped back to whole pixel values.
         """
         return (self.denormalize(self._process([p.cpu() for p in images])) * 255).round_().to(torch.uint8)
 
     def __call__(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
-        """`pixel_values` of a batch, as the processor would give them.
+        """`pixel_values` of a batch, as the processor would give them: float32 `(B, 3, *size)` on the same device.
 
         Args:
             pixels: `(B, 3, H, W)`, uint8, or float in [0, 1] (after mixup or cutmix).
             cropped: False for whole images, which get the processor's resize and crop (through the CPU); True for
-                images that show what the model is to see (training crops): they are resized to `size` on the
-                device they are on, nothing is cut off.
-
-        Returns:
-            float32 `(B, 3, *size)` on the device of `pixels`.
+                images that show what the model is to see (training crops): they are resized to `size`, not cropped.
         """
         if not cropped:
             whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
@@ -125,13 +116,10 @@ class Preprocessing:
         return self.normalize(pixels)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 `pixel_values` of pixels `(B, 3, H, W)`, uint8 or float in [0, 1], on the same device: the affine
-        map and the channel order alone, at any size."""
+        """The affine map and the channel order alone: float32 from `(B, 3, H, W)` of any size, uint8 or in [0, 1]."""
         values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
-        if self.channels != [0, 1, 2]:
-            values = values[:, self.channels]
         scale, offset = self._statistics(values.device)
-        return values * scale + offset
+        return (values if self.channels == [0, 1, 2] else values[:, self.channels]) * scale + offset
 
     def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised `pixel_values`: float32 `(B, 3, H, W)` in [0, 1], on the same device."""
@@ -143,7 +131,3 @@ class Preprocessing:
         if device not in self._on_device:  # copied once, not at every step
             self._on_device[device] = (self.scale.to(device), self.offset.to(device))
         return self._on_device[device]
-
-
-def _settings(processor) -> dict:
-    return {k: v for k, v in processor.to_dict().items() if k not in ("_name_or_path", "image_processor_type")}

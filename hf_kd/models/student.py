@@ -32,12 +32,12 @@ def load_student(
 
     Args:
         model: a Hub id (`facebook/deit-tiny-patch16-224`, `timm/resnet18.a1_in1k`), a local folder, or a module.
-            With `from_scratch`, `timm/NAME` needs no download: timm knows the architecture.
         id2label: the class names of the data, in label order. If the pretrained model knows them all (see
             `ClassMapping.between`), its head keeps their rows, in this order. If not, a head of as many classes stays
             (the names it knows keep their rows, the others take the rest in order), and any other is replaced.
-        processor: the image processor; default: the one saved beside the model. A module needs it, or the next three.
-        from_scratch: build the architecture with random weights instead of loading them.
+        processor: the image processor; default: the one saved beside the model. A module needs it, or size and
+            statistics.
+        from_scratch: build the architecture with random weights; of `timm/NAME` nothing is downloaded.
         image_size: side of the model's square input in pixels; images are then resized to it without a crop. A
             pretrained ViT knows only its own.
         image_mean, image_std: channel statistics of pixels in [0, 1]; default: the processor's.
@@ -48,9 +48,8 @@ def load_student(
         `(model, processor)`. The model is on the CPU, in train mode if `from_scratch`.
 
     Raises:
-        ValueError: if there is no such folder or architecture, if weights other than those of the head are missing
-            (with their names), if the head is not as wide as the model names classes, or if the model can't take
-            `image_size` or does not have `id2label`'s count of classes.
+        ValueError: no such folder or architecture, weights other than the head's are missing, another number of class
+            names than logits, or an `image_size` that the model can't take.
     """
     module: Any
     config: Any
@@ -85,8 +84,8 @@ def load_student(
             dry_run(module, (image_size, image_size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
-    names = config.id2label if config is not None else id2label
-    if module is model and names is not None:
+    if module is model:
+        names = id2label if config is None else config.id2label
         loading.check_width(name, module, Preprocessing(processor).size, names)
     if rows is not None:
         if rows != list(range(config.num_labels)):
