@@ -31,8 +31,7 @@ def label_maps(names: Sequence[str] | Mapping[int, str]) -> dict:
 
 
 def name_classes(config, id2label) -> None:
-    for key, value in label_maps(id2label).items():
-        setattr(config, key, value)
+    config.id2label, config.label2id = label_maps(id2label).values()
     if config.model_type == "timm_wrapper":  # timm's own key, which is the one that is saved
         config.label_names = list(config.id2label.values())
 
@@ -82,12 +81,11 @@ class ClassMapping:
         members = [tuple(dict.fromkeys(indices[0] for _, indices in row if len(indices) == 1)) for row in found]
         uses = Counter(chain(*members))
         shared = [i for i, indices in enumerate(members) if any(uses[j] > 1 for j in indices)]
-        todo = [i for i, row in enumerate(found) if i in shared or any(len(indices) != 1 for _, indices in row)]
-        if todo or counts_differ:
-            hint = "leave class_map out: all classes are found by name."
-            if todo:
-                hint = _unmatched(source, target, entries, found, shared, todo)
-            raise ValueError(counts_differ + hint)
+        unclear = [i for i, row in enumerate(found) if any(len(indices) != 1 for _, indices in row)]
+        if unclear or shared:
+            raise ValueError(counts_differ + _unmatched(source, target, entries, found, shared, unclear))
+        if counts_differ:
+            raise ValueError(f"{counts_differ}leave class_map out: all classes are found by name.")
         return cls(tuple(members), source, target)
 
     @functools.cached_property
@@ -155,10 +153,8 @@ def read_class_map(value):
     except yaml.YAMLError as error:
         raise ValueError(f"class_map: {value} cannot be read as YAML or JSON: {error}") from error
     except OSError as error:
-        raise ValueError(
-            f"class_map={value!r} is not understood: it is not by_index, not JSON, and there is no such file "
-            f"(seen from {os.getcwd()})."
-        ) from error
+        expected = f"it is not by_index, not JSON, and there is no such file (seen from {os.getcwd()})"
+        raise ValueError(f"class_map={value!r} is not understood: {expected}.") from error
     if not isinstance(class_map, (list, dict)):
         raise ValueError(f"class_map: {value} holds no list and no mapping of classes, but {class_map!r:.80}.")
     return class_map
@@ -290,11 +286,12 @@ def _candidates(source: Sequence[str], items: Sequence[str | int]) -> list[list[
     return found
 
 
-def _unmatched(source, target, entries: list[list], found: list[list], shared: list[int], todo: list[int]) -> str:
-    """The message about the target classes `todo`, with ways to say which is which that work as they stand."""
+def _unmatched(source, target, entries: list[list], found: list[list], shared: list[int], unclear: list[int]) -> str:
+    """The message about classes that are not matched, with ways to say which is which that work as they stand."""
+    todo = sorted({*shared, *unclear})
     missing = [item for item, indices in chain(*found) if not indices]
     several = [(item, indices[:_SHOWN]) for item, indices in chain(*found) if len(indices) > 1]
-    used = {indices[0] for i, row in enumerate(found) if i not in todo for _, indices in row}
+    used = {indices[0] for i in set(range(len(found))).difference(todo) for _, indices in found[i]}
     free = [i for i in range(len(source)) if i not in used]
     parts = []
     if missing:

@@ -1,5 +1,6 @@
 """From anything that holds an image to a uint8 RGB tensor, and from a row of any dataset to an image and a label."""
 
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,11 @@ def _from_tensor(image: Tensor) -> Tensor:
 
 def _from_bytes(data: bytes) -> Tensor:
     if _torchvision_agrees(data):
-        try:
+        with suppress(ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
             from torchvision.io import ImageReadMode, decode_image  # deprecated; without it Pillow decodes everything
 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-        except (ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
-            pass
     try:
         image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO

@@ -45,10 +45,10 @@ def _hash_file(path: str) -> int:
 
 def _file_hashes(paths: list[str]) -> list[int]:
     """The hashes of files, through a cache in datasets' cache folder by path, size and time."""
-    stats = [os.stat(path) if os.path.exists(path) else None for path in paths]
-    keys = [f"{s and s.st_size} {s and s.st_mtime_ns} {path}" for s, path in zip(stats, paths, strict=True)]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_kd_image_hashes"
-    cache = folder / f"{_hash(os.path.dirname(os.path.commonprefix(paths)).encode()):016x}.parquet"
+    stats = {path: os.stat(path) for path in paths if os.path.exists(path)}
+    keys = [f"{stats[path].st_size} {stats[path].st_mtime_ns} {path}" if path in stats else path for path in paths]
+    name = f"{_hash(os.path.dirname(os.path.commonprefix(paths)).encode()):016x}.parquet"
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "hf_kd_image_hashes", name)
     try:
         table = pq.read_table(cache).to_pydict()
         known = dict(zip(table["key"], table["hash"], strict=True))
@@ -61,7 +61,7 @@ def _file_hashes(paths: list[str]) -> list[int]:
         entries = pa.table({"key": keys, "hash": pa.array([known[key] for key in keys], pa.uint64())})
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(entries, temporary)
             temporary.replace(cache)
         except OSError:  # a full or read-only disk: they are computed again next time
@@ -75,9 +75,7 @@ def sort_rows(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     An image's position is i / n if its hash is the i-th smallest (from 0) of its class's n different ones: those below
     a fraction f are the ⌈f·n⌉ smallest of each class. The last of each class has 1, so that no class is held out as a
     whole. Equal images of several classes have the smallest of their positions, so that none is on both sides.
-
-    Training must not take from the front: what follows the images held out by one fraction is what a larger one holds
-    out, and a teacher trained on these could not be measured there.
+    Training must not take from the front: a teacher could not be measured on what a larger fraction holds out.
 
     Args:
         hashes: uint64 (n,), as `image_hashes` gives.

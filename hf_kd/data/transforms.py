@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..config import AUGMENTS
 
@@ -43,7 +44,6 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
     from timm.data.auto_augment import rand_augment_transform  # slow to import
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
     # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
     settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
@@ -85,11 +85,9 @@ class NoiseErasing(v2.RandomErasing):
         super().__init__(p=p, value="random")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
         params = super().make_params(flat_inputs)
         if params["v"] is not None:
-            std, mean = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))
+            mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
             params["v"] = ((params["v"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return params
 

@@ -83,10 +83,8 @@ def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
     if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
         return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
     stages: Any = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
-    stages = getattr(stages, "info", stages)
-    if stages and len(stages) > 1:
-        return prefix + stages[-2]["module"], None
-    return None, None
+    stages = getattr(stages, "info", stages) or ()
+    return (prefix + stages[-2]["module"] if len(stages) > 1 else None), None
 
 
 def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[int, ...]]:

@@ -140,8 +140,8 @@ def head_modules(module: Any) -> list[nn.Module]:
 
 def _width(layer: nn.Module) -> int | None:
     """The number of outputs of a linear layer or of a convolution of size 1; of others None."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels if layer.kernel_size == (1, 1) else None
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return layer.out_channels
     return layer.out_features if isinstance(layer, nn.Linear) else None
 
 

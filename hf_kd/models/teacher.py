@@ -50,10 +50,8 @@ class Teacher(nn.Module):
             model = copy.deepcopy(model).float()  # another teacher may compute with this one as it is
         self.model = model.requires_grad_(False)
         self.eval()
-        self.processor = processor
-        self.preprocessing = Preprocessing(processor)
-        self.name = name
-        self.dtype = dtype
+        self.processor, self.preprocessing = processor, Preprocessing(processor)
+        self.name, self.dtype = name, dtype
         if class_names is None:
             class_names = id2label_of(model)
             width = loading.check_width(name, model, self.preprocessing.size, class_names)
@@ -157,10 +155,8 @@ def aligned_teacher(
     if isinstance(teacher, str):
         teacher = load_teacher(teacher)
     if not isinstance(teacher, Teacher):
-        raise ValueError(
-            f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
-            "wrap it with load_teacher(module, processor=...)."
-        )
+        hint = "wrap it with load_teacher(module, processor=...)"
+        raise ValueError(f"teacher must be a Teacher or an id, got {type(teacher).__name__}: {hint}.")
     if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
         raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
     precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
