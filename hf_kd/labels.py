@@ -40,9 +40,7 @@ def name_classes(config, id2label) -> None:
 class ClassMapping:
     """Of which source classes (a teacher's, a checkpoint's) each target class (the data's) is made.
 
-    Attributes:
-        members: for each target class, the indices of its source classes; no source class is in two.
-        source_names, target_names: the class names in label order.
+    `members` are, for each target class, the indices of its source classes; no source class is in two.
     """
 
     members: tuple[tuple[int, ...], ...]

@@ -55,12 +55,9 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
 
 
 def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """The splits with `label_column` a ClassLabel of the same names in all of them.
+    """The splits with `label_column` a ClassLabel of the same names in all of them, every label of it checked.
 
     A ClassLabel stays as it is; texts become classes in sorted order; integers become the classes "0" to the largest.
-
-    Raises:
-        ValueError: a column of another kind, splits that disagree about it, or labels outside [0, C) or missing.
     """
     feature = next(iter(splits.values())).features[label_column]
     if any(data.features[label_column] != feature for data in splits.values()):
@@ -88,8 +85,8 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
             raise ValueError(
                 f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
                 f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
-                "often published without labels: choose another with --eval_split (with the training split's name, a "
-                "part of it is held out), or another --label_column"
+                "often published without labels: choose another --eval_split (the training split itself, to hold out "
+                "a part of it), or another --label_column"
             )
     if isinstance(feature, datasets.ClassLabel):
         return splits

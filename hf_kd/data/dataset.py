@@ -153,10 +153,9 @@ def _has_image_rows(dataset) -> bool:
 
 
 def as_image_dataset(dataset, id2label: dict[int, str] | None, args: DistillationConfig, wrap: bool = True):
-    """The `ImageDataset` of a map-style dataset.
+    """The `ImageDataset` of a map-style dataset, or of each in a dict; a name or None stays as it is.
 
     Args:
-        dataset: a dataset, a dict of them, or (which stay as they are) a name or None.
         id2label: the student's class names; None: not known, and not checked.
         args: for `image_column`, `label_column` and `data_seed`.
         wrap: False, for a data_collator of the user's own: only a `datasets.Dataset` with an image column is decoded.
@@ -186,10 +185,9 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:
-    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it, else None.
+    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it.
 
-    Raises:
-        ValueError: it does not apply, and was asked for.
+    Else None, or a ValueError if it was asked for.
     """
     if not isinstance(dataset, ImageDataset):
         reason = "your data_collator receives its items unchanged"

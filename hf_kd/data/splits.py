@@ -77,12 +77,8 @@ def sort_rows(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     whole. Equal images of several classes have the smallest of their positions, so that none is on both sides.
     Training must not take from the front: a teacher could not be measured on what a larger fraction holds out.
 
-    Args:
-        hashes: uint64 (n,), as `image_hashes` gives.
-        labels: integers (n,).
-
-    Returns:
-        The rows in that order, ties by hash, int64 (n,); and the position of each row, float64 (n,) in [0, 1].
+    From hashes, uint64 (n,), and labels, integers (n,), it gives the rows in that order, ties by hash, int64 (n,); and
+    the position of each row, float64 (n,) in [0, 1].
     """
     pairs = np.stack([labels.astype(np.uint64), hashes], axis=1)
     pairs, pair_of_row = np.unique(pairs, axis=0, return_inverse=True)

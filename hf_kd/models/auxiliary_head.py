@@ -36,11 +36,11 @@ class AuxiliaryHead(nn.Module):
         self._logits: torch.Tensor | None = None
 
     def forward(self, output) -> torch.Tensor:
-        feature = tensor_of(output)
-        if self.layer.pooling == "class_token":
+        feature, pooling = tensor_of(output), self.layer.pooling
+        if pooling == "class_token":
             feature = feature[:, 0]
-        elif self.layer.pooling != "none":
-            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[self.layer.pooling])
+        elif pooling != "none":
+            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[pooling])
         return self.fc(feature)
 
     def __getstate__(self) -> dict:
@@ -69,12 +69,8 @@ def add_auxiliary_head(
 ) -> AuxiliaryHead:
     """Add the auxiliary head to a student as its submodule `aux_head`, with its hooks, before compiling or wrapping.
 
-    Args:
-        student: the classifier; its saved form does not change.
-        num_classes: C.
-        size, feature_module: see `find_feature_layer`.
-        seed: of the head's weights. The global generator is left alone: a run with the head draws the same numbers as
-            one without.
+    `seed` is that of its weights; the global generator is left alone: a run with the head draws the same numbers as
+    one without. See `find_feature_layer` for `size` and `feature_module`.
     """
     if hasattr(student, HEAD):
         return getattr(student, HEAD)

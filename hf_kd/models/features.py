@@ -33,11 +33,8 @@ _LAYERS = {
 class FeatureLayer:
     """Where USKD taps the student.
 
-    Attributes:
-        name: the module whose output is the feature.
-        channels: D, the size of the pooled feature.
-        pooling: how the output becomes (B, D): "class_token" (the first of (B, N, D)), "mean_token", "nchw" or "nhwc"
-            (the mean over positions of a feature map), "none" (it is (B, D) already).
+    `pooling` is how the output of the module becomes (B, channels): "class_token" (the first of (B, N, D)),
+    "mean_token", "nchw" or "nhwc" (the mean over positions of a feature map), "none" (it is (B, D) already).
     """
 
     name: str
@@ -48,13 +45,9 @@ class FeatureLayer:
 def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module: str | None = None) -> FeatureLayer:
     """The layer that the paper taps: CNNs the output of the last-but-one stage, ViTs the class token after block L/2.
 
-    Args:
-        student: the classifier.
-        size: height and width of its input; one forward of a blank image finds the feature's shape.
-        feature_module: name of the module to tap instead, as in `student.named_modules()`.
-
-    Raises:
-        ValueError: if there is no such module, or no rule for this kind of model; with the candidates.
+    One forward of a blank image of `size` (height and width) finds the feature's shape. `feature_module` names the
+    module to tap instead, as in `student.named_modules()`. ValueError, with the candidates, if there is no such
+    module, or no rule for this kind of model.
     """
     name, kind = (feature_module, None) if feature_module else _known_layer(student)
     if name is None or name not in dict(student.named_modules()):
