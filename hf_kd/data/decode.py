@@ -121,10 +121,8 @@ def _from_bytes(data: bytes) -> Tensor:
 
 
 def _torchvision_agrees(data: bytes) -> bool:
-    """Whether torchvision, the faster of the two, decodes this file to the same pixels as Pillow.
-
-    It does not see an orientation in XMP, nor in PNG one in EXIF behind the pixels.
-    """
+    """Whether torchvision, which is faster, decodes this to Pillow's pixels: it sees no orientation in XMP, nor in PNG
+    one in EXIF behind the pixels."""
     if data.startswith(b"\xff\xd8\xff"):
         return b"tiff:Orientation" not in data
     if data.startswith(b"\x89PNG\r\n\x1a\n"):  # byte 24 is the bit depth; torchvision gives uint16 for 16

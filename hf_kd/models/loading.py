@@ -129,20 +129,17 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
     return model, {key: shape for key, shape in faults.items() if not key.endswith("num_batches_tracked")}
 
 
-def head_modules(module: Any) -> list[nn.Module]:
-    """The parts that hold a classifier's head: timm's own, or the layers outside the body as wide as its classes."""
+def head_layers(module: Any) -> list[Any]:
+    """The linear layers as wide as there are classes in timm's own head, or outside the body of a classifier."""
     if hasattr(module, "timm_model"):
         parts = module.timm_model.get_classifier()
-        return list(parts) if isinstance(parts, (tuple, list)) else [parts]
-    body, classes = f"{getattr(module, 'base_model_prefix', None)}.", module.config.num_labels
-    return [m for n, m in module.named_modules() if not n.startswith(body) and _width(m) == classes]
-
-
-def _width(layer: nn.Module) -> int | None:
-    """The number of outputs of a linear layer or of a convolution of size 1; of others None."""
-    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        return layer.out_channels
-    return layer.out_features if isinstance(layer, nn.Linear) else None
+        layers = [m for part in (parts if isinstance(parts, (tuple, list)) else [parts]) for m in part.modules()]
+    else:
+        body = f"{getattr(module, 'base_model_prefix', None)}."
+        layers = [m for name, m in module.named_modules() if not name.startswith(body)]
+    # A convolution of size 1 is linear, too: its weight has one value for each input and output.
+    linear = [m for m in layers if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight[0, 0].numel() == 1]
+    return [m for m in linear if len(m.weight) == module.config.num_labels]
 
 
 def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> int:
@@ -155,9 +152,8 @@ def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> in
 
 def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
     """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place."""
-    classes = module.config.num_labels
     before = dry_run(module, size)
-    for layer in [m for part in head_modules(module) for m in part.modules() if _width(m) == classes]:
+    for layer in head_layers(module):
         for name, parameter in layer.named_parameters(recurse=False):
             setattr(layer, name, nn.Parameter(parameter.detach()[rows].clone(), parameter.requires_grad))
         setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(rows))

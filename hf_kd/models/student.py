@@ -84,8 +84,8 @@ def load_student(
             dry_run(module, (image_size, image_size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
-    if module is model:
-        names = id2label if config is None else config.id2label
+    names = id2label if config is None else config.id2label
+    if module is model and names is not None:
         loading.check_width(name, module, Preprocessing(processor).size, names)
     if rows is not None:
         if rows != list(range(config.num_labels)):
@@ -94,7 +94,10 @@ def load_student(
         if renamed:
             logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
-        module.config.pretrained_cfg = {**(module.config.pretrained_cfg or {}), **processor.data_config}
+        module.config.pretrained_cfg = {
+            **(getattr(module.config, "pretrained_cfg", None) or {}),
+            **processor.data_config,
+        }
     return module, processor
 
 
@@ -127,7 +130,7 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
 
 def _check_loaded(module: Any, name: str, faults: dict, own: int) -> None:
     """Only the head may be new, of a checkpoint that names `own` classes: all else would be trained from noise."""
-    head = {id(p) for part in loading.head_modules(module) for p in part.parameters()}
+    head = {id(p) for layer in loading.head_layers(module) for p in layer.parameters()}
     wrong = sorted(faults.keys() - {n for n, p in module.named_parameters() if id(p) in head})
     if wrong:
         raise ValueError(
