@@ -132,8 +132,9 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
 def head_layers(module: Any) -> list[Any]:
     """The linear layers as wide as there are classes in timm's own head, or outside the body of a classifier."""
     if hasattr(module, "timm_model"):
-        parts = module.timm_model.get_classifier()
-        layers = [m for part in (parts if isinstance(parts, (tuple, list)) else [parts]) for m in part.modules()]
+        heads = module.timm_model.get_classifier()
+        heads = heads if isinstance(heads, (tuple, list)) else [heads]
+        layers = [m for head in heads for m in head.modules()]
     else:
         body = f"{getattr(module, 'base_model_prefix', None)}."
         layers = [m for name, m in module.named_modules() if not name.startswith(body)]

@@ -67,8 +67,7 @@ class Preprocessing:
         resample: Any = getattr(processor, "resample", None)
         if resample is None:
             resample = getattr(processor, "data_config", {}).get("interpolation")
-        resample = getattr(resample, "value", resample)
-        mode = _PILLOW.get(resample, resample)
+        mode = _PILLOW.get(resample, getattr(resample, "value", resample))
         self.interpolation = InterpolationMode(mode if mode in _PILLOW.values() else "bicubic")
 
     def __repr__(self) -> str:

@@ -94,10 +94,8 @@ def load_student(
         if renamed:
             logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
-        module.config.pretrained_cfg = {
-            **(getattr(module.config, "pretrained_cfg", None) or {}),
-            **processor.data_config,
-        }
+        before = getattr(module.config, "pretrained_cfg", None) or {}
+        module.config.pretrained_cfg = {**before, **processor.data_config}
     return module, processor
 
 
