@@ -207,8 +207,7 @@ def _imagenet(subset: str = "imagenet-1k"):
 
 def _synonyms(name: str) -> set[str]:
     """Keys of all that "tench, Tinca tinca: a fish", "n01440764" or "n01440764-tench" call their class."""
-    wordnet = _WORDNET_ID.match(name)
-    if wordnet:
+    if wordnet := _WORDNET_ID.match(name):
         try:
             lemmas = _imagenet().label_name_to_description(wordnet.group())
         except KeyError:  # no class of any ImageNet
@@ -242,10 +241,8 @@ def _entries(class_map, source: Sequence[str], target: Sequence[str]) -> list[li
         place = {_key(name): i for i, name in enumerate(target)}
         unknown = [name for name in class_map if _key(name) not in place]
         if unknown:
-            raise ValueError(
-                f"class_map names {len(unknown)} classes that the data does not have: {unknown[:_SHOWN]}; "
-                f"it has {list(target)[:_SHOWN]}."
-            )
+            known = f"it has {list(target)[:_SHOWN]}"
+            raise ValueError(f"class_map names classes that the data does not have: {unknown[:_SHOWN]}; {known}.")
         for name, entry in class_map.items():
             entries[place[_key(name)]] = entry
     entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]

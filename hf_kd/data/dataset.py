@@ -61,8 +61,7 @@ class ImageDataset(Dataset):
     Args:
         dataset: a `datasets.Dataset` with an image column, read undecoded whatever its format is; or any other dataset
             (a Subset, torchvision's, your own, one `with_transform`) whose items are what `decode_row` takes.
-        image_column, label_column: see `find_columns` and `decode_row`.
-        transform: see `read_item`; None: the image as it is.
+        image_column, label_column, transform: see `find_columns` and `read_item`.
         seed: not negative.
 
     Attributes:

@@ -71,8 +71,7 @@ def load_data(
             without train/ and test/, val/, valid/ or validation/ above them), a local parquet file, a folder that
             `save_to_disk` wrote, or the id of a dataset on the Hub. What starts with ".", "/" or "~", ends with
             ".parquet", or exists is local and never looked for on the Hub.
-        config_name: of the dataset, if it has several.
-        revision: commit, tag or branch on the Hub.
+        config_name, revision: of the dataset on the Hub; the revision is a commit, tag or branch.
         train_split: None: "train", or the only split there is.
         eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
             itself, a part of that is held out: of a class's n different images the ⌈eval_fraction·n⌉ (but not all)
@@ -84,8 +83,7 @@ def load_data(
             largest to train on, the smallest to evaluate on.
 
     Raises:
-        ValueError: nothing to load there, a missing split or column, an empty split, or labels that are
-            missing or out of range.
+        ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
     """
     splits, commit = _read(name, config_name, revision)
     train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
@@ -195,9 +193,8 @@ def _read_folder(folder: Path, config_name: str | None) -> Any:
     data_files = {"train": "**"}
     if "train" in labelled:
         data_files = {split: f"{split}/**" for split in splits if split in labelled}
-        for split in splits:
-            if split not in labelled:
-                logger.warning(f"{folder / split} is left out: it has no folders of classes")
+        for split in set(splits) - labelled:
+            logger.warning(f"{folder / split} is left out: it has no folders of classes")
     elif splits and subfolders == set(splits):
         raise ValueError(f"{', '.join(splits)} should hold a folder for each class, or a metadata.csv, and do not")
     return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files)

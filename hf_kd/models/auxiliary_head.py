@@ -57,9 +57,8 @@ class AuxiliaryHead(nn.Module):
         if aux_logits is None:
             raise RuntimeError(
                 f"the auxiliary head got no differentiable feature from {self.layer.name!r}. With activation "
-                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the "
-                "module by (in timm), choose its last block with feature_module= (--feature_module): "
-                f"{self.layer.name}.N."
+                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the module "
+                f"by (in timm), choose its last block as feature_module: {self.layer.name}.N."
             )
         return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
 

@@ -184,16 +184,11 @@ def processor_for(module, name: str, hub: dict):
 
 
 def adjust_processor(processor, image_size, image_mean, image_std):
-    """The processor with another input size (a plain square resize) and other statistics, where they are given.
-
-    Without a processor, one is made of all three.
-    """
+    """The processor with another input size (a plain square resize) and statistics; without one, made of all three."""
     if processor is None:
         if not (image_size and image_mean and image_std):
-            raise ValueError(
-                "a model given as a module needs its image processor: pass processor=, or image_size=, image_mean= "
-                "and image_std=."
-            )
+            hint = "pass processor=, or image_size=, image_mean= and image_std="
+            raise ValueError(f"a model given as a module needs its image processor: {hint}.")
         return _square_processor(image_size, image_mean, image_std)
     statistics = {key: list(values) for key, values in (("mean", image_mean), ("std", image_std)) if values}
     if not image_size and not statistics:
