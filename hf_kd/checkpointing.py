@@ -184,8 +184,8 @@ def _timm_data(processor) -> dict:
     edge: Any = size.get("shortest_edge") or size.get("height")
     return {
         "input_size": (3, *preprocessing.size),
-        "mean": (-preprocessing.offset / preprocessing.scale).flatten().tolist(),
-        "std": (1 / preprocessing.scale).flatten().tolist(),
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
         "interpolation": preprocessing.interpolation.value,
         "crop_pct": preprocessing.size[0] / edge if getattr(processor, "do_center_crop", False) else 1.0,
         "crop_mode": "center" if size.get("shortest_edge") else "squash",

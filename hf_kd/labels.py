@@ -31,24 +31,16 @@ def label_maps(names: Sequence[str] | Mapping[int, str]) -> dict:
 
 
 def name_classes(config, id2label) -> None:
-    for key, value in label_maps(id2label).items():
-        setattr(config, key, value)
+    config.id2label, config.label2id = label_maps(id2label).values()
     if config.model_type == "timm_wrapper":  # timm's own key, which is the one that is saved
         config.label_names = list(config.id2label.values())
-
-
-def are_placeholders(names: Mapping[int, str]) -> bool:
-    """Whether these are what transformers calls the classes of a model that names none."""
-    return all(name == f"LABEL_{i}" for i, name in names.items())
 
 
 @dataclass(frozen=True)
 class ClassMapping:
     """Of which source classes (a teacher's, a checkpoint's) each target class (the data's) is made.
 
-    Attributes:
-        members: for each target class, the indices of its source classes; no source class is in two.
-        source_names, target_names: the class names in label order.
+    `members` are, for each target class, the indices of its source classes; no source class is in two.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -74,50 +66,24 @@ class ClassMapping:
                 and a `class_map` that can be typed.
         """
         source, target = (tuple(label_maps(names)["id2label"].values()) for names in (source, target))
-        class_map = read_class_map(class_map)
+        class_map, counts_differ = read_class_map(class_map), ""
         if class_map == "by_index" and len(source) != len(target):
-            try:
-                hint = cls.between(source, target) and "leave class_map out: all classes are found by name."
-            except ValueError as error:
-                hint = str(error)
-            raise ValueError(
-                f'class_map="by_index" needs equal counts, the teacher has {len(source)} classes, the data '
-                f"{len(target)}: {hint}"
-            )
+            counts = f"the teacher has {len(source)} classes, the data {len(target)}"
+            class_map, counts_differ = None, f'class_map="by_index" needs equal counts, {counts}: '
         # Names that occur twice are no question in two equal lists.
         if class_map == "by_index" or (class_map is None and [*map(_key, source)] == [*map(_key, target)]):
             return cls(tuple((i,) for i in range(len(source))), source, target)
-        place = {_key(name): i for i, name in enumerate(target)}
-        if isinstance(class_map, (list, tuple)):
-            if len(class_map) != len(target):
-                raise ValueError(
-                    f"class_map needs an entry for each of {len(target)} classes, it has {len(class_map)}."
-                )
-            mapped: dict[int | str, Any] = dict(enumerate(class_map))
-        else:
-            mapped = {place.get(_key(name), str(name)): entry for name, entry in (class_map or {}).items()}
-        unknown = [name for name in mapped if isinstance(name, str)]
-        if unknown:
-            raise ValueError(
-                f"class_map names {len(unknown)} classes that the data does not have: {unknown[:_SHOWN]}; "
-                f"it has {list(target)[:_SHOWN]}."
-            )
-        entries = [mapped.get(i, name) for i, name in enumerate(target)]
-        entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
-        for item in chain.from_iterable(entry or [entry] for entry in entries):
-            if type(item) not in (int, str) or (type(item) is int and not 0 <= item < len(source)):
-                raise ValueError(f"class_map has {item!r}, which is no name and no index in [0, {len(source)}).")
-        of_text = iter(_candidates(source, [item for item in chain(*entries) if isinstance(item, str)]))
-        found = [[(e, next(of_text) if isinstance(e, str) else [e]) for e in entry] for entry in entries]
-        members = [tuple(dict.fromkeys(i[0] for _, i in items if len(i) == 1)) for items in found]
-        counts = Counter(chain(*members))
-        done = [
-            all(len(i) == 1 for _, i in items) and all(counts[i] == 1 for i in indices)
-            for items, indices in zip(found, members, strict=True)
-        ]
-        if not all(done):
-            shared = [target[i] for i, indices in enumerate(members) if any(counts[j] > 1 for j in indices)]
-            raise ValueError(_unmatched(source, target, mapped, found, done, shared))
+        entries = _entries(class_map, source, target)
+        candidates = iter(_candidates(source, [*chain(*entries)]))
+        found = [[(item, next(candidates)) for item in entry] for entry in entries]
+        members = [tuple(dict.fromkeys(indices[0] for _, indices in row if len(indices) == 1)) for row in found]
+        uses = Counter(chain(*members))
+        shared = [i for i, indices in enumerate(members) if any(uses[j] > 1 for j in indices)]
+        unclear = [i for i, row in enumerate(found) if any(len(indices) != 1 for _, indices in row)]
+        if unclear or shared:
+            raise ValueError(counts_differ + _unmatched(source, target, entries, found, shared, unclear))
+        if counts_differ:
+            raise ValueError(f"{counts_differ}leave class_map out: all classes are found by name.")
         return cls(tuple(members), source, target)
 
     @functools.cached_property
@@ -141,13 +107,10 @@ class ClassMapping:
         return torch.tensor([[*m, *[blank] * (width - len(m))] for m in self.members])
 
     def apply(self, logits: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `(B, targets)` from the source's `(B, sources)`.
+        """Logits `(B, targets)` from the source's `(B, sources)`; `index` is `self.index` on their device.
 
         Of a permutation they are the very same numbers. Else they are log-probabilities at temperature 1, that of a
         class the logsumexp of its members'; softmax renormalises them over the classes that are kept.
-
-        Args:
-            index: `self.index` on the device of `logits`, where it is kept there.
         """
         index = self.index.to(logits.device) if index is None else index
         if self.kind in ("identity", "permutation"):
@@ -163,54 +126,46 @@ class ClassMapping:
     def describe(self) -> dict:
         """For the record: the kind, both counts, and (unless it is the identity) `[target, {index: source}]` pairs."""
         text = {"kind": self.kind, "source_classes": len(self.source_names), "target_classes": len(self.target_names)}
-        parts = [{i: self.source_names[i] for i in indices} for indices in self.members]
-        pairs = [list(pair) for pair in zip(self.target_names, parts, strict=True)]
-        return text if self.kind == "identity" else {**text, "classes": pairs}
+        if self.kind != "identity":
+            parts = [{i: self.source_names[i] for i in indices} for indices in self.members]
+            text["classes"] = [list(pair) for pair in zip(self.target_names, parts, strict=True)]
+        return text
 
 
 def read_class_map(value):
     """A class map as `ClassMapping.between` takes it: None, `"by_index"`, a list or a dict.
 
-    Args:
-        value: one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one.
-
-    Raises:
-        ValueError: it is none of these.
+    `value` is one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one; ValueError
+    if it is none of these.
     """
     if value is None or value == "by_index" or not isinstance(value, (str, os.PathLike)):
         return value
     import yaml
 
-    path = Path(value).expanduser()
     try:
         if str(value).lstrip().startswith(("{", "[")):
             return json.loads(str(value))
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        class_map = yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))  # JSON is YAML
     except json.JSONDecodeError as error:
         raise ValueError(f"class_map is not valid JSON ({error}): {value}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"class_map: {path} cannot be read as YAML or JSON: {error}") from error
+        raise ValueError(f"class_map: {value} cannot be read as YAML or JSON: {error}") from error
     except OSError as error:
-        raise ValueError(
-            f"class_map={value!r} is not understood: it is not by_index, not JSON, and there is no file {path} "
-            f"(seen from {os.getcwd()})."
-        ) from error
-    if not isinstance(read, (list, dict)):
-        raise ValueError(f"class_map: {path} holds no list and no mapping of classes, but {read!r:.80}.")
-    return read
+        expected = f"it is not by_index, not JSON, and there is no such file (seen from {os.getcwd()})"
+        raise ValueError(f"class_map={value!r} is not understood: {expected}.") from error
+    if not isinstance(class_map, (list, dict)):
+        raise ValueError(f"class_map: {value} holds no list and no mapping of classes, but {class_map!r:.80}.")
+    return class_map
 
 
 def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
-    """Which rows of a checkpoint's classification head are for the classes of the data.
+    """The row of a checkpoint's head for each class of the data (None if the head must be new), and how many are new.
 
     A class that the checkpoint knows keeps its row. Where it does not know all and the counts are equal, the other
     classes take the other rows in order, under their new names.
-
-    Returns:
-        `(rows, renamed)`: the row of each class, or None if the head must be new; the count of new names.
     """
     source, target = (list(label_maps(x)["id2label"].values()) for x in (own, names))
-    if are_placeholders(own):
+    if source == [f"LABEL_{i}" for i in range(len(source))]:  # transformers' names for a model that has none
         return (list(range(len(target))) if len(source) == len(target) else None), 0
     try:
         return ClassMapping.between(source, target).rows, 0
@@ -225,21 +180,17 @@ def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
 
 def check_class_order(data: list[str], student: dict[int, str]) -> None:
     """The i-th class of the data must be the student's i-th: else it learns, and is saved with, wrong names."""
-    if len(student) == len(data) and are_placeholders(student):
+    rows, renamed = head_rows(student, data)
+    if rows is None or renamed or len(data) != len(student):
+        differ = [(name, student.get(i)) for i, name in enumerate(data) if name != student.get(i)][:5]
+        problem = f"the data have {len(data)} classes, the student {len(student)}, and their names differ: {differ}"
+    elif rows != sorted(rows):
+        problem = "data and student have the same classes in another order"
+    else:
         return
-    hint = "load the student with load_student(..., id2label=names), names in the order of the data"
-    try:
-        rows = ClassMapping.between(student, data).rows if len(student) == len(data) else None
-    except ValueError:
-        rows = None
-    if rows is None:
-        differ = [(data[i], student.get(i)) for i in range(len(data)) if data[i] != student.get(i)][:5]
-        raise ValueError(
-            f"the data have {len(data)} classes, the student {len(student)}, and their names differ, as in {differ}: "
-            f"{hint}."
-        )
-    if rows != list(range(len(data))):
-        raise ValueError(f"data and student have the same classes in another order: {hint}.")
+    raise ValueError(
+        f"{problem}: load the student with load_student(..., id2label=names), names in the order of the data."
+    )
 
 
 def _key(name) -> str:
@@ -256,8 +207,7 @@ def _imagenet(subset: str = "imagenet-1k"):
 
 def _synonyms(name: str) -> set[str]:
     """Keys of all that "tench, Tinca tinca: a fish", "n01440764" or "n01440764-tench" call their class."""
-    wordnet = _WORDNET_ID.match(name)
-    if wordnet:
+    if wordnet := _WORDNET_ID.match(name):
         try:
             lemmas = _imagenet().label_name_to_description(wordnet.group())
         except KeyError:  # no class of any ImageNet
@@ -280,7 +230,29 @@ def _wordnet_ids(names: Sequence[str]) -> list[str | None]:
     return ids
 
 
-def _positions(groups) -> dict:
+def _entries(class_map, source: Sequence[str], target: Sequence[str]) -> list[list]:
+    """For each target class the names and indices of its source classes, as a list or dict says; else its own name."""
+    entries: list = list(target)
+    if isinstance(class_map, (list, tuple)):
+        if len(class_map) != len(target):
+            raise ValueError(f"class_map needs an entry for each of {len(target)} classes, it has {len(class_map)}.")
+        entries = list(class_map)
+    elif class_map:
+        place = {_key(name): i for i, name in enumerate(target)}
+        unknown = [name for name in class_map if _key(name) not in place]
+        if unknown:
+            known = f"it has {list(target)[:_SHOWN]}"
+            raise ValueError(f"class_map names classes that the data does not have: {unknown[:_SHOWN]}; {known}.")
+        for name, entry in class_map.items():
+            entries[place[_key(name)]] = entry
+    entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+    for item in chain.from_iterable(entry or [entry] for entry in entries):
+        if type(item) not in (int, str) or (type(item) is int and not 0 <= item < len(source)):
+            raise ValueError(f"class_map has {item!r}, which is no name and no index in [0, {len(source)}).")
+    return entries
+
+
+def _places(groups) -> dict:
     """For each key its places in a sequence of groups of keys."""
     places: dict = {}
     for i, group in enumerate(groups):
@@ -289,17 +261,19 @@ def _positions(groups) -> dict:
     return places
 
 
-def _candidates(source: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """For each name the source classes that it may mean: one, if it is found."""
-    by_name = _positions([_key(name)] for name in source)
-    found = [by_name.get(_key(name), []) for name in names]
-    if all(len(indices) == 1 for indices in found) and len({i for (i,) in found}) == len(names):
+def _candidates(source: Sequence[str], items: Sequence[str | int]) -> list[list[int]]:
+    """For each name (or index) the source classes that it may mean: one, if it is found."""
+    by_name = _places([_key(name)] for name in source)
+    found = [[item] if isinstance(item, int) else by_name.get(_key(item), []) for item in items]
+    if all(len(indices) == 1 for indices in found) and len({i for (i,) in found}) == len(items):
         return found
-    ids: list = [None] * len(names)
-    if min(len(source), len(names)) >= 1000 or any(map(_WORDNET_ID.match, chain(source, names))):
-        ids, by_id = _wordnet_ids(names), _positions([i] for i in _wordnet_ids(source))
-    by_word, counts = _positions(map(_synonyms, source)), Counter(map(_key, names))
+    names = [str(item) for item in items]
+    ids, counts = _wordnet_ids(names), Counter(map(_key, names))
+    by_id = _places([i] for i in _wordnet_ids(source)) if any(ids) else {}
+    by_word = _places(map(_synonyms, source))
     for i, name in enumerate(names):
+        if isinstance(items[i], int):
+            continue
         if (len(found[i]) != 1 or counts[_key(name)] > 1) and ids[i] and ids[i] in by_id:
             found[i] = by_id[ids[i]]
         elif not found[i]:
@@ -307,13 +281,13 @@ def _candidates(source: Sequence[str], names: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _unmatched(source, target, mapped: dict, found: list[list], done: list[bool], shared: list[str]) -> str:
+def _unmatched(source, target, entries: list[list], found: list[list], shared: list[int], unclear: list[int]) -> str:
     """The message about classes that are not matched, with ways to say which is which that work as they stand."""
+    todo = sorted({*shared, *unclear})
     missing = [item for item, indices in chain(*found) if not indices]
-    several = {item: indices[:_SHOWN] for item, indices in chain(*found) if len(indices) > 1}
-    used = {i for items, sure in zip(found, done, strict=True) if sure for _, indices in items for i in indices}
+    several = [(item, indices[:_SHOWN]) for item, indices in chain(*found) if len(indices) > 1]
+    used = {indices[0] for i in set(range(len(found))).difference(todo) for _, indices in found[i]}
     free = [i for i in range(len(source)) if i not in used]
-    todo = [i for i, sure in enumerate(done) if not sure]
     parts = []
     if missing:
         parts.append(
@@ -321,20 +295,23 @@ def _unmatched(source, target, mapped: dict, found: list[list], done: list[bool]
             f"{missing[:_SHOWN]}; the teacher's unmatched ones: {[source[i] for i in free[:_SHOWN]]}"
         )
     if several:
-        parts.append(f"the teacher has several classes of the name: {dict(list(several.items())[:_SHOWN])}")
+        parts.append(f"the teacher has several classes of the name: {dict(several[:_SHOWN])}")
     if shared:
-        parts.append(f"names are not unique, one class of the teacher would be that of {shared[:_SHOWN]}")
+        names = [target[i] for i in shared[:_SHOWN]]
+        parts.append(f"names are not unique, one class of the teacher would be that of {names}")
     if len(todo) > len(free):
         parts.append(f"it has {len(source)} classes, too few: use a teacher that knows the data's {len(target)}")
         return f"{'; '.join(parts)}."
-    ways = ['"by_index" (--class_map by_index)'] if len(source) == len(target) else []
+    ways = ["a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)"]
+    if len(source) == len(target):
+        ways.insert(0, '"by_index" (--class_map by_index)')
     if len(todo) <= _SHOWN and len(set(map(_key, target))) == len(target):
-        names, guess = Counter(map(_key, source)), dict(mapped)
+        guess: dict[str, Any] = {name: entry for name, entry in zip(target, entries, strict=True) if entry != [name]}
+        keys = [_key(name) for name in source]
         for i in todo:
             j = next((j for _, indices in found[i] for j in indices if j in free), free[0])
-            guess[i] = source[j] if names[_key(source[j])] == 1 else j
+            guess[target[i]] = source[j] if keys.count(keys[j]) == 1 else j
             free.remove(j)
-        text = json.dumps({target[i]: entry for i, entry in guess.items()}, ensure_ascii=False)
+        text = json.dumps(guess, ensure_ascii=False)
         ways.insert(0, f"{text} (--class_map {shlex.quote(text)})")
-    ways.append("a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)")
     return f"{'; '.join(parts)}. Say which class is which with class_map={', '.join(ways)}."

@@ -68,7 +68,7 @@ def test_a_class_map_in_a_file_or_as_json(tmp_path, monkeypatch):
     [
         ("just text", "no list and no mapping"),
         ("{a: [", "cannot be read as YAML or JSON"),
-        (None, "not by_index.*no file"),
+        (None, "not by_index.*no such file"),
     ],
 )
 def test_a_file_that_holds_no_class_map(content, message, tmp_path):

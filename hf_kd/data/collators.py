@@ -7,6 +7,7 @@ them; and "skipped", a list of texts about images that could not be decoded, onl
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,89 +22,75 @@ from ..models.preprocessing import Preprocessing
 from .decode import UndecodableImage, decode_row
 from .transforms import Mixer, forked_rng, sample_seed, seed_rngs
 
-ResizeAndCrop = Callable[[list[Tensor]], Tensor]
+Stack = Callable[[list[Tensor]], Tensor]
 
 
+@dataclass(eq=False)
 class TrainingCollator:
     """A training batch, without the items that cannot be decoded.
 
     Args:
-        size: side in pixels to which every image is brought, whatever the others of its batch are; None: images are
-            stacked as they are and must have one shape.
-        mixer: applied last. Its draws are a function of `seed`, the epoch and the first key of the batch, or come from
-            torch's global generator where items have no key.
-        seed: not negative.
+        size: side in pixels to which every image is brought; None: images are stacked and must have one shape.
+        mixer: applied last. Its draws are a function of `seed` (not negative), the epoch and the first key of the
+            batch, or come from torch's global generator where items have no key.
         interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
 
     Raises:
         ValueError: on a call: nothing left of a batch, no label or image, or several shapes without a size.
     """
 
-    def __init__(
-        self,
-        size: int | None = None,
-        mixer: Mixer | None = None,
-        seed: int = 0,
-        interpolation: InterpolationMode | None = None,
-    ) -> None:
-        self.size, self.mixer, self.seed = size, mixer, seed
-        self.interpolation = interpolation or InterpolationMode.BICUBIC
+    size: int | None = None
+    mixer: Mixer | None = None
+    seed: int = 0
+    interpolation: InterpolationMode | None = None
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows, skipped = _decode(items)
-        kept = [row for row in rows if row is not None]
-        if not kept:
-            raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
-        batch = _batch(kept, self._stack)
+        batch = _batch([row for row in rows if "labels" in row], self._stack, skipped)
         if self.mixer is not None:
             key = "pixels" if "pixels" in batch else "pixel_values"
             with forked_rng() if "index" in batch else nullcontext():
                 if "index" in batch:  # the 1: not the numbers that the transform of that image drew
                     seed_rngs(sample_seed(self.seed, batch["epoch"], int(batch["index"][0]), 1))
                 batch[key], batch["labels"] = self.mixer(batch[key], batch["labels"])
-        return batch | ({"skipped": skipped} if skipped else {})
+        return batch
 
     def _stack(self, images: list[Tensor]) -> Tensor:
         if self.size is not None:
-            images = [resize(image, [self.size] * 2, self.interpolation, antialias=True) for image in images]
+            mode = self.interpolation or InterpolationMode.BICUBIC
+            images = [resize(image, [self.size] * 2, mode, antialias=True) for image in images]
         return _stack(images, "train_image_size, or augment with 'resized_crop'")
 
 
+@dataclass(eq=False)
 class EvaluationCollator:
     """An evaluation batch, with a black image and label -100 for each that cannot be decoded: ranks must agree on B.
 
     Args:
         resize_and_crop: a model's `Preprocessing.resize_and_crop`, a list of uint8 (3, H, W) to uint8 (B, 3, h, w).
-            None: images are stacked as they are and must have one shape.
+            None: images are stacked and must have one shape.
         teacher_resize_and_crop: the same for an additional "teacher_pixels".
 
     Raises:
-        ValueError: on a call: no label or image; without `resize_and_crop`: several shapes, or no image that can be
-            decoded.
+        ValueError: on a call: no label or image; without `resize_and_crop` also several shapes, or nothing decoded.
     """
 
-    def __init__(
-        self, resize_and_crop: ResizeAndCrop | None = None, teacher_resize_and_crop: ResizeAndCrop | None = None
-    ) -> None:
-        self.resize_and_crop, self.teacher_resize_and_crop = resize_and_crop, teacher_resize_and_crop
+    resize_and_crop: Stack | None = None
+    teacher_resize_and_crop: Stack | None = None
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows, skipped = _decode(items)
-        filler = next((row for row in rows if row is not None), None)
-        if filler is None:
-            if self.resize_and_crop is None:
-                raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
+        filler = next((row for row in rows if "labels" in row), None)
+        if filler is None and self.resize_and_crop is not None:
             filler = {"pixels": torch.zeros(3, 32, 32, dtype=torch.uint8), "labels": 0}
-        blank: dict[str, Any] = {
-            key: torch.zeros_like(filler[key]) for key in ("pixels", "pixel_values") if key in filler
-        }
-        blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
-        filled = [row or blank | _keys(item) for row, item in zip(rows, items, strict=True)]
-
-        batch = _batch(filled, self.resize_and_crop or _stack)
+        if filler is not None:
+            blank = {key: torch.zeros_like(value) for key, value in filler.items() if key.startswith("pixel")}
+            blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
+            rows = [blank | row for row in rows]
+        batch = _batch([row for row in rows if "labels" in row], self.resize_and_crop or _stack, skipped)
         if self.teacher_resize_and_crop is not None and "pixels" in batch:
-            batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in filled])
-        return batch | ({"skipped": skipped} if skipped else {})
+            batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in rows])
+        return batch
 
 
 def training_collator(
@@ -122,46 +109,40 @@ def evaluation_collator(student: Preprocessing | None, teacher: Preprocessing | 
 
 
 def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, max_fraction: float) -> None:
-    """Moves the "skipped" of a batch into a dict, which keeps their order.
-
-    Raises:
-        ValueError: they are now more than `max_fraction` of `total` images.
-    """
+    """Moves the "skipped" of a batch into a dict; ValueError if that is more than `max_fraction` of `total` images."""
     skipped.update(dict.fromkeys(batch.pop("skipped", ())))
     if len(skipped) > max_fraction * total:
-        raise ValueError(
-            f"{len(skipped)} of {total} images could not be decoded, more than max_skipped_fraction={max_fraction} "
-            f"allows. The first: {list(skipped)[:5]}."
-        )
+        limit = f"more than max_skipped_fraction={max_fraction} allows"
+        raise ValueError(f"{len(skipped)} of {total} images could not be decoded, {limit}: {list(skipped)[:5]}.")
 
 
-def _keys(item: Any) -> dict[str, Any]:
-    return {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
-
-
-def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any] | None], list[str]]:
-    """The decoded items, None for each that cannot be decoded, and the reasons of these."""
-    rows: list[dict[str, Any] | None] = []
-    skipped = []
+def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Decoded items, of those that cannot be decoded only the keys, and the reasons of these."""
+    rows, skipped = [], []
     for item in items:
+        row = {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
         try:
-            rows.append(decode_row(item) | _keys(item))
+            row |= decode_row(item)
         except UndecodableImage as error:
             skipped.append(str(error))
-            rows.append(None)
+        rows.append(row)
     return rows, skipped
 
 
-def _batch(rows: list[dict[str, Any]], stack: Callable[[list[Tensor]], Tensor]) -> dict[str, Any]:
+def _batch(rows: list[dict[str, Any]], stack: Stack, skipped: list[str]) -> dict[str, Any]:
+    if not rows:
+        raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
     labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
+    batch: dict[str, Any] = {"labels": labels.long() if labels.ndim == 1 else labels.float()}
     if "pixel_values" in rows[0]:
-        batch: dict[str, Any] = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
     else:
-        batch = {"pixels": stack([row["pixels"] for row in rows])}
-    batch["labels"] = labels.long() if labels.ndim == 1 else labels.float()
+        batch["pixels"] = stack([row["pixels"] for row in rows])
     if all("index" in row and "epoch" in row for row in rows):
         batch["index"] = torch.tensor([int(row["index"]) for row in rows])
         batch["epoch"] = int(rows[0]["epoch"])
+    if skipped:
+        batch["skipped"] = skipped
     return batch
 
 

@@ -11,10 +11,9 @@ INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row nu
 
 
 def find_columns(features: Any, image_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
-    """The names of the image and the label column.
+    """The names of the image and the label column, of `datasets.Features` or a dataset that has them.
 
     Args:
-        features: `datasets.Features`, or a dataset that has them.
         image_column: its name, or None: the column of images ("image" or "img" if there are several).
         label_column: its name, or None: "labels", "label" or "fine_label", else the only ClassLabel column.
 
@@ -22,30 +21,29 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
         ValueError: a named column does not exist, or there are none or several to choose from; lists the columns.
     """
     features = getattr(features, "features", features) or {}
-    images = [name for name, feature in features.items() if _holds_images(feature)]
+    # A struct with bytes is what parquet files written without datasets' metadata give.
+    images = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    ]
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     named = [name for name in ("labels", "label", "fine_label") if name in features]
+    usual = [name for name in ("image", "img") if name in images]
     return (
-        _choose("image_column", image_column, [n for n in ("image", "img") if n in images][:1] or images, features),
+        _choose("image_column", image_column, usual[:1] or images, features),
         _choose("label_column", label_column, named[:1] or classes, features),
     )
 
 
-def _holds_images(feature: Any) -> bool:
-    # A struct with bytes is what parquet files written without datasets' metadata give.
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
-
-
 def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:
-    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
     if name is not None:
-        if name not in features:
-            raise ValueError(f"there is no column {name!r} (--{option}); the columns are: {columns}")
-        return name
-    if len(candidates) != 1:
-        found = f"several ({', '.join(candidates)})" if candidates else "none"
-        raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
-    return candidates[0]
+        candidates = [name] if name in features else []
+    if len(candidates) == 1:
+        return candidates[0]
+    columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
+    found = f"several ({', '.join(candidates)})" if candidates else "none" + (f" named {name!r}" if name else "")
+    raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
 
 
 def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
@@ -57,22 +55,19 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
 
 
 def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """The same splits with `label_column` a ClassLabel of the same names in all of them.
+    """The splits with `label_column` a ClassLabel of the same names in all of them, every label of it checked.
 
     A ClassLabel stays as it is; texts become classes in sorted order; integers become the classes "0" to the largest.
-
-    Raises:
-        ValueError: a column of another kind, splits that disagree about it, or labels outside [0, C) or missing.
     """
-    features = {split: data.features[label_column] for split, data in splits.items()}
-    feature = next(iter(features.values()))
-    if any(other != feature for other in features.values()):
+    feature = next(iter(splits.values())).features[label_column]
+    if any(data.features[label_column] != feature for data in splits.values()):
+        features = {split: data.features[label_column] for split, data in splits.items()}
         raise ValueError(f"the splits disagree about column {label_column!r}: {features}")
     # Through arrow: no image is read, and nothing is copied to the cache as `cast` would do with the whole dataset.
     tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}
     labels = {split: table[label_column] for split, table in tables.items()}
     dtype = getattr(feature, "dtype", "")
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    names = getattr(feature, "names", None)  # of a ClassLabel
     if dtype in ("string", "large_string"):
         names = sorted(set().union(*(values.unique().to_pylist() for values in labels.values())) - {None})
         labels = {split: pc.index_in(values, pa.array(names, values.type)) for split, values in labels.items()}
@@ -81,7 +76,6 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     elif not dtype.startswith(("int", "uint")):
         columns = ", ".join(next(iter(splits.values())).column_names)
         raise ValueError(f"column {label_column!r} is {feature}: no labels; the columns are: {columns}")
-
     arrays = {split: values.fill_null(-1).to_numpy() for split, values in labels.items()}
     if names is None:
         names = [str(label) for label in range(max(int(array.max()) for array in arrays.values()) + 1)]
@@ -91,8 +85,8 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
             raise ValueError(
                 f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
                 f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
-                "often published without labels: choose another with --eval_split (with the training split's name, a "
-                "part of it is held out), or another --label_column"
+                "often published without labels: choose another --eval_split (the training split itself, to hold out "
+                "a part of it), or another --label_column"
             )
     if isinstance(feature, datasets.ClassLabel):
         return splits

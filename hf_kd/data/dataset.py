@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..config import DistillationConfig
 from ..labels import check_class_order
-from .columns import INDEX_COLUMN, class_names, find_columns
+from .columns import INDEX_COLUMN, find_columns
 from .decode import UndecodableImage, decode_row
 from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
 
@@ -52,19 +52,16 @@ def read_item(
 
 
 class ImageDataset(Dataset):
-    """Images and labels of a map-style dataset, decoded and augmented.
+    """Images and labels of a map-style dataset, decoded and augmented: the items are what `read_item` gives.
 
-    An item is what `read_item` gives: {"pixels": uint8 (3, H, W), "labels", "index", "epoch"}. Everything that is
-    drawn from torch's, random's and numpy's global generators, by the transform or by the dataset itself, depends on
+    What the transform or the dataset itself draws from the global generators of torch, random and numpy depends on
     seed, epoch and sample key alone, not on workers, order or what ran before; the caller's generators are left as
     they were. The key is the row number that `load_data` has noted, else the position in `dataset`.
 
     Args:
         dataset: a `datasets.Dataset` with an image column, read undecoded whatever its format is; or any other dataset
-            (a Subset, torchvision's, your own, one `with_transform`) whose items are what `decode_row` takes. Those
-            with "pixel_values" stay as they are.
-        image_column, label_column: see `find_columns` and `decode_row`.
-        transform: uint8 (3, H, W) to uint8 (3, h, w), as `build_transform` gives; None: the image as it is.
+            (a Subset, torchvision's, your own, one `with_transform`) whose items are what `decode_row` takes.
+        image_column, label_column, transform: see `find_columns` and `read_item`.
         seed: not negative.
 
     Attributes:
@@ -100,10 +97,7 @@ class ImageDataset(Dataset):
             self._source.set_epoch(epoch)
 
     def for_training(self, augment: str | None, size: int | None) -> "ImageDataset":
-        """A copy with `replacement`, and with the transform that `build_transform` gives if `augment` is not None.
-
-        This one stays as it is, so that evaluation on the same dataset sees no augmentation. Both share their epoch.
-        """
+        """A copy with `replacement`, the same epoch and, if `augment` is not None, what `build_transform` gives."""
         dataset = copy.copy(self)
         dataset.replacement = True
         if augment is not None:
@@ -139,12 +133,11 @@ class ImageDataset(Dataset):
 
     def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         """Sample keys and rows."""
-        rows = iter(self.dataset.__getitems__(indices)) if self._undecoded else None
-        for index in indices:
-            key = index % len(self) if self._keys is None else int(self._keys[index])
-            if rows is not None:
-                yield key, next(rows)
-                continue
+        keys = [index % len(self) if self._keys is None else int(self._keys[index]) for index in indices]
+        if self._undecoded:
+            yield from zip(keys, self.dataset.__getitems__(indices), strict=True)
+            return
+        for index, key in zip(indices, keys, strict=True):
             seed_rngs(sample_seed(self.seed, int(self._epoch), key, 2))  # 2: not the numbers of our own transform
             row = self.dataset[index]
             if isinstance(row, dict):  # of a Subset, say, whose rows have a key already
@@ -159,10 +152,9 @@ def _has_image_rows(dataset) -> bool:
 
 
 def as_image_dataset(dataset, id2label: dict[int, str] | None, args: DistillationConfig, wrap: bool = True):
-    """The `ImageDataset` of a map-style dataset.
+    """The `ImageDataset` of a map-style dataset, or of each in a dict; a name or None stays as it is.
 
     Args:
-        dataset: a dataset, a dict of them, a name, or None.
         id2label: the student's class names; None: not known, and not checked.
         args: for `image_column`, `label_column` and `data_seed`.
         wrap: False, for a data_collator of the user's own: only a `datasets.Dataset` with an image column is decoded.
@@ -178,26 +170,23 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
         raise ValueError("streamed (iterable) datasets are not supported yet: load it without streaming=True.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
-    if not _has_image_rows(dataset):
-        return (
-            ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed or 0) if wrap else dataset
-        )
-    image, label = find_columns(dataset, args.image_column, args.label_column)
-    feature = dataset.features[label]
-    if getattr(feature, "dtype", "") == "string":
-        raise ValueError(
-            f"column {label!r} holds texts: dataset.class_encode_column({label!r}) makes classes of them."
-        )
-    if id2label and isinstance(feature, datasets.ClassLabel):
-        check_class_order(class_names(dataset, label), id2label)
-    return ImageDataset(dataset, image, label, seed=args.data_seed or 0)
+    if not wrap and not _has_image_rows(dataset):
+        return dataset
+    images = ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed or 0)
+    if images._undecoded:
+        feature = dataset.features[images.label_column]
+        if getattr(feature, "dtype", "") == "string":
+            hint = f"dataset.class_encode_column({images.label_column!r}) makes classes of them"
+            raise ValueError(f"column {images.label_column!r} holds texts: {hint}.")
+        if id2label and isinstance(feature, datasets.ClassLabel):
+            check_class_order(feature.names, id2label)
+    return images
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:
-    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it, else None.
+    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it.
 
-    Raises:
-        ValueError: it does not apply, and was asked for.
+    Else None, or a ValueError if it was asked for.
     """
     if not isinstance(dataset, ImageDataset):
         reason = "your data_collator receives its items unchanged"

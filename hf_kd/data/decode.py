@@ -1,5 +1,6 @@
 """From anything that holds an image to a uint8 RGB tensor, and from a row of any dataset to an image and a label."""
 
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-# Metadata from which Pillow takes an orientation and torchvision does not: XMP, and in PNG EXIF behind the pixels.
-_PNG_ORIENTATION = (b"eXIf", b"com.adobe.xmp", b"Raw profile type exif")
-_JPEG_ORIENTATION = b"tiff:Orientation"
-
 
 class UndecodableImage(ValueError):
     """The image is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
 
 
 def decode_rgb(source: Any) -> Tensor:
-    """Decodes an image to RGB, upright (its EXIF orientation is applied).
+    """Decodes an image as Pillow does (open, `exif_transpose`, convert to RGB).
 
-    The result is what Pillow gives (open, `exif_transpose`, convert to RGB), except that 16-bit greys are scaled to
-    8 bits where Pillow clips them. Transparency is dropped, not blended.
+    But 16-bit greys are scaled to 8 bits where Pillow clips them. Transparency is dropped, not blended.
 
     Args:
         source: encoded bytes (any format Pillow reads), a dict with "bytes" or "path" as `Image(decode=False)` of
@@ -35,7 +31,7 @@ def decode_rgb(source: Any) -> Tensor:
         uint8 tensor (3, H, W), which need not be contiguous.
 
     Raises:
-        UndecodableImage: with the reason; also for a file that is missing or truncated.
+        UndecodableImage: also for a file that is missing or truncated.
     """
     if isinstance(source, Tensor):
         return _from_tensor(source)
@@ -78,12 +74,9 @@ def decode_row(row: Any, image_column: str | None = None, label_column: str | No
         raise UndecodableImage(row["skipped"])
     image = next((key for key in ("pixel_values", image_column, "pixels", "image", "img") if key in row), None)
     label = next((key for key in (label_column, "labels", "label") if key in row), None)
-    if image is None:
-        raise ValueError(
-            f"an item has no image under pixel_values, pixels, image or img: its keys are {', '.join(row)}"
-        )
-    if label is None:
-        raise ValueError(f"an item has no label: its keys are {', '.join(row)}; pass label_column")
+    if image is None or label is None:
+        missing = "label; pass label_column" if image else "image under pixel_values, pixels, image or img"
+        raise ValueError(f"an item with the keys {', '.join(row)} has no {missing}")
     if image == "pixel_values":
         return {"pixel_values": torch.as_tensor(row[image]), "labels": row[label]}
     return {"pixels": decode_rgb(row[image]), "labels": row[label]}
@@ -106,23 +99,20 @@ def _from_tensor(image: Tensor) -> Tensor:
     if image.is_floating_point() and image.numel() and 0 <= image.min() and image.max() <= 1:
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3, 4):
-        shape = tuple(image.shape)
         raise UndecodableImage(
-            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W); this is {image.dtype} of {shape} "
-            "(an image that is normalised already belongs under the key pixel_values)"
+            f"a tensor must be uint8, or float in [0, 1], of shape (1|3|4, H, W), not {image.dtype} of "
+            f"{tuple(image.shape)} (an image that is normalised already belongs under the key pixel_values)"
         )
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 
 
 def _from_bytes(data: bytes) -> Tensor:
     if _torchvision_agrees(data):
-        try:
+        with suppress(ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
             from torchvision.io import ImageReadMode, decode_image  # deprecated; without it Pillow decodes everything
 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-        except (ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
-            pass
     try:
         image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO
@@ -131,11 +121,13 @@ def _from_bytes(data: bytes) -> Tensor:
 
 
 def _torchvision_agrees(data: bytes) -> bool:
-    """Whether torchvision, the faster of the two, decodes this file to the same pixels as Pillow."""
+    """Whether torchvision, which is faster, decodes this to Pillow's pixels: it sees no orientation in XMP, nor in PNG
+    one in EXIF behind the pixels."""
     if data.startswith(b"\xff\xd8\xff"):
-        return _JPEG_ORIENTATION not in data
+        return b"tiff:Orientation" not in data
     if data.startswith(b"\x89PNG\r\n\x1a\n"):  # byte 24 is the bit depth; torchvision gives uint16 for 16
-        return data[24:25] != b"\x10" and not any(tag in data for tag in _PNG_ORIENTATION)
+        tags = (b"eXIf", b"com.adobe.xmp", b"Raw profile type exif")
+        return data[24:25] != b"\x10" and not any(tag in data for tag in tags)
     # The extended form of WebP (VP8X) may hold an orientation or an animation.
     return data[:4] == b"RIFF" and data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 

@@ -25,9 +25,9 @@ EVAL_SPLITS = ("validation", "valid", "val", "test")
 class ImageData:
     """What `load_data` gives: `train` and `eval`, whose `label_column` is a ClassLabel of `names` in both.
 
-    Their column `__index__` is the sample key, the row number in the whole split. `eval_fraction` is None where the
-    evaluation split is not held out of the training split. `split_sizes` and `split_fingerprints` are those of the
-    whole splits, by name, before hold-out and subset; `fingerprint` is that of both splits with their names.
+    Their column `__index__` is the sample key, the row number in the whole split. `eval_fraction` is None unless
+    images are held out. `split_sizes` and `split_fingerprints` are those of the whole splits, by name; `fingerprint`
+    is that of both with their names.
     """
 
     train: Dataset
@@ -71,65 +71,69 @@ def load_data(
             without train/ and test/, val/, valid/ or validation/ above them), a local parquet file, a folder that
             `save_to_disk` wrote, or the id of a dataset on the Hub. What starts with ".", "/" or "~", ends with
             ".parquet", or exists is local and never looked for on the Hub.
-        config_name: of the dataset, if it has several.
-        revision: commit, tag or branch on the Hub.
+        config_name, revision: of the dataset on the Hub; the revision is a commit, tag or branch.
         train_split: None: "train", or the only split there is.
         eval_split: None: the first of validation, valid, val, test. If there is none, or if it is the training split
-            itself, a part of the training split is held out: of a class's n different images the ⌈eval_fraction·n⌉
-            (but not all) whose encoded bytes have the smallest hashes. It depends on nothing else; equal images are
-            on one side, and a larger fraction holds out the same images and others.
-        image_column, label_column: see `find_columns`. Labels that are texts become classes in sorted order; integers
-            without names become the classes "0" to the largest of both splits.
+            itself, a part of that is held out: of a class's n different images the ⌈eval_fraction·n⌉ (but not all)
+            whose encoded bytes have the smallest hashes. Equal images are on one side, and a larger fraction holds
+            out the same images and others.
+        image_column, label_column: see `find_columns`; labels without names become classes as in `encode_labels`.
         eval_fraction: of the training split to hold out, between 0 and 1.
         max_train_samples, max_eval_samples: at most so many images, each class in proportion, by the same hashes: the
             largest to train on, the smallest to evaluate on.
 
     Raises:
-        ValueError: nothing to load there, a missing split or column, an empty split, or labels that are
-            missing or out of range.
+        ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
     """
     splits, commit = _read(name, config_name, revision)
     train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
+    sizes = ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
     for option, split in (("train_split", train_split), ("eval_split", eval_split)):
-        if split not in splits:
-            raise ValueError(f"{name!r} has no split {split!r}: pass --{option}, one of {', '.join(splits)}")
-        if len(splits[split]) == 0:
-            raise ValueError(f"split {split!r} of {name!r} is empty; there are: {_sizes(splits)}")
+        if not len(splits.get(split, ())):
+            problem = "is empty" if split in splits else f"is not there: pass --{option}"
+            raise ValueError(f"split {split!r} of {name!r} {problem}; there are: {sizes}")
     image_column, label_column = find_columns(splits[train_split], image_column, label_column)
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
+    names = class_names(chosen[train_split], label_column)
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
-    rows, labels, positions, fingerprints = {}, {}, {}, {}
+    rows, fingerprints = {}, {}
     for split, data in chosen.items():
+        labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
         rows[split] = np.arange(len(data))
-        labels[split] = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
         if commit:  # the images are read only where they are to be chosen among
             fingerprints[split] = fingerprint(name, commit, config_name, split, image_column, label_column)
         if held_out or limits[split] is not None or not commit:
             hashes = image_hashes(data, image_column)
-            rows[split], positions[split] = sort_rows(hashes, labels[split])
-            fingerprints.setdefault(split, content_fingerprint(hashes, labels[split]))
+            rows[split], positions = sort_rows(hashes, labels)
+            fingerprints.setdefault(split, content_fingerprint(hashes, labels))
+        if INDEX_COLUMN in data.column_names:  # of another split, saved and read again
+            data = data.remove_columns(INDEX_COLUMN)
+        chosen[split] = data.add_column(INDEX_COLUMN, np.arange(len(data)))
     train, evaluation = rows[train_split], rows[eval_split]
-    names = class_names(chosen[train_split], label_column)
     if held_out:
-        count = int((positions[train_split] < eval_fraction).sum())
+        count = int((positions < eval_fraction).sum())
         evaluation, train = train[:count], train[count:]
         if not len(train) or not len(evaluation):
-            sizes = f"eval_fraction={eval_fraction} of {len(rows[train_split])} images"
-            raise ValueError(f"{sizes} leaves none to train or to evaluate on: pass another --eval_fraction")
-        logger.warning(
+            part = f"eval_fraction={eval_fraction} of {len(labels)} images"
+            raise ValueError(f"{part} leaves none to train or to evaluate on: pass another --eval_fraction")
+        message = (
             f"{name}: evaluating on {len(evaluation)} images held out of split {train_split!r}, training on its "
-            f"other {len(train)} (eval_fraction={eval_fraction}); for another split pass --eval_split, one of "
-            f"{_sizes(splits)}{_missing(labels[train_split], names, train=train, evaluation=evaluation)}"
+            f"other {len(train)} (eval_fraction={eval_fraction}); for another split pass --eval_split, one of {sizes}"
         )
-    train = _at_most(train[::-1], max_train_samples, "max_train_samples")
-    evaluation = _at_most(evaluation, max_eval_samples, "max_eval_samples")
-    chosen = {split: _numbered(data) for split, data in chosen.items()}
+        for use, part_rows in (("train", train), ("evaluation", evaluation)):
+            missing = [names[label] for label in np.setdiff1d(labels, labels[part_rows])]
+            if missing:
+                message += f"; {len(missing)} classes have no image for {use}: {', '.join(missing[:10])}"
+        logger.warning(message)
+    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
     return ImageData(
-        train=chosen[train_split].select(np.sort(train)),
-        eval=chosen[eval_split].select(np.sort(evaluation)),
+        train=chosen[train_split].select(np.sort(train[::-1][:max_train_samples])),
+        eval=chosen[eval_split].select(np.sort(evaluation[:max_eval_samples])),
         image_column=image_column,
         label_column=label_column,
         names=names,
@@ -150,10 +154,8 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
     path = bundled(name) or Path(name).expanduser()
     local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
     if local and not path.exists():
-        raise ValueError(
-            f"dataset {name!r}: there is no {path.absolute()}; this reads as a local path; a dataset on the Hub is "
-            "written owner/name"
-        )
+        hint = "this reads as a local path; a dataset on the Hub is written owner/name"
+        raise ValueError(f"dataset {name!r}: there is no {path.absolute()}; {hint}")
     commit = None
     try:
         if not local:
@@ -183,53 +185,16 @@ def _read_folder(folder: Path, config_name: str | None) -> Any:
         raise ValueError(f"no rows in {', '.join(empty)}: an empty split; remove the file")
     if tables or not {path.suffix.lower() for path in files} & set(ImageFolder.EXTENSIONS):
         return datasets.load_dataset(str(folder), config_name)
-    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=_image_splits(folder))
-
-
-def _image_splits(folder: Path) -> dict[str, str]:
-    """The files of each split of a folder of images.
-
-    Left to itself, load_dataset takes any folder with train, test or eval as a word in its name for a split (a class
-    "freight train", say) and leaves all others out, and it gives no labels at all where one split has none.
-    """
-
-    def has_labels(split: Path) -> bool:
-        return any(path.is_dir() or path.name.startswith("metadata.") for path in split.iterdir())
-
+    # Left to itself, load_dataset takes any folder with train, test or eval as a word in its name for a split (a class
+    # "freight train", say) and leaves all others out, and it gives no labels at all where one split has none.
     subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
     splits = [split for split in ("train", *EVAL_SPLITS) if split in subfolders]
-    labelled = [split for split in splits if has_labels(folder / split)]
+    labelled = {path.parent.name for path in folder.glob("*/*") if path.is_dir() or path.name.startswith("metadata.")}
+    data_files = {"train": "**"}
     if "train" in labelled:
-        for split in set(splits) - set(labelled):
+        data_files = {split: f"{split}/**" for split in splits if split in labelled}
+        for split in set(splits) - labelled:
             logger.warning(f"{folder / split} is left out: it has no folders of classes")
-        return {split: f"{split}/**" for split in labelled}
-    if splits and subfolders == set(splits):
+    elif splits and subfolders == set(splits):
         raise ValueError(f"{', '.join(splits)} should hold a folder for each class, or a metadata.csv, and do not")
-    return {"train": "**"}
-
-
-def _sizes(splits: dict[str, Dataset]) -> str:
-    return ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
-
-
-def _numbered(data: Dataset) -> Dataset:
-    """The split with the sample keys of its rows."""
-    if INDEX_COLUMN in data.column_names:  # of another one, saved and read again
-        data = data.remove_columns(INDEX_COLUMN)
-    return data.add_column(INDEX_COLUMN, np.arange(len(data)))
-
-
-def _missing(labels: np.ndarray, names: list[str], **parts: np.ndarray) -> str:
-    """Which classes have no image in a part of the split: those of one image are trained on and not evaluated."""
-    text = ""
-    for part, rows in parts.items():
-        missing = [names[label] for label in np.setdiff1d(labels, labels[rows])]
-        if missing:
-            text += f"; {len(missing)} classes have no image for {part}: {', '.join(missing[:10])}"
-    return text
-
-
-def _at_most(rows: np.ndarray, count: int | None, option: str) -> np.ndarray:
-    if count is not None and count < 1:
-        raise ValueError(f"{option} must be at least 1, not {count}; leave it out to take all {len(rows)}")
-    return rows[:count]
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files)

@@ -45,10 +45,10 @@ def _hash_file(path: str) -> int:
 
 def _file_hashes(paths: list[str]) -> list[int]:
     """The hashes of files, through a cache in datasets' cache folder by path, size and time."""
-    stats = [os.stat(path) if os.path.exists(path) else None for path in paths]
-    keys = [f"{s and s.st_size} {s and s.st_mtime_ns} {path}" for s, path in zip(stats, paths, strict=True)]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_kd_image_hashes"
-    cache = folder / f"{_hash(os.path.dirname(os.path.commonprefix(paths)).encode()):016x}.parquet"
+    stats = {path: os.stat(path) for path in paths if os.path.exists(path)}
+    keys = [f"{stats[path].st_size} {stats[path].st_mtime_ns} {path}" if path in stats else path for path in paths]
+    name = f"{_hash(os.path.dirname(os.path.commonprefix(paths)).encode()):016x}.parquet"
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "hf_kd_image_hashes", name)
     try:
         table = pq.read_table(cache).to_pydict()
         known = dict(zip(table["key"], table["hash"], strict=True))
@@ -61,7 +61,7 @@ def _file_hashes(paths: list[str]) -> list[int]:
         entries = pa.table({"key": keys, "hash": pa.array([known[key] for key in keys], pa.uint64())})
         temporary = cache.with_suffix(f".{os.getpid()}.tmp")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(entries, temporary)
             temporary.replace(cache)
         except OSError:  # a full or read-only disk: they are computed again next time
@@ -75,16 +75,10 @@ def sort_rows(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     An image's position is i / n if its hash is the i-th smallest (from 0) of its class's n different ones: those below
     a fraction f are the ⌈f·n⌉ smallest of each class. The last of each class has 1, so that no class is held out as a
     whole. Equal images of several classes have the smallest of their positions, so that none is on both sides.
+    Training must not take from the front: a teacher could not be measured on what a larger fraction holds out.
 
-    Training must not take from the front: what follows the images held out by one fraction is what a larger one holds
-    out, and a teacher trained on these could not be measured there.
-
-    Args:
-        hashes: uint64 (n,), as `image_hashes` gives.
-        labels: integers (n,).
-
-    Returns:
-        The rows in that order, ties by hash, int64 (n,); and the position of each row, float64 (n,) in [0, 1].
+    From hashes, uint64 (n,), and labels, integers (n,), it gives the rows in that order, ties by hash, int64 (n,); and
+    the position of each row, float64 (n,) in [0, 1].
     """
     pairs = np.stack([labels.astype(np.uint64), hashes], axis=1)
     pairs, pair_of_row = np.unique(pairs, axis=0, return_inverse=True)
@@ -112,8 +106,7 @@ def fingerprint(*parts: str | None) -> str:
 def overlap(ours: dict[str, Any], theirs: dict[str, Any]) -> int | None:
     """How many of our evaluation images a teacher was trained on, by `ImageData.describe()` or the "data" of a record.
 
-    Evaluation has the first images of a split in the order of `sort_rows` and training the last, so that the number of
-    those in both follows from the sizes. None: another dataset, or a record without fingerprints.
+    By the order of `sort_rows` it follows from the sizes. None: another dataset, or a record without fingerprints.
     """
     our_prints, their_prints = (data.get("split_fingerprints") or {} for data in (ours, theirs))
     if not set(our_prints.values()) & set(their_prints.values()):

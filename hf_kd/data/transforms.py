@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..config import AUGMENTS
 
@@ -20,26 +21,22 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
         augment: one of `AUGMENTS`:
             "none": the image as it is;
             "flip": a horizontal flip, half of the time;
-            "pad_crop": a crop of the image's own size out of the image padded with black by an eighth (4 at 32
-            pixels), and the flip (the CIFAR standard);
-            "resized_crop": a random part of the image (8 to 100 % of its area), resized to `size`, bicubic, and the
-            flip (the ImageNet standard);
+            "pad_crop": the flip, and a crop of the image's own size out of the image padded with black by an eighth
+            (the CIFAR standard);
+            "resized_crop": the flip, and a random part of the image (8 to 100 % of its area), resized to `size`,
+            bicubic (the ImageNet standard);
             "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1), then random erasing with noise (p .25).
-        size: side h = w of the result in pixels, for "resized_crop" and "deit", which need it; the others keep the
-            image's size whatever it is.
+        size: side h = w of the result in pixels, which "resized_crop" and "deit" need; the others keep the image's.
 
     Raises:
         ValueError: an unknown augment, or no size where one is needed.
     """
     if augment not in AUGMENTS:
         raise ValueError(f"unknown augment {augment!r}: choose one of {', '.join(AUGMENTS)}")
-    if augment == "none":
-        return v2.Identity()
     flip = v2.RandomHorizontalFlip()
-    if augment == "flip":
-        return flip
-    if augment == "pad_crop":
-        return v2.Compose([PadCrop(), flip])
+    sizeless = {"none": v2.Identity(), "flip": flip, "pad_crop": v2.Compose([PadCrop(), flip])}
+    if augment in sizeless:
+        return sizeless[augment]
     if not size:
         hint = "pass train_image_size, or processing_class; for images of one small size take 'pad_crop'"
         raise ValueError(f"augment {augment!r} needs a size in pixels: {hint}")
@@ -47,7 +44,6 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
     from timm.data.auto_augment import rand_augment_transform  # slow to import
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
     # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
     settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
@@ -66,10 +62,7 @@ def _posterize(image, bits: int, **kwargs):
 
 
 def augment_image(pixels: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, key: int) -> Tensor:
-    """The augmentation of one image, a function of seed, epoch and sample key alone.
-
-    It seeds the CPU generators of torch, random and numpy: call it within `forked_rng`, once for many images.
-    """
+    """The augmentation of one image, a function of seed, epoch and sample key alone; call it within `forked_rng`."""
     seed_rngs(sample_seed(seed, epoch, key))
     return transform(pixels)
 
@@ -92,11 +85,9 @@ class NoiseErasing(v2.RandomErasing):
         super().__init__(p=p, value="random")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
         params = super().make_params(flat_inputs)
         if params["v"] is not None:
-            std, mean = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))
+            mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
             params["v"] = ((params["v"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return params
 
@@ -105,13 +96,13 @@ class Mixer:
     """Mixup and CutMix of a batch; with both on, each batch gets one of them with equal probability.
 
     Called with pixels, uint8 (B, 3, H, W) or float, and labels, int64 (B,) in [0, C) or float (B, C), it gives float32
-    pixels (uint8 is scaled to [0, 1], float is mixed as it is) and float32 labels (B, C) whose rows sum to 1. It draws
-    from torch's global generator alone. Each image is mixed with its neighbour in the batch.
+    pixels (uint8 is scaled to [0, 1]) and float32 labels (B, C) whose rows sum to 1. It draws from torch's global
+    generator alone. Each image is mixed with its neighbour in the batch.
 
     Args:
         num_classes: C.
         mixup_alpha: of Beta(α, α), from which mixup draws its weight (arXiv 1710.09412); 0 turns it off.
-        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899); 0 turns it off.
+        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899).
 
     Raises:
         ValueError: a negative alpha, or both 0.
@@ -119,10 +110,8 @@ class Mixer:
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
         if min(mixup_alpha, cutmix_alpha) < 0 or mixup_alpha == cutmix_alpha == 0:
-            raise ValueError(
-                f"mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}: none may be negative and one must be "
-                "positive; to train without mixing, use no mixer"
-            )
+            alphas = f"mixup_alpha={mixup_alpha}, cutmix_alpha={cutmix_alpha}"
+            raise ValueError(f"{alphas}: none may be negative and one must be positive, else use no mixer")
         kinds = [(v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)]
         self._mix = v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0])
 
@@ -140,20 +129,17 @@ def sample_seed(*numbers: int) -> int:
 @contextmanager
 def forked_rng() -> Iterator[None]:
     """Restores the CPU generators of torch, random and numpy on leaving."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def seed_rngs(seed: int) -> None:
-    """Seeds the CPU generators of torch, random and numpy with `seed`, in [0, 2**32).
-
-    Unlike `torch.manual_seed` it leaves the accelerators' generators alone: `forked_rng` could not put them back.
-    """
-    torch.default_generator.manual_seed(seed)
+    """Seeds the CPU generators of torch, random and numpy with `seed`, in [0, 2**32)."""
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
     random.seed(seed)
     np.random.seed(seed)

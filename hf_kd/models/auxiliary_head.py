@@ -1,8 +1,8 @@
 """The auxiliary head of USKD: a linear classifier on a pooled intermediate feature of the student.
 
 It is a submodule of the student, fed by a forward hook at the feature layer, and its logits leave through a forward
-hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need, and
-no modelling code is touched. It is kept out of the saved model.
+hook on the student: its parameters are used inside the student's own forward, as DDP, FSDP and torch.compile need.
+It is kept out of the saved model.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class AuxiliaryHead(nn.Module):
         self._logits: torch.Tensor | None = None
 
     def forward(self, output) -> torch.Tensor:
-        feature = tensor_of(output)
-        if self.layer.pooling == "class_token":
+        feature, pooling = tensor_of(output), self.layer.pooling
+        if pooling == "class_token":
             feature = feature[:, 0]
-        elif self.layer.pooling != "none":
-            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[self.layer.pooling])
+        elif pooling != "none":
+            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[pooling])
         return self.fc(feature)
 
     def __getstate__(self) -> dict:
@@ -57,9 +57,8 @@ class AuxiliaryHead(nn.Module):
         if aux_logits is None:
             raise RuntimeError(
                 f"the auxiliary head got no differentiable feature from {self.layer.name!r}. With activation "
-                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the "
-                "module by (in timm), choose its last block with feature_module= (--feature_module): "
-                f"{self.layer.name}.N."
+                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the module "
+                f"by (in timm), choose its last block as feature_module: {self.layer.name}.N."
             )
         return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
 
@@ -69,13 +68,8 @@ def add_auxiliary_head(
 ) -> AuxiliaryHead:
     """Add the auxiliary head to a student as its submodule `aux_head`, with its hooks, before compiling or wrapping.
 
-    Args:
-        student: the classifier; its saved form does not change.
-        num_classes: C.
-        size: height and width of the student's input.
-        feature_module: see `find_feature_layer`.
-        seed: of the head's initialisation, which leaves the global generator as it was: a run with the head draws
-            the same numbers as one without.
+    `seed` is that of its weights; the global generator is left alone: a run with the head draws the same numbers as
+    one without. See `find_feature_layer` for `size` and `feature_module`.
     """
     if hasattr(student, HEAD):
         return getattr(student, HEAD)
@@ -83,13 +77,9 @@ def add_auxiliary_head(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU's too
         head = AuxiliaryHead(layer, num_classes)
-    parameter = next(student.parameters())
-    student.add_module(HEAD, head.to(device=parameter.device, dtype=parameter.dtype))
+    student.add_module(HEAD, head.to(next(student.parameters())))
     ignored = {f"{HEAD}.{name}" for name in head.state_dict()}
-    student._keys_to_ignore_on_save = {  # type: ignore[assignment]
-        *(getattr(student, "_keys_to_ignore_on_save", None) or ()),
-        *ignored,
-    }
+    student._keys_to_ignore_on_save = ignored.union(getattr(student, "_keys_to_ignore_on_save", None) or ())  # type: ignore[assignment]
     student.get_submodule(layer.name).register_forward_hook(head._read_feature)
     student.register_forward_hook(head._add_aux_logits)
     return head

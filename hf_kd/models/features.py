@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,6 @@ from torch import nn
 from .forward import dry_run, tensor_of
 
 HEAD = "aux_head"
-
 
 # Module names by model_type, counted from 0: `{half}` is block L/2 (the 6th of 12), `{stage}` the last stage but one,
 # `{block}` the last block of that. Swin's stages themselves give what comes after patch merging.
@@ -32,11 +33,8 @@ _LAYERS = {
 class FeatureLayer:
     """Where USKD taps the student.
 
-    Attributes:
-        name: the module whose output is the feature.
-        channels: D, the size of the pooled feature.
-        pooling: how the output becomes (B, D): "class_token" (the first of (B, N, D)), "mean_token", "nchw" or "nhwc"
-            (the mean over positions of a feature map), "none" (it is (B, D) already).
+    `pooling` is how the output of the module becomes (B, channels): "class_token" (the first of (B, N, D)),
+    "mean_token", "nchw" or "nhwc" (the mean over positions of a feature map), "none" (it is (B, D) already).
     """
 
     name: str
@@ -47,26 +45,22 @@ class FeatureLayer:
 def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module: str | None = None) -> FeatureLayer:
     """The layer that the paper taps: CNNs the output of the last-but-one stage, ViTs the class token after block L/2.
 
-    Args:
-        student: the classifier.
-        size: height and width of its input; one forward of a blank image finds the feature's shape.
-        feature_module: name of the module to tap instead, as in `student.named_modules()`.
-
-    Raises:
-        ValueError: if there is no such module, or no rule for this kind of model; with the candidates.
+    One forward of a blank image of `size` (height and width) finds the feature's shape. `feature_module` names the
+    module to tap instead, as in `student.named_modules()`. ValueError, with the candidates, if there is no such
+    module, or no rule for this kind of model.
     """
-    modules = dict(student.named_modules())
     name, kind = (feature_module, None) if feature_module else _known_layer(student)
-    if name is None or name not in modules:
-        what = f"no module is named {name!r}" if name else f"there is no rule for {_kind_of(student)}"
+    if name is None or name not in dict(student.named_modules()):
+        model_type = getattr(getattr(student, "config", None), "model_type", None)
+        what = f"model_type {model_type!r}" if model_type else type(student).__name__
+        what = f"no module is named {name!r}" if name else f"there is no rule for {what}"
         raise ValueError(
             f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module) "
             f"with one of: {', '.join(_candidates(student, size))}."
         )
     shape = _trace(student, size, [name])[name]
     kind = kind or _pooling(student, shape)
-    channels = shape[1] if kind in ("nchw", "none") else shape[-1]
-    return FeatureLayer(name, channels, kind)
+    return FeatureLayer(name, shape[1] if kind in ("nchw", "none") else shape[-1], kind)
 
 
 def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
@@ -82,32 +76,19 @@ def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
     if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
         return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
     stages: Any = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
-    stages = getattr(stages, "info", stages)
-    if stages and len(stages) > 1:
-        return prefix + stages[-2]["module"], None
-    return None, None
-
-
-def _kind_of(student: nn.Module) -> str:
-    model_type = getattr(getattr(student, "config", None), "model_type", None)
-    return f"model_type {model_type!r}" if model_type else type(student).__name__
+    stages = getattr(stages, "info", stages) or ()
+    return (prefix + stages[-2]["module"] if len(stages) > 1 else None), None
 
 
 def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[int, ...]]:
     """Output shapes of the named modules for one blank image, in the order in which they run."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(name):
-        def hook(module, args, output):
-            try:
-                shapes[name] = tuple(tensor_of(output).shape)
-            except (TypeError, IndexError, KeyError):  # no tensor in it: not a feature
-                pass
+    def note(module, args, output, name):
+        with contextlib.suppress(TypeError, IndexError, KeyError):  # no tensor in it: not a feature
+            shapes[name] = tuple(tensor_of(output).shape)
 
-        return hook
-
-    modules = dict(student.named_modules())
-    handles = [modules[name].register_forward_hook(note(name)) for name in names]
+    handles = [student.get_submodule(name).register_forward_hook(partial(note, name=name)) for name in names]
     try:
         dry_run(student, size)
     finally:

@@ -29,9 +29,7 @@ def tensor_of(output) -> torch.Tensor:
 
 
 def logits_of(output) -> torch.Tensor:
-    """The logits (B, C) of a classifier's output, whatever its type."""
-    if isinstance(output, torch.Tensor):
-        return output
+    """The logits (B, C) of a classifier's output."""
     return output["logits"] if isinstance(output, dict) else tensor_of(output)
 
 
@@ -42,13 +40,7 @@ def id2label_of(model: nn.Module) -> dict[int, str] | None:
 
 
 def num_classes_of(student: Any) -> int:
-    """The number of classes C in a student's config.
-
-    Raises:
-        ValueError: it has no config.
-    """
+    """The number of classes C in a student's config; ValueError if it has none."""
     if getattr(student, "config", None) is None:
-        raise ValueError(
-            f"the student ({type(student).__name__}) has no config with num_labels and id2label; give it one."
-        )
+        raise ValueError(f"the student ({type(student).__name__}) needs a config with num_labels and id2label.")
     return student.config.num_labels

@@ -16,6 +16,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.integrations import deepspeed
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -27,15 +28,10 @@ from .preprocessing import Preprocessing
 logger = logging.get_logger(__name__)
 
 _deepspeed_config = None
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def check_id(model: str | os.PathLike) -> str:
-    """The Hub id or local folder, as text; of a bundled model ("quickstart/student") its folder.
-
-    Raises:
-        ValueError: if it can only be a folder and there is none (the Hub's own message would not say so).
-    """
+    """The Hub id or local folder, as text; of a bundled model its folder. ValueError if there is no such folder."""
     text = os.path.expanduser(os.fspath(bundled(model) or model))
     if not os.path.isdir(text) and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise ValueError(f"no such folder: {text} (seen from {os.getcwd()}). A Hub id has the form OWNER/NAME.")
@@ -43,10 +39,7 @@ def check_id(model: str | os.PathLike) -> str:
 
 
 def load_config(name: str, hub: dict):
-    """The config of a model on the Hub or in a folder, from transformers or timm.
-
-    `hub["revision"]` becomes the commit that it stands for: what is loaded with `hub` next is of the same commit.
-    """
+    """The config of a model on the Hub or in a folder. In `hub`, the revision becomes the commit it stands for."""
     name = check_id(name)
     if not os.path.isdir(name):
         hub["revision"] = resolve(name, hub["revision"])
@@ -67,44 +60,36 @@ def build(config, trust_remote_code: bool = False):
     if config.architectures is None and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         known: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         config.architectures = [(known[0] if isinstance(known, (tuple, list)) else known).__name__]
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     with outside_deepspeed():
-        module = AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        module = AutoModelForImageClassification.from_config(config, **options)
     if config.model_type == "timm_wrapper":  # transformers has overwritten timm's initialisation with normal(0, 0.02)
         import timm
 
-        module.timm_model = timm.create_model(
-            config.architecture, num_classes=config.num_labels, **(config.model_args or {})
-        )
+        options = {"num_classes": config.num_labels, **(config.model_args or {})}
+        module.timm_model = timm.create_model(config.architecture, **options)
     return module
 
 
 def model_family(model_or_config, trust_remote_code: bool = False) -> str:
-    """`"vit"` for a classifier whose blocks have attention by linear layers, else (also by convolutions) `"cnn"`.
-
-    Args:
-        model_or_config: a module, or a config from which one is built without memory.
-        trust_remote_code: see `load_student`.
-    """
+    """`"vit"` for a classifier (or its config) whose blocks have attention by linear layers, else `"cnn"`."""
     model = model_or_config
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = build(model, trust_remote_code)
-    # Linear layers tell it from the channel attention of CNNs; and one alone is attention pooling.
-    found = [
-        name
+    attention = [
+        module
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1].lower().startswith(("attn", "attention", "self_attn"))
-        and any(isinstance(part, nn.Linear) for part in module.modules())
     ]
-    return "vit" if len(found) > 1 else "cnn"
+    # Linear layers tell it from the channel attention of CNNs; and one alone is attention pooling.
+    linear = [module for module in attention if any(isinstance(part, nn.Linear) for part in module.modules())]
+    return "vit" if len(linear) > 1 else "cnn"
 
 
 @contextlib.contextmanager
 def outside_deepspeed():
-    """Under ZeRO-3 transformers would partition what is loaded: of a teacher nothing gathers it again, and no head of
-    another size can be put on a student.
+    """Loads models whole under ZeRO-3: nothing gathers a teacher's parts, and a student's head must be replaceable.
 
     accelerate's `zero3_init_context_manager(enable=False)` does not help: transformers' ZeRO-3 stays on (1.15).
     """
@@ -121,9 +106,9 @@ def outside_deepspeed():
         _deepspeed_config.config = config  # which the Trainer completes later
 
 
-def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict]:
-    """A pretrained classifier of a config, and transformers' loading info: which of its weights may be new is for the
-    caller to say, so transformers' own table of them is silenced."""
+def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict[str, tuple | None]]:
+    """A pretrained classifier of a config, and its weights that are not the checkpoint's: by name, the shape that they
+    have there, or None. transformers' own table of them is silenced: which may be new is for the caller to say."""
     if not is_offline_mode():  # offline, transformers sends no request
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
     log: Any = logging.get_logger("transformers.modeling_utils")
@@ -134,58 +119,48 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
     log.addFilter(keep)
     try:
         with outside_deepspeed():
-            return AutoModelForImageClassification.from_pretrained(
+            model, info = AutoModelForImageClassification.from_pretrained(
                 name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
             )
     finally:
         log.removeFilter(keep)
-
-
-def loading_faults(info: dict) -> set[str]:
-    """Names of the weights that from_pretrained's loading info reports as missing or of another shape."""
-    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    faults = dict.fromkeys(info["missing_keys"]) | {key: shape for key, shape, _ in info["mismatched_keys"]}
     # Counts of batches, which old checkpoints have none of, play no part.
-    return {key for key in {*info["missing_keys"], *mismatched} if not key.endswith("num_batches_tracked")}
+    return model, {key: shape for key, shape in faults.items() if not key.endswith("num_batches_tracked")}
 
 
-def head_modules(module: Any) -> list[nn.Module]:
-    """The parts of a classifier that hold its classification head: timm's own, or the layers outside of the body as
-    wide as there are classes."""
+def head_layers(module: Any) -> list[Any]:
+    """The linear layers as wide as there are classes in timm's own head, or outside the body of a classifier."""
     if hasattr(module, "timm_model"):
-        parts = module.timm_model.get_classifier()
-        return list(parts) if isinstance(parts, (tuple, list)) else [parts]
-    body, classes = f"{getattr(module, 'base_model_prefix', None)}.", module.config.num_labels
-    return [m for n, m in module.named_modules() if not n.startswith(body) and classes in _width(m)]
+        heads = module.timm_model.get_classifier()
+        heads = heads if isinstance(heads, (tuple, list)) else [heads]
+        layers = [m for head in heads for m in head.modules()]
+    else:
+        body = f"{getattr(module, 'base_model_prefix', None)}."
+        layers = [m for name, m in module.named_modules() if not name.startswith(body)]
+    # A convolution of size 1 is linear, too: its weight has one value for each input and output.
+    linear = [m for m in layers if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight[0, 0].numel() == 1]
+    return [m for m in linear if len(m.weight) == module.config.num_labels]
 
 
-def _width(layer: nn.Module) -> tuple[int, ...]:
-    """The number of outputs of a linear layer or of a convolution of size 1; of others nothing."""
-    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        return (layer.out_channels,)
-    return (layer.out_features,) if isinstance(layer, nn.Linear) else ()
-
-
-def check_width(name: str, logits: torch.Tensor, names) -> None:
-    """Raises ValueError unless there are as many class names as logits, `(B, C)`."""
-    if logits.shape[1] != len(names):
-        raise ValueError(f"{name} names {len(names)} classes and gives {logits.shape[1]} logits.")
+def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> int:
+    """The number of a model's logits. Raises ValueError if there are class names, and another number of them."""
+    width = dry_run(model, size).shape[1]
+    if names is not None and width != len(names):
+        raise ValueError(f"{name} names {len(names)} classes and gives {width} logits.")
+    return width
 
 
 def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
-    """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place.
-
-    Raises:
-        ValueError: the head is not made of layers with a row for each class.
-    """
-    classes = module.config.num_labels
+    """Makes the i-th output of a classifier what its output `rows[i]` was, by the weights of its head, in place."""
     before = dry_run(module, size)
-    for layer in [m for part in head_modules(module) for m in part.modules() if classes in _width(m)]:
+    for layer in head_layers(module):
         for name, parameter in layer.named_parameters(recurse=False):
             setattr(layer, name, nn.Parameter(parameter.detach()[rows].clone(), parameter.requires_grad))
         setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(rows))
-    for part, name in ((module, "num_labels"), (getattr(module, "timm_model", None), "num_classes")):
-        if hasattr(part, name):
-            setattr(part, name, len(rows))
+    module.num_labels = len(rows)
+    if hasattr(module, "timm_model"):
+        module.timm_model.num_classes = len(rows)
     if not torch.allclose(dry_run(module, size), before[:, rows], atol=1e-4):
         raise ValueError(
             f"the classes of {type(module).__name__} cannot be put in the order of id2label: its head is not made of "
@@ -205,39 +180,30 @@ def processor_for(module, name: str, hub: dict):
     side = getattr(config, "image_size", None) or 224
     side = side if isinstance(side, int) else side[0]
     logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
-    return _square_processor(side, IMAGENET_MEAN, IMAGENET_STD, resample=2)
+    return _square_processor(side, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resample=2)
 
 
 def adjust_processor(processor, image_size, image_mean, image_std):
-    """The processor with another input size (a plain square resize) and other statistics, where they are given.
-
-    Without a processor, one is made of all three.
-    """
+    """The processor with another input size (a plain square resize) and statistics; without one, made of all three."""
     if processor is None:
         if not (image_size and image_mean and image_std):
-            raise ValueError(
-                "a model given as a module needs its image processor: pass processor=, or image_size=, image_mean= "
-                "and image_std=."
-            )
+            hint = "pass processor=, or image_size=, image_mean= and image_std="
+            raise ValueError(f"a model given as a module needs its image processor: {hint}.")
         return _square_processor(image_size, image_mean, image_std)
-    if image_size is None and image_mean is None and image_std is None:
+    statistics = {key: list(values) for key, values in (("mean", image_mean), ("std", image_std)) if values}
+    if not image_size and not statistics:
         return processor
     if hasattr(processor, "data_config"):  # timm wrapper
-        new = dict(processor.data_config)
-        if image_size:
-            new |= {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "crop_mode": "squash"}
-        new |= {k: tuple(v) for k, v in (("mean", image_mean), ("std", image_std)) if v}
-        return type(processor)(pretrained_cfg=new, architecture=processor.architecture)
+        square = {"input_size": (3, image_size, image_size), "crop_pct": 1.0, "crop_mode": "squash"}
+        data = {**processor.data_config, **(square if image_size else {}), **statistics}
+        return type(processor)(pretrained_cfg=data, architecture=processor.architecture)
     if not image_size:
-        new = {k: list(v) for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v}
-        return type(processor).from_dict({**processor.to_dict(), **new, "do_normalize": True})
+        settings = {f"image_{key}": values for key, values in statistics.items()}
+        return type(processor).from_dict({**processor.to_dict(), **settings, "do_normalize": True})
     preprocessing = Preprocessing(processor)
     if preprocessing.channels != [0, 1, 2]:
         raise ValueError(f"{type(processor).__name__} swaps channels: pass processor=, made for {image_size} px.")
-    mean, std = (
-        [round(v, 7) for v in x.flatten().tolist()]
-        for x in (-preprocessing.offset / preprocessing.scale, 1 / preprocessing.scale)
-    )
+    mean, std = ([round(v, 7) for v in values] for values in (preprocessing.mean, preprocessing.std))
     resample = getattr(processor, "resample", None) or 3
     return _square_processor(image_size, image_mean or mean, image_std or std, resample)
 
@@ -250,10 +216,8 @@ def _square_processor(side: int, mean, std, resample: int = 3):
 
 
 def _has_file(name: str, file: str, commit: str | None) -> bool:
-    """Whether a folder or repository has a file, which then is in the cache.
-
-    Raises if that can't be known: transformers takes a file that the Hub fails to give for one that is not there.
-    """
+    """Whether a folder or repository has a file. Raises if that can't be known, where transformers would take a file
+    that the Hub fails to give for one that is not there."""
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, file))
     known = try_to_load_from_cache(name, file, revision=commit)  # a path, a mark for "not there", or None

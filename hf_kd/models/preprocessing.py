@@ -1,8 +1,4 @@
-"""How a model sees an image: pixels in, the model's own `pixel_values` out, and back.
-
-Batches hold raw pixels; each model owns its `Preprocessing`, measured off its image processor. A teacher at 384 px
-with mean 0.5 and a student at 224 px with ImageNet statistics then see the same image, each as it was trained to.
-"""
+"""How a model sees an image: pixels in, the model's own `pixel_values` out, and back."""
 
 from __future__ import annotations
 
@@ -14,22 +10,23 @@ from torchvision.transforms.v2 import functional as F
 
 # Pillow's resampling filters, by number, as image processors store them: those that tensors can be resized with.
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_NOT_SETTINGS = {"_name_or_path": None, "image_processor_type": None}  # in a processor's to_dict()
 
 
 class Preprocessing:
     """The preprocessing of one image processor, as a function of pixels.
 
-    Mean and standard deviation are not read from attributes (each family names and composes them differently) but
-    measured: the processor is run on a black, a white and a coloured image, which gives its affine map per channel,
-    and the order of the channels (MobileViT's is BGR).
+    It is not read from attributes (each family names and composes them differently) but measured: the processor is run
+    on a black, a white and a coloured image, which gives its affine map per channel, and the order of the channels.
 
     Args:
         processor: an image processor of transformers (the timm wrapper's too) with a fixed output size.
 
     Attributes:
         size (`tuple[int, int]`): height and width of the model's input.
-        channels (`list[int]`): which channel of the pixels becomes which of the model's input; [0, 1, 2] for RGB.
+        channels (`list[int]`): which channel of the pixels becomes which of the model's; [2, 1, 0] for BGR.
         scale, offset (`Tensor`): float32 `(3, 1, 1)`; `pixel_values = pixels[channels] / 255 * scale + offset`.
+        mean, std (`list[float]`): the same map in the usual form, of pixels in [0, 1].
         interpolation (`InterpolationMode`): how images are resized.
 
     Raises:
@@ -45,18 +42,18 @@ class Preprocessing:
             self._process([torch.tensor(rgb, dtype=torch.uint8).view(3, 1, 1).expand(3, *shape).contiguous()])
             for shape, rgb in colours.items()
         )
-        shapes = {shape: tuple(x.shape[1:]) for shape, x in zip(colours, (black, colour, white), strict=True)}
-        if black.ndim != 4 or black.shape[1] != 3 or len(set(shapes.values())) > 1:
+        shapes = [tuple(x.shape[1:]) for x in (black, colour, white)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 3 or shapes[0][0] != 3:
             raise ValueError(
-                f"{name} turns images of the sizes {list(shapes)} into tensors of the shapes "
-                f"{list(shapes.values())}; a fixed size (3, H, W) is needed. Give it one "
-                "(`crop_size`, or `size` with height and width)."
+                f"{name} turns images of the sizes {list(colours)} into tensors of the shapes {shapes}; a fixed size "
+                "(3, H, W) is needed. Give it one (`crop_size`, or `size` with height and width)."
             )
         self.size: tuple[int, int] = (black.shape[-2], black.shape[-1])
         # The centre, since a processor may pad the border.
         row, column = self.size[0] // 2, self.size[1] // 2
         low, part, high = (x[0, :, row, column].double() for x in (black, colour, white))
         self.scale, self.offset = (x.float().view(3, 1, 1) for x in (high - low, low))
+        self.mean, self.std = ((-self.offset / self.scale).flatten().tolist(), (1 / self.scale).flatten().tolist())
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         share = (part - low) / (high - low)
         error, nearest = (share[:, None] - torch.tensor([0.2, 0.4, 0.8])).abs().min(dim=1)
@@ -70,61 +67,40 @@ class Preprocessing:
         resample: Any = getattr(processor, "resample", None)
         if resample is None:
             resample = getattr(processor, "data_config", {}).get("interpolation")
-        resample = getattr(resample, "value", resample)
-        mode = _PILLOW.get(resample, resample)
+        mode = _PILLOW.get(resample, getattr(resample, "value", resample))
         self.interpolation = InterpolationMode(mode if mode in _PILLOW.values() else "bicubic")
 
     def __repr__(self) -> str:
-        mean, std = (
-            ", ".join(f"{v:.4g}" for v in x.flatten().tolist()) for x in (-self.offset / self.scale, 1 / self.scale)
-        )
+        mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
         return f"Preprocessing(size={self.size}, mean=[{mean}], std=[{std}], interpolation={self.interpolation.value})"
 
     def __eq__(self, other) -> bool:
-        """Whether both show every image alike (as far as size, statistics and the processor's settings tell)."""
-        return (
-            isinstance(other, Preprocessing)
-            and self.size == other.size
-            and torch.allclose(self.scale, other.scale)
-            and torch.allclose(self.offset, other.offset)
-            and self.interpolation == other.interpolation
-            and type(self.processor) is type(other.processor)
-            and _settings(self.processor) == _settings(other.processor)
-        )
+        """Whether both show every image alike: processors of one class with the same settings."""
+        if not isinstance(other, Preprocessing) or type(self.processor) is not type(other.processor):
+            return False
+        ours, theirs = ({**item.processor.to_dict(), **_NOT_SETTINGS} for item in (self, other))
+        return ours == theirs
 
     __hash__ = None  # type: ignore[assignment]  # typeshed declares a method
 
-    def _process(self, images: list[torch.Tensor]) -> torch.Tensor:
-        try:
-            return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
-        except (RuntimeError, ValueError) as error:
-            shapes = sorted({tuple(p.shape) for p in images})
-            raise ValueError(
-                f"{type(self.processor).__name__} could not make one batch of images of the shapes {shapes}: {error}"
-            ) from error
+    def _process(self, images) -> torch.Tensor:
+        return torch.as_tensor(self.processor(images=images, return_tensors="pt")["pixel_values"])
 
     def resize_and_crop(self, images) -> torch.Tensor:
-        """The processor's own resize and crop of whole images, for evaluation.
+        """The processor's own resize and crop of whole images, for evaluation: uint8 `(B, 3, *size)` on the CPU.
 
-        Args:
-            images: list of uint8 `(3, H, W)` of any sizes, or one uint8 batch `(B, 3, H, W)`.
-
-        Returns:
-            uint8 `(B, 3, *size)` on the CPU. Exact: the processor's output is mapped back to whole pixel values.
+        `images` are a list of uint8 `(3, H, W)` of any sizes, or a batch of them. Exact: the processor's output is
+        mapped back to whole pixel values.
         """
         return (self.denormalize(self._process([p.cpu() for p in images])) * 255).round_().to(torch.uint8)
 
     def __call__(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
-        """`pixel_values` of a batch, as the processor would give them.
+        """`pixel_values` of a batch, as the processor would give them: float32 `(B, 3, *size)` on the same device.
 
         Args:
             pixels: `(B, 3, H, W)`, uint8, or float in [0, 1] (after mixup or cutmix).
             cropped: False for whole images, which get the processor's resize and crop (through the CPU); True for
-                images that show what the model is to see (training crops): they are resized to `size` on the
-                device they are on, nothing is cut off.
-
-        Returns:
-            float32 `(B, 3, *size)` on the device of `pixels`.
+                images that show what the model is to see (training crops): they are resized to `size`, not cropped.
         """
         if not cropped:
             whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
@@ -139,13 +115,10 @@ class Preprocessing:
         return self.normalize(pixels)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 `pixel_values` of pixels `(B, 3, H, W)`, uint8 or float in [0, 1], on the same device: the affine
-        map and the channel order alone, at any size."""
+        """The affine map and the channel order alone: float32 from `(B, 3, H, W)` of any size, uint8 or in [0, 1]."""
         values = pixels.float() if pixels.is_floating_point() else pixels.float() / 255
-        if self.channels != [0, 1, 2]:
-            values = values[:, self.channels]
         scale, offset = self._statistics(values.device)
-        return values * scale + offset
+        return (values if self.channels == [0, 1, 2] else values[:, self.channels]) * scale + offset
 
     def denormalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised `pixel_values`: float32 `(B, 3, H, W)` in [0, 1], on the same device."""
@@ -157,7 +130,3 @@ class Preprocessing:
         if device not in self._on_device:  # copied once, not at every step
             self._on_device[device] = (self.scale.to(device), self.offset.to(device))
         return self._on_device[device]
-
-
-def _settings(processor) -> dict:
-    return {k: v for k, v in processor.to_dict().items() if k not in ("_name_or_path", "image_processor_type")}

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ..labels import head_rows, name_classes
+from . import loading
 from .forward import dry_run
-from .loading import (
-    adjust_processor,
-    build,
-    check_id,
-    check_width,
-    head_modules,
-    load_classifier,
-    load_config,
-    loading_faults,
-    processor_for,
-    select_classes,
-)
 from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
@@ -43,12 +32,12 @@ def load_student(
 
     Args:
         model: a Hub id (`facebook/deit-tiny-patch16-224`, `timm/resnet18.a1_in1k`), a local folder, or a module.
-            With `from_scratch`, `timm/NAME` needs no download: timm knows the architecture.
         id2label: the class names of the data, in label order. If the pretrained model knows them all (see
             `ClassMapping.between`), its head keeps their rows, in this order. If not, a head of as many classes stays
             (the names it knows keep their rows, the others take the rest in order), and any other is replaced.
-        processor: the image processor; default: the one saved beside the model. A module needs it, or the next three.
-        from_scratch: build the architecture with random weights instead of loading them.
+        processor: the image processor; default: the one saved beside the model. A module needs it, or size and
+            statistics.
+        from_scratch: build the architecture with random weights; of `timm/NAME` nothing is downloaded.
         image_size: side of the model's square input in pixels; images are then resized to it without a crop. A
             pretrained ViT knows only its own.
         image_mean, image_std: channel statistics of pixels in [0, 1]; default: the processor's.
@@ -59,71 +48,67 @@ def load_student(
         `(model, processor)`. The model is on the CPU, in train mode if `from_scratch`.
 
     Raises:
-        ValueError: if there is no such folder or architecture, if weights other than those of the head are missing
-            (with their names), if the head is not as wide as the model names classes, or if the model can't take
-            `image_size` or does not have `id2label`'s count of classes.
+        ValueError: no such folder or architecture, weights other than the head's are missing, another number of class
+            names than logits, or an `image_size` that the model can't take.
     """
+    module: Any
+    config: Any
     if isinstance(model, nn.Module):
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
-        module, name = cast(Any, model), type(model).__name__
-        config: Any = getattr(module, "config", None)
-        known = config is not None and id2label is not None
-        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
-        if config is not None and id2label is not None and rows is None:
+        module, name, config = model, type(model).__name__, getattr(model, "config", None)
+    else:
+        name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
+        module, config = None, student_config(name, from_scratch, image_size, hub)
+    rows, renamed = None, 0
+    if config is not None and id2label is not None and not from_scratch:
+        rows, renamed = head_rows(config.id2label, id2label)
+        if module is not None and rows is None:
             raise ValueError(
                 f"{name} has {config.num_labels} classes, id2label {len(id2label)}, and some of them by other names."
             )
-    else:
-        name = check_id(model)
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = student_config(name, from_scratch, image_size, hub)
+    if module is None:
         own = config.num_labels
-        known = id2label is not None and not from_scratch
-        rows, renamed = head_rows(config.id2label, id2label) if known else (None, 0)
         if id2label is not None and rows is None:
             name_classes(config, id2label)
         if from_scratch:
-            module = build(config, trust_remote_code)
+            module = loading.build(config, trust_remote_code)
         else:
             # The default dtype is that of the checkpoint, which may be too coarse to train.
-            module, info = load_classifier(name, config, hub, dtype=torch.float32)
-            _check_loaded(module, name, info, own)
-        processor = processor or processor_for(module, name, hub)
-    processor = adjust_processor(processor, image_size, image_mean, image_std)
+            module, faults = loading.load_classifier(name, config, hub, dtype=torch.float32)
+            _check_loaded(module, name, faults, own)
+        processor = processor or loading.processor_for(module, name, hub)
+    processor = loading.adjust_processor(processor, image_size, image_mean, image_std)
     if image_size:
         try:
             dry_run(module, (image_size, image_size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
-    names = config.id2label if config is not None else id2label
+    names = id2label if config is None else config.id2label
     if module is model and names is not None:
-        check_width(name, dry_run(module, Preprocessing(processor).size), names)
+        loading.check_width(name, module, Preprocessing(processor).size, names)
     if rows is not None:
         if rows != list(range(config.num_labels)):
-            select_classes(module, rows, Preprocessing(processor).size)
+            loading.select_classes(module, rows, Preprocessing(processor).size)
         name_classes(module.config, id2label)
-    if rows is not None and renamed:
-        logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
+        if renamed:
+            logger.warning(f"{name}: {renamed} of the {len(rows)} classes are new names for rows of its trained head.")
     if hasattr(processor, "data_config") and hasattr(module, "timm_model"):  # timm keeps preprocessing in the config
-        own = getattr(module.config, "pretrained_cfg", None) or {}
-        module.config.pretrained_cfg = {**own, **processor.data_config}
+        before = getattr(module.config, "pretrained_cfg", None) or {}
+        module.config.pretrained_cfg = {**before, **processor.data_config}
     return module, processor
 
 
 def student_config(name: str, from_scratch: bool, image_size: int | None, hub: dict):
     """The config that `load_student` builds on; see there for the arguments, and `load_config` for `hub`."""
-    return _scratch_config(name, image_size, hub) if from_scratch else load_config(name, hub)
-
-
-def _scratch_config(model: str, image_size: int | None, hub: dict):
+    if not from_scratch:
+        return loading.load_config(name, hub)
     import timm
     from transformers import TimmWrapperConfig
 
     known: Any = timm.get_pretrained_cfg  # None for an unknown name
-
-    if model.startswith("timm/") and not os.path.isdir(model):
-        architecture = model.removeprefix("timm/").split(".")[0]
+    if name.startswith("timm/") and not os.path.isdir(name):
+        architecture = name.removeprefix("timm/").split(".")[0]
         if not timm.is_model(architecture):
             near = timm.list_models(f"*{architecture[:6]}*")[:5]
             raise ValueError(f"timm {timm.__version__} has no {architecture!r}. Near: {', '.join(near) or '-'}.")
@@ -131,7 +116,7 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
         data = timm.data.resolve_data_config(known(architecture).to_dict())
         config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)  # type: ignore[call-arg]  # taken by **kwargs
     else:
-        config = load_config(model, hub)
+        config = loading.load_config(name, hub)
     # Position embeddings depend on the size of the input.
     if image_size and config.model_type == "timm_wrapper":
         if known(config.architecture).fixed_input_size:
@@ -141,22 +126,17 @@ def _scratch_config(model: str, image_size: int | None, hub: dict):
     return config
 
 
-def _check_loaded(module: Any, name: str, info: dict, own: int) -> None:
-    """Only the classification head may be new; anything else would be trained from noise without a word.
-
-    Args:
-        own: the number of classes that the checkpoint's config names.
-    """
-    new = loading_faults(info)
-    head = {id(p) for part in head_modules(module) for p in part.parameters()}
-    wrong = new - {n for n, p in module.named_parameters() if id(p) in head}
+def _check_loaded(module: Any, name: str, faults: dict, own: int) -> None:
+    """Only the head may be new, of a checkpoint that names `own` classes: all else would be trained from noise."""
+    head = {id(p) for layer in loading.head_layers(module) for p in layer.parameters()}
+    wrong = sorted(faults.keys() - {n for n, p in module.named_parameters() if id(p) in head})
     if wrong:
         raise ValueError(
             f"{name}: {len(wrong)} weights besides the classification head are not in the checkpoint or have another "
-            f"shape: {sorted(wrong)[:8]}. Use the architecture the weights were made for, or --from_scratch."
+            f"shape: {wrong[:8]}. Use the architecture the weights were made for, or --from_scratch."
         )
-    widths = {shape[0] for key, shape, _ in info["mismatched_keys"] if key in new} - {own}
+    widths = {shape[0] for shape in faults.values() if shape} - {own}
     if widths:
         raise ValueError(f"{name}: its config names {own} classes, its head has {widths.pop()}: correct config.json.")
-    if new:
+    if faults:
         logger.info(f"{name}: the classification head is new ({module.config.num_labels} classes).")

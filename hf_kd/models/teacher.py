@@ -9,37 +9,25 @@ from torch import nn
 
 from ..config import DTYPES, DistillationConfig
 from ..labels import ClassMapping, label_maps, read_class_map
-from .forward import dry_run, logits_of
-from .loading import (
-    adjust_processor,
-    check_id,
-    check_width,
-    load_classifier,
-    load_config,
-    loading_faults,
-    processor_for,
-)
+from . import loading
+from .forward import id2label_of, logits_of
 from .preprocessing import Preprocessing
 
 
 class Teacher(nn.Module):
     """A frozen classifier that turns pixels into logits of the data's classes, in their order.
 
+    It does not change: `aligned` gives another one, with the same model.
+
     Args:
         model: a classifier `(B, 3, H, W) -> logits` (transformers, timm, any module). It is frozen and kept in eval.
         processor: its image processor, from which its `Preprocessing` is measured.
         id2label: the class names of the data, in label order; default: the teacher's own.
-        class_map: see `ClassMapping.between`.
+        class_map: see `ClassMapping.between`; `mapping` is what it gives.
         dtype: compute type: `torch.bfloat16` or `torch.float16` (autocast), `torch.float32`, or None for the weights'
             own. Weights of another type are copied for float32.
         name: how reports call it.
         class_names: the model's own class names, in the order of its outputs; default: those of its config.
-
-    Attributes:
-        mapping (`ClassMapping`): from the model's classes to those of `id2label`.
-
-    A `Teacher` does not change: `aligned` gives another one, with the same model. `train()` keeps it in eval mode
-    whatever a wrapper asks for, and gradients are off: its parameters never need them.
 
     Raises:
         ValueError: the count of class names is not that of the logits, or the classes cannot be matched.
@@ -62,17 +50,13 @@ class Teacher(nn.Module):
             model = copy.deepcopy(model).float()  # another teacher may compute with this one as it is
         self.model = model.requires_grad_(False)
         self.eval()
-        self.processor = processor
-        self.preprocessing = Preprocessing(processor)
-        self.name = name
-        self.dtype = dtype
+        self.processor, self.preprocessing = processor, Preprocessing(processor)
+        self.name, self.dtype = name, dtype
         if class_names is None:
-            logits = dry_run(model, self.preprocessing.size)
+            class_names = id2label_of(model)
+            width = loading.check_width(name, model, self.preprocessing.size, class_names)
             # Of a module without class names only an explicit class_map can order the outputs.
-            class_names = getattr(getattr(model, "config", None), "id2label", None) or {
-                i: f"LABEL_{i}" for i in range(logits.shape[1])
-            }
-            check_width(name, logits, class_names)
+            class_names = class_names or [f"LABEL_{i}" for i in range(width)]
         self.class_names = label_maps(class_names)["id2label"]
         self.id2label = self.class_names if id2label is None else label_maps(id2label)["id2label"]
         self.class_map = read_class_map(class_map)
@@ -80,40 +64,36 @@ class Teacher(nn.Module):
         self.register_buffer("index", self.mapping.index, persistent=False)
 
     def aligned(self, id2label=None, class_map=None, dtype: torch.dtype | None = None) -> Teacher:
-        """A teacher with the same frozen model and another class order or compute type; this one stays as it is.
+        """A teacher with the same frozen model and another class order or compute type.
 
         What is not given stays: a `class_map` given at loading counts for every later order of the classes.
         """
         if id2label is None and self.id2label is not self.class_names:
             id2label = self.id2label
         class_map = self.class_map if class_map is None else class_map
-        return Teacher(
-            self.model, self.processor, id2label, class_map, dtype or self.dtype, self.name, self.class_names
-        )
+        dtype = dtype or self.dtype
+        return Teacher(self.model, self.processor, id2label, class_map, dtype, self.name, self.class_names)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode: `model.train()` on a wrapper must not reach it."""
         return super().train(False)
 
-    def _logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        parameter = next(self.model.parameters())
-        enabled = self.dtype in (torch.bfloat16, torch.float16)  # otherwise an autocast around this one is off here
-        cast = torch.autocast(parameter.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
-        with torch.no_grad(), cast:
-            return logits_of(self.model(pixel_values.to(device=parameter.device, dtype=parameter.dtype))).float()
-
+    @torch.no_grad()
     def forward(self, pixels: torch.Tensor, cropped: bool = False) -> torch.Tensor:
         """Logits of images.
 
         Args:
-            pixels: `(B, 3, H, W)`, uint8 or float in [0, 1], of any size. What comes out is what the model alone gives
-                for the image through its own processor.
-            cropped: True if the image shows just what the model is to see (a training crop): resized, not cropped.
+            pixels, cropped: see `Preprocessing.__call__`.
 
         Returns:
             float32 `(B, C)` in the order of `id2label`, without gradient; see `ClassMapping.apply`.
         """
-        return self.mapping.apply(self._logits(self.preprocessing(pixels, cropped)), self.index)
+        parameter = next(self.model.parameters())
+        values = self.preprocessing(pixels, cropped).to(device=parameter.device, dtype=parameter.dtype)
+        enabled = self.dtype in (torch.bfloat16, torch.float16)  # otherwise an autocast around this one is off here
+        with torch.autocast(parameter.device.type, dtype=self.dtype if enabled else None, enabled=enabled):
+            logits = logits_of(self.model(values)).float()
+        return self.mapping.apply(logits, self.index)
 
 
 def load_teacher(
@@ -129,20 +109,16 @@ def load_teacher(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
 ) -> Teacher:
-    """A teacher from a Hub id, a `timm/...` id, a local folder, or a module.
+    """A frozen teacher.
 
     Args:
         model: as for `load_student`; of a `Teacher` another one is made, see `Teacher.aligned`.
         id2label: the class names of the data, in label order. The teacher's are matched by name, and may be more:
             the probability of classes that are left out is dropped, see `ClassMapping.apply`.
-        processor: default: the one saved beside the model. A module needs it, or size, mean and std.
         class_map: which classes are which where the names differ: `"by_index"`, a list, a dict, JSON text or the path
             of a JSON or YAML file; see `ClassMapping.between`.
-        dtype: see `Teacher`.
-        revision, trust_remote_code: as in transformers.
-        class_names: the model's own class names, in the order of its outputs; default: those of its config.
-        image_size: side in pixels of the square that images are resized to, without a crop.
-        image_mean, image_std: channel statistics of pixels in [0, 1]; default, as for the size: the processor's.
+        dtype, class_names: see `Teacher`.
+        processor, revision, trust_remote_code, image_size, image_mean, image_std: see `load_student`.
 
     Raises:
         ValueError: weights are missing or do not fit (a freshly initialised head teaches noise), or the classes
@@ -152,41 +128,35 @@ def load_teacher(
         return model.aligned(id2label, class_map, dtype)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        name = check_id(model)
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        module, info = load_classifier(name, load_config(name, hub), hub)
-        bad = sorted(loading_faults(info))
-        if bad:
+        name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
+        module, faults = loading.load_classifier(name, loading.load_config(name, hub), hub)
+        if faults:
             raise ValueError(
-                f"teacher {name}: {len(bad)} weights are missing from its checkpoint or have another shape, and would "
-                f"be random: {bad[:8]}. Use a checkpoint with its trained classification head."
+                f"teacher {name}: {len(faults)} weights are missing from its checkpoint or have another shape, and "
+                f"would be random: {sorted(faults)[:8]}. Use a checkpoint with its trained classification head."
             )
-        model, processor = module, processor or processor_for(module, name, hub)
-    processor = adjust_processor(processor, image_size, image_mean, image_std)
+        model, processor = module, processor or loading.processor_for(module, name, hub)
+    processor = loading.adjust_processor(processor, image_size, image_mean, image_std)
     if class_names is not None:
-        check_width(name, dry_run(model, Preprocessing(processor).size), class_names)
+        loading.check_width(name, model, Preprocessing(processor).size, class_names)
     return Teacher(model, processor, id2label, class_map, dtype, name, class_names)
 
 
 def aligned_teacher(
     teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
 ) -> Teacher | None:
-    """A teacher of the trainer's own, with its classes in the student's order and the compute type `args` ask for.
+    """A teacher of the trainer's own, with its classes in the student's order.
 
-    The type is `args.teacher_dtype`, else the teacher's, else that of the student's training.
-
-    Raises:
-        ValueError: it is no teacher, is the student itself, or knows other classes.
+    It computes with `args.teacher_dtype`, else its own type, else that of the student's training. ValueError if it is
+    no teacher, is the student itself, or knows other classes.
     """
     if teacher is None:
         return None
     if isinstance(teacher, str):
         teacher = load_teacher(teacher)
     if not isinstance(teacher, Teacher):
-        raise ValueError(
-            f"teacher must be a Teacher or an id, got {type(teacher).__name__}: "
-            "wrap it with load_teacher(module, processor=...)."
-        )
+        hint = "wrap it with load_teacher(module, processor=...)"
+        raise ValueError(f"teacher must be a Teacher or an id, got {type(teacher).__name__}: {hint}.")
     if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
         raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
     precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
