@@ -6,7 +6,6 @@ import contextlib
 import copy
 import errno
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -38,10 +37,7 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint of the run in a folder, or None.
-
-    It is the one with the most steps: those of an earlier course of the run are moved away (see `set_aside`).
-    """
+    """The complete checkpoint with the most steps of the run in a folder, or None."""
     for _, folder in reversed(_checkpoints(output_dir)):
         with contextlib.suppress(OSError, ValueError):
             json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last
@@ -53,8 +49,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | None, step: int) -> None:
     """Moves the checkpoints that training, as it starts now, does not continue, into a folder `abandoned-N`.
 
-    After going back to step 2, those of step 4 and later are of another course of the run: the last checkpoint is
-    that of step 2. Also removes what a run that was killed while it saved has left.
+    After going back to step 2, those of step 4 and later are of another course of the run. Also removes what a run
+    that was killed while it saved has left.
 
     Args:
         output_dir: where checkpoints are saved.
@@ -93,7 +89,12 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     staging, final = output_dir / STAGING, output_dir / name
-    check_finite(trainer.model, args.output_dir, state.global_step)
+    bad = [key for key, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} weights are not finite at step {state.global_step}: {bad[:5]}. Last checkpoint: "
+            f"{last_checkpoint(args.output_dir)}."
+        )
     try:
         yield str(staging)
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
@@ -108,44 +109,21 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
                     final.rename(staging / "replaced")
                 (staging / name).rename(final)
                 if args.should_save and (args.save_total_limit or 0) > 0:
-                    _rotate(output_dir, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+                    kept = {final, Path(state.best_model_checkpoint or final)}
+                    folders = [folder for _, folder in _checkpoints(output_dir)]
+                    excess = max(len(folders) - max(args.save_total_limit, len(kept)), 0)
+                    for folder in [folder for folder in folders if folder not in kept][:excess]:
+                        folder.rename(staging / folder.name)  # deleted from there, since deleting can be cut off too
     finally:
         if args.local_process_index == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
-    folders = [folder for _, folder in _checkpoints(output_dir)]
-    excess = len(folders) - max(limit, len(kept))
-    for folder in [folder for folder in folders if folder not in kept][: max(excess, 0)]:
-        folder.rename(output_dir / STAGING / folder.name)  # deleted from there, since deleting can be cut off too
-
-
 def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the auxiliary head beside a checkpoint's model, which does not contain it."""
-    head = getattr(student, HEAD, None)
-    if head is not None:
-        save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
-
-
-def check_finite(student: nn.Module, output_dir: str, step: int) -> None:
-    """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
-    bad = [name for name, p in student.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise FloatingPointError(
-            f"{len(bad)} weights are not finite at step {step}: {bad[:5]}. "
-            f"Last checkpoint: {last_checkpoint(output_dir)}."
-        )
-
-
-def check_loss(logs: dict[str, float], output_dir: str, step: int) -> None:
-    """Raises FloatingPointError for a logged loss that is NaN, which nothing heals."""
-    if math.isnan(logs.get("loss", 0.0)):
-        terms = {k: v for k, v in logs.items() if k.startswith("loss")}
-        raise FloatingPointError(
-            f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in the "
-            f"place of fp16. Last checkpoint: {last_checkpoint(output_dir)}."
-        )
+    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
+    if hasattr(student, HEAD):
+        state = getattr(student, HEAD).state_dict()
+        save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / HEAD_FILE)
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
@@ -160,16 +138,17 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
         processor: its image processor, or None for the preprocessing of its config, or of its architecture.
         state_dict: the weights, where they have been gathered already.
     """
-    if not isinstance(student, PreTrainedModel) and state_dict is None:
-        return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{HEAD}.")}
-    if not hasattr(student, "timm_model"):
+    timm_model: Any = getattr(student, "timm_model", None)
+    if timm_model is None:
+        if state_dict is None and not isinstance(student, PreTrainedModel):
+            state_dict = {k: v for k, v in student.state_dict().items() if not k.startswith(f"{HEAD}.")}
         return state_dict
     config: Any = student.config
-    architecture: Any = student.get_submodule("timm_model").pretrained_cfg
+    architecture = timm_model.pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
-    config.pretrained_cfg = known | {key: value for key, value in data.items() if key in _TIMM_DATA}
+    config.pretrained_cfg = known | {key: data[key] for key in _TIMM_DATA if key in data}
     config.model_args = config.model_args or {}
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
@@ -217,11 +196,11 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
             f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
             f"unexpected {result.unexpected_keys[:8]}."
         )
-    head, file = getattr(student, HEAD, None), os.path.join(folder, HEAD_FILE)
-    if head is not None:
-        if not os.path.isfile(file):
+    if hasattr(student, HEAD):
+        file = Path(folder) / HEAD_FILE
+        if not file.is_file():
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
-        head.load_state_dict(load_file(file))
+        getattr(student, HEAD).load_state_dict(load_file(file))
 
 
 @contextlib.contextmanager

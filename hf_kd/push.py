@@ -1,4 +1,4 @@
-"""Pushing a student: whether it is allowed, what of a run's folder goes, and the trainer's part in it."""
+"""Pushing a student: whether it is allowed, and what of a run's folder goes; and the record that goes with it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,8 @@ __all__ = ["check_push", "publish", "push"]
 logger = logging.getLogger(__name__)
 
 # What is pushed of a run's folder, as patterns; nothing else ever is.
-PUSHED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-    CARD_FILE,
-    RUN_FILE,
-    CURVES_FILE,
-)
+MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PUSHED = (*MODEL_FILES, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE)
 
 
 def check_push(
@@ -68,23 +60,24 @@ def check_push(
     try:
         me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
         repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
-        _check_namespace(me, repo_id.split("/")[0])
+        access = (me.get("auth") or {}).get("accessToken") or {}
+        _check_owner(me, access, repo_id.split("/")[0])
         try:
             api.auth_check(repo_id, write=True)
             exists = True
         except RepositoryNotFoundError:
             exists = False
-        _check_scopes(me, repo_id, exists)
-        if private and exists and not api.model_info(repo_id).private:
+        if not exists:
+            _check_scopes(me, access, repo_id)
+        elif private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}") from error
     return repo_id
 
 
-def _check_namespace(me: dict, owner: str) -> None:
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
+def _check_owner(me: dict, access: dict, owner: str) -> None:
+    if access.get("role") == "read":
         raise ValueError(
             f"{me['name']}'s token may only read: log in with one that may write ({LOGIN}; make it on "
             f"{constants.ENDPOINT}/settings/tokens)."
@@ -95,14 +88,13 @@ def _check_namespace(me: dict, owner: str) -> None:
         raise ValueError(f"{me['name']} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
 
 
-def _check_scopes(me: dict, repo_id: str, exists: bool) -> None:
-    """A fine-grained token must name the owner, or (where it need not be created) the repository."""
-    granted = ((me.get("auth") or {}).get("accessToken") or {}).get("fineGrained")
+def _check_scopes(me: dict, access: dict, repo_id: str) -> None:
+    """A fine-grained token makes a repository only where it may write to all of the owner's."""
+    granted, owner = access.get("fineGrained"), repo_id.split("/")[0]
     if granted is None:
         return
     scopes = {scope["entity"].get("name"): scope["permissions"] for scope in granted.get("scoped", ())}
-    owner = repo_id.split("/")[0]
-    if not any("repo.write" in scopes.get(name, ()) for name in ((owner, repo_id) if exists else (owner,))):
+    if "repo.write" not in scopes.get(owner, ()):
         raise ValueError(
             f"{me['name']}'s fine-grained token may not write to {repo_id}: give it write access to the repositories "
             f"of {owner} on {constants.ENDPOINT}/settings/tokens, or log in with another ({LOGIN})."
@@ -177,55 +169,29 @@ def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
     return push(folder, repo_id, **options)
 
 
-# ---- the trainer's part: `init_hf_repo`, `create_model_card` and `push_to_hub` call these ----
-# transformers would create the repository first, and upload all that is in the folder, its pickled arguments too.
+def add_missing_record(trainer) -> None:
+    """On all ranks: writes run.json, curves and card where run.json is missing or of an earlier state of the training.
 
-
-def push_target(args, token: str | None = None, private: bool | None = None) -> dict:
-    """repo_id, token and private, as passed or as the trainer's arguments have them."""
-    private = args.hub_private_repo if private is None else private
-    return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
-
-
-def _record_is_missing(trainer) -> bool:
-    """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
-    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict) or trainer.preprocessing is None:
-        return False
-    file = Path(trainer.args.output_dir) / RUN_FILE
-    history = json.loads(file.read_text()).get("history") if file.is_file() else None
-    return not history or history[-1].get("step", 0) < trainer.state.global_step
-
-
-def _add_missing_record(trainer) -> None:
-    """On all ranks: writes run.json, curves and card, with a new evaluation, where the record is missing."""
+    It takes an evaluation; without one evaluation set and a processor, none can be made.
+    """
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
     from .reporting.collect import make_record, write_record
 
-    missing = [trainer.is_world_process_zero() and _record_is_missing(trainer)]
+    file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
+    measurable = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict)
+    if measurable and trainer.preprocessing is not None and trainer.is_world_process_zero():
+        history = json.loads(file.read_text()).get("history") if file.is_file() else None
+        missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
     metrics = trainer.evaluate() if missing[0] else None  # on all ranks, as the first one has found
     if metrics and trainer.is_world_process_zero():
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 
-def card_of_run(trainer) -> None:
-    """Writes the card of a trainer's run; see `DistillationTrainer.create_model_card`."""
-    if trainer.args.world_size == 1:
-        _add_missing_record(trainer)
-    if not trainer.is_world_process_zero():
-        return
-    if (Path(trainer.args.output_dir) / RUN_FILE).is_file():
-        write_card(trainer.args.output_dir)
+def write_run_card(folder: str | os.PathLike) -> None:
+    """`write_card`, or a warning where there is no run.json."""
+    if (Path(folder) / RUN_FILE).is_file():
+        write_card(folder)
     else:
-        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {trainer.args.output_dir}")
-
-
-def push_run(trainer, message: str, token: str | None, revision: str | None, private: bool | None) -> str | None:
-    """On all ranks: pushes a saved student with its record; see `DistillationTrainer.push_to_hub`."""
-    _add_missing_record(trainer)
-    if not trainer.is_world_process_zero():
-        return None
-    folder, target = trainer.args.output_dir, push_target(trainer.args, token, private)
-    target["repo_id"] = check_push(**target, folder=folder)
-    return publish(folder, **target, revision=revision or trainer.args.hub_revision, message=message)
+        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
