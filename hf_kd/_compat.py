@@ -24,33 +24,15 @@ CHECKPOINTING_KWARGS = (
     else "gradient_checkpointing_kwargs"
 )
 
-# Methods that hf_kd overrides: upstream calls them with these parameters, in this order; "?": not in every version.
-OVERRIDDEN = {
-    "transformers.Trainer._get_dataloader": "dataset description batch_size sampler_fn is_training dataloader_key",
-    "transformers.Trainer._get_num_items_in_batch": "batch_samples device",
-    "transformers.Trainer._load_best_model": "",
-    "transformers.Trainer._load_from_checkpoint": "resume_from_checkpoint model",
-    "transformers.Trainer._get_output_dir": "trial",
-    "transformers.Trainer._save": "output_dir state_dict",
-    "transformers.Trainer._save_checkpoint": "model trial",
-    "transformers.Trainer.call_model_init": "trial",
-    "transformers.Trainer.compute_loss": "model inputs return_outputs num_items_in_batch",
-    "transformers.Trainer.create_scheduler": "num_training_steps optimizer",
-    "transformers.Trainer.evaluation_loop": (
-        "dataloader description prediction_loss_only ignore_keys metric_key_prefix"
-    ),
-    "transformers.Trainer.floating_point_ops": "inputs",
-    "transformers.Trainer.get_eval_dataloader": "eval_dataset",
-    "transformers.Trainer.init_hf_repo": "token private?",
-    "transformers.Trainer.log": "logs start_time",
-    "transformers.Trainer.prediction_step": "model inputs prediction_loss_only ignore_keys",
-    "transformers.Trainer.save_model": "output_dir _internal_call",
-    "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
-    "argparse.HelpFormatter._format_action_invocation": "action",
-    "argparse.HelpFormatter._get_help_string": "action",
-}
+# Methods of transformers.Trainer that DistillationTrainer overrides. Upstream calls them with the same parameters.
+OVERRIDDEN = (
+    "_get_dataloader _get_num_items_in_batch _get_output_dir _load_best_model _load_from_checkpoint _save "
+    "_save_checkpoint call_model_init compute_loss create_scheduler evaluation_loop floating_point_ops "
+    "get_eval_dataloader init_hf_repo log prediction_step save_model"
+).split()
+LATER = {"private"}  # parameters that not all of the supported versions have
 
-# Names that hf_kd calls, with the parameters that it gives them (there may be more), or reads (None).
+# Other names that hf_kd calls or overrides, with the parameters that count (there may be more), or reads (None).
 USED = {
     "transformers.Trainer._get_eval_sampler": "eval_dataset",
     "transformers.Trainer._prepare_inputs": "inputs",
@@ -64,7 +46,10 @@ USED = {
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
+    "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
+    "argparse.HelpFormatter._format_action_invocation": "action",
     "argparse.HelpFormatter._format_args": "action default_metavar",
+    "argparse.HelpFormatter._get_help_string": "action",
 }
 
 # Attributes that exist only on instances, by a function of upstream that names them.
@@ -84,18 +69,17 @@ MENTIONED = {
 
 
 @functools.cache
-def check_upstream() -> None:
-    """Looks every name up, once a process.
+def check_upstream(trainer: type) -> None:
+    """Looks every name up, once a process; `trainer` is DistillationTrainer.
 
     Raises:
         RuntimeError: a name is missing or has another signature; with the versions installed and seen.
     """
-    for path, parameters in OVERRIDDEN.items():
-        known = [name.rstrip("?") for name in parameters.split()]
-        needed = {name for name in parameters.split() if not name.endswith("?")}
-        found = _parameters(_find(path))
-        if not needed <= set(found) or found != [name for name in known if name in found]:
-            raise _changed(path, f"has the parameters ({', '.join(found)}), not ({', '.join(known)})")
+    for name in OVERRIDDEN:
+        path = f"transformers.Trainer.{name}"
+        found, own = _parameters(_find(path)), _parameters(getattr(trainer, name))
+        if found != [parameter for parameter in own if parameter in found or parameter not in LATER]:
+            raise _changed(path, f"has the parameters ({', '.join(found)}), not ({', '.join(own)})")
     for path, used in USED.items():
         found = _find(path)
         if used and (missing := set(used.split()) - set(_parameters(found))):

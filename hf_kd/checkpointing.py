@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,11 +80,9 @@ def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | N
 def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     """A folder to save a checkpoint in, which gets its place in `output_dir` when all processes have written it.
 
-    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would:
-    the oldest, but neither the newest nor the best.
-
-    Raises:
-        FloatingPointError: weights are not finite.
+    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would: the
+    oldest, but neither the newest nor the best. Raises FloatingPointError for weights that are not finite, lest they
+    replace the last good ones.
     """
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -129,9 +127,8 @@ def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
     """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
 
-    Of a timm student, weights and config are made such that timm and transformers both load what is saved. Left
-    alone, neither loads the other's: transformers writes the names of the weights under `timm_model.`, and a config
-    that lacks what timm builds the model from; timm writes the count of classes where transformers adds its own.
+    A timm student's weights and config are made such that timm and transformers both load what is saved. Left alone,
+    transformers writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
 
     Args:
         student: if it is a TimmWrapper, its config is changed.
@@ -172,19 +169,15 @@ def _timm_data(processor) -> dict:
 
 
 def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
-    """Put a checkpoint's weights into a student, every one of them.
+    """Puts a checkpoint's weights into a student; ValueError for weights that are not in it.
 
     Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False,
     which loses them without an error. Here they pass through the model's own from_pretrained.
-
-    Raises:
-        ValueError: if a weight of the student is not in the checkpoint; with the names.
     """
     if isinstance(student, PreTrainedModel):
-        config = copy.deepcopy(student.config)
-        loaded, info = cast(Any, type(student)).from_pretrained(  # whose hints leave the info out
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        options = {"config": copy.deepcopy(student.config), "ignore_mismatched_sizes": True}
+        model_class: Any = type(student)  # the hints of from_pretrained leave the info out
+        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
         state = loaded.state_dict()
         missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
     else:
@@ -205,7 +198,7 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: str | os.PathLike):
-    """Raises an OSError with the folder for a full disk, which the writers of weights and optimizers don't name."""
+    """Names the folder in the OSError of a full disk, which the writers of weights and optimizers do not."""
     try:
         yield
     except Exception as error:

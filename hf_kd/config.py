@@ -41,10 +41,9 @@ def option(default: Any, help: str) -> Any:
 class DistillationConfig(TrainingArguments):
     """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
 
-    Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would
-    drop the image column), `hub_strategy` is "end" (checkpoints hold more than a student), `logging_nan_inf_filter`
-    is False (it hides a NaN loss, and costs a device sync a step), `metric_for_best_model` is top-1 where a best model
-    is asked for.
+    Defaults that differ: `remove_unused_columns` is False (it would drop the image column), `hub_strategy` is "end"
+    (checkpoints hold more than a student), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device
+    sync a step), `metric_for_best_model` is top-1 where a best model is asked for.
 
     Raises:
         ValueError: for an unknown loss or augmentation (with the nearest names) and for numbers out of range.

@@ -9,22 +9,12 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, ResolvedRevision, constants, is_offline_mode, resolve_revision
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub import HfApi, ResolvedRevision, constants, errors, is_offline_mode, resolve_revision
 from huggingface_hub.utils import parse_ratelimit_headers
 
 LOGIN = "`hf auth login`"
-UNREACHABLE = (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
+NOT_CACHED = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+UNREACHABLE = (errors.HTTPError, errors.OfflineModeIsEnabled, *NOT_CACHED)
 # How safetensors, datasets, and torch.save (the last two: it only sees that fewer bytes were written) tell it.
 _DISK_FULL = re.compile(
     "No space left on device|Not enough disk space|Disk quota exceeded|inline_container.*unexpected pos|"
@@ -49,12 +39,12 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
     """
     try:
         return resolve_revision(repo_id, repo_type=repo_type, revision=revision)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code != 429:
             raise
         try:  # however busy the Hub is with us, what is cached may be used
             return resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=True)
-        except RevisionResolutionError:
+        except errors.RevisionResolutionError:
             raise error from None
 
 
@@ -74,16 +64,16 @@ def user_message(error: BaseException) -> str | None:
     for each in sorted(chain, key=_is_answer, reverse=True):  # which say more than what was raised because of them
         text = str(each)
         # datasets drops the errors of the Hub's client, and only the text is left.
-        if isinstance(each, GatedRepoError) or "is a gated dataset on the Hub" in text:
+        if isinstance(each, errors.GatedRepoError) or "is a gated dataset on the Hub" in text:
             return f"{repo} is gated: accept its conditions on {page}, and log in as the same user with {LOGIN}."
-        if isinstance(each, RepositoryNotFoundError) or "doesn't exist on the Hub or cannot be accessed" in text:
+        if isinstance(each, errors.RepositoryNotFoundError) or "on the Hub or cannot be accessed" in text:
             nearest = ", ".join(nearest_ids(repo_id, kind)) if repo_id else ""
             hint = f" Did you mean {nearest}?" if nearest else ""
             missing = f"there is no {repo} on {constants.ENDPOINT}, or it is private."
             return f"{missing}{hint} If it is private, log in: {LOGIN}."
-        if isinstance(each, HfHubHTTPError) and _is_answer(each):
+        if isinstance(each, errors.HfHubHTTPError) and _is_answer(each):
             return _answer(each, repo, page)
-        if type(each).__name__ in _BROKEN and isinstance(each, HTTPError):
+        if type(each).__name__ in _BROKEN and isinstance(each, errors.HTTPError):
             return f"the connection to the Hub broke off while {repo} was loaded: run this again."
         if isinstance(each, UNREACHABLE) or re.match("Couldn't reach .* (on the|Face) Hub", text):
             return _unreachable(repo)
@@ -109,7 +99,7 @@ def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[
         while words and not found:  # "deit-tiny-patch16-242" is found by its part "deit-tiny-patch16"
             found = {each.id.lower(): each.id for each in search(search=words, limit=100) if each.id != repo_id}
             words = words.rpartition("-")[0] or words[: len(words) * 2 // 3]
-    except (HTTPError, OSError):
+    except (errors.HTTPError, OSError):
         return []
     return [found[each] for each in difflib.get_close_matches(repo_id.lower(), found, n=limit, cutoff=0.5)]
 
@@ -141,13 +131,13 @@ def _repository(chain: list[BaseException]) -> tuple[str, str]:
 
 
 def _is_answer(error: BaseException) -> bool:
-    return isinstance(error, HfHubHTTPError) and not isinstance(error, RemoteEntryNotFoundError)
+    return isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.RemoteEntryNotFoundError)
 
 
-def _answer(error: HfHubHTTPError, repo: str, page: str) -> str:
+def _answer(error: errors.HfHubHTTPError, repo: str, page: str) -> str:
     request, status = error.response.request, error.response.status_code
     answer = f"{status}: {error.server_message or ''}".strip(" .:")
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         revision = _REVISION.search(_url(error))
         name = f" {unquote(revision[1])!r}" if revision else ""
         return f"{repo} has no revision{name}. Its branches, tags and commits are on {page}."

@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from .hub import LOGIN, user_message
@@ -27,12 +26,9 @@ PUSHED = (*MODEL_FILES, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_
 
 
 def check_push(
-    repo_id: str | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-    folder: str | os.PathLike = ".",
+    repo_id: str | None = None, token: str | None = None, private: bool | None = None, folder: str | os.PathLike = "."
 ) -> str:
-    """Whether a push would be allowed, found out before training and without creating anything.
+    """Finds out before training, without creating anything, whether a push would be allowed.
 
     Args:
         repo_id: "owner/name", or "name" in the user's own namespace; default: the name of `folder`.
@@ -43,16 +39,14 @@ def check_push(
         The full "owner/name".
 
     Raises:
-        ValueError: no token, one that is not valid, or that may not write there; a name that can't be one; a public
-            repository where a private one is asked for; or a Hub that can't be asked. With what to change.
+        ValueError: no token, or one that may not write there; a name that can't be one; a public repository where a
+            private one is asked for; or a Hub that can't be asked. With what to change.
     """
     repo_id = repo_id or Path(folder).resolve().name
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo_id!r} can't be pushed to: {error} Choose another --hub_model_id OWNER/NAME."
-        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo_id!r} can't be pushed to: {error} Set --hub_model_id OWNER/NAME.") from error
     token = token or huggingface_hub.get_token()
     if not token:
         raise ValueError(f"pushing to the Hub needs a token that may write, and there is none: log in with {LOGIN}.")
@@ -60,44 +54,40 @@ def check_push(
     try:
         me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
         repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
-        access = (me.get("auth") or {}).get("accessToken") or {}
-        _check_owner(me, access, repo_id.split("/")[0])
         try:
             api.auth_check(repo_id, write=True)
             exists = True
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             exists = False
         if not exists:
-            _check_scopes(me, access, repo_id)
+            _check_may_create(me, repo_id)
         elif private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}") from error
     return repo_id
 
 
-def _check_owner(me: dict, access: dict, owner: str) -> None:
-    if access.get("role") == "read":
+def _check_may_create(me: dict, repo_id: str) -> None:
+    """By what the Hub says of the user and the token; a fine-grained one must be granted all of the owner's."""
+    owner, user, tokens_page = repo_id.split("/")[0], me["name"], f"{constants.ENDPOINT}/settings/tokens"
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
         raise ValueError(
-            f"{me['name']}'s token may only read: log in with one that may write ({LOGIN}; make it on "
-            f"{constants.ENDPOINT}/settings/tokens)."
+            f"{user}'s token may only read: log in with one that may write ({LOGIN}; make it on {tokens_page})."
         )
     refused = ("read", "no_access")
-    allowed = [me["name"], *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
+    allowed = [user, *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
     if owner not in allowed:
-        raise ValueError(f"{me['name']} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
-
-
-def _check_scopes(me: dict, access: dict, repo_id: str) -> None:
-    """A fine-grained token makes a repository only where it may write to all of the owner's."""
-    granted, owner = access.get("fineGrained"), repo_id.split("/")[0]
+        raise ValueError(f"{user} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
+    granted = token.get("fineGrained")
     if granted is None:
         return
     scopes = {scope["entity"].get("name"): scope["permissions"] for scope in granted.get("scoped", ())}
     if "repo.write" not in scopes.get(owner, ()):
         raise ValueError(
-            f"{me['name']}'s fine-grained token may not write to {repo_id}: give it write access to the repositories "
-            f"of {owner} on {constants.ENDPOINT}/settings/tokens, or log in with another ({LOGIN})."
+            f"{user}'s fine-grained token may not write to {repo_id}: give it write access to the repositories of "
+            f"{owner} on {tokens_page}, or log in with another ({LOGIN})."
         )
 
 
@@ -109,7 +99,7 @@ def push(
     revision: str | None = None,
     message: str = "Distilled with hf_kd",
 ) -> str:
-    """Upload a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
+    """Uploads a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
 
     Args:
         folder: where the run was saved.
@@ -130,9 +120,7 @@ def push(
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
     names = [file.name for file in files]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(
-            f"there is no model in {folder} (config.json and model.safetensors): give a run's own folder."
-        )
+        raise ValueError(f"there is no model in {folder} (config.json and model.safetensors): give a run's folder.")
     token = token or huggingface_hub.get_token()
     operations = [CommitOperationAdd(file.name, _content(file, token)) for file in files]
     api = HfApi(token=token)

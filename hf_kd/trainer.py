@@ -92,7 +92,7 @@ class DistillationTrainer(Trainer):
         plan: Experiment | None = None,
         **kwargs,
     ):
-        check_upstream()
+        check_upstream(DistillationTrainer)
         check_trainer_arguments(args, data_collator, kwargs.get("compute_loss_func"))
         assert args is not None  # as the check has seen
         args = args if loss is None else args.with_loss(loss)
@@ -176,7 +176,7 @@ class DistillationTrainer(Trainer):
         if self._own_collator and is_training:
             self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
         elif self._own_collator:
-            teacher_preprocessing = self.eval_teacher.preprocessing if self.eval_teacher is not None else None
+            teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
@@ -254,13 +254,11 @@ class DistillationTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`.
-
-        Raises:
-            FloatingPointError: when the loss has become NaN, which nothing heals.
-        """
+        """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`. Raises
+        FloatingPointError when the loss has become NaN, which nothing heals."""
+        step = self.state.global_step
         if "loss" in logs:
-            means = self._terms.means(self.state.global_step, self.accelerator.reduce)
+            means = self._terms.means(step, self.accelerator.reduce)
             logs |= {f"loss_{name}": value for name, value in means.items()}
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
@@ -268,8 +266,8 @@ class DistillationTrainer(Trainer):
         if math.isnan(logs.get("loss", 0.0)):
             terms = {name: value for name, value in logs.items() if name.startswith("loss")}
             raise FloatingPointError(
-                f"the loss is NaN at step {self.state.global_step}: {terms}. Lower learning_rate, set max_grad_norm, "
-                f"or use bf16 in the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+                f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in "
+                f"the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
             )
 
     def floating_point_ops(self, inputs) -> int:
@@ -290,10 +288,10 @@ class DistillationTrainer(Trainer):
         metrics = self._meter.compute()
         self._meter = None
         self.eval_skipped.update(self._skipped_now)
-        counted = int(metrics.pop("n"))
+        skipped = output.num_samples - int(metrics.pop("n"))
+        if skipped > 0:
+            metrics["skipped"] = skipped
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        if counted < output.num_samples:
-            output.metrics[f"{metric_key_prefix}_skipped"] = output.num_samples - counted
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -310,18 +308,7 @@ class DistillationTrainer(Trainer):
         loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data),
-        and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
-
-        Args:
-            samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
-            teacher: default: `eval_teacher`.
-        """
-        metrics = measure_teacher(self, cast(Teacher, teacher or self.eval_teacher), samples)
-        if samples is None:
-            self.teacher_metrics = metrics
-        return metrics
+    measure_teacher = measure_teacher
 
     # ---- training, saving, resuming ----
 
@@ -331,19 +318,20 @@ class DistillationTrainer(Trainer):
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        write_plan(self, resume_from_checkpoint or None)
+        write_plan(self, checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             warn_near_chance(self)
-        self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
+        self._started, self._resumed_from = time.perf_counter(), checkpoint
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
             torch.compiler.reset()
         try:
-            result = super().train(resume_from_checkpoint, **kwargs)
+            result = super().train(checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
         if self._interrupt.agreed:
@@ -352,7 +340,7 @@ class DistillationTrainer(Trainer):
         return result
 
     def _begin(self) -> None:
-        """Training begins, with the state of the checkpoint that it continues from, if any."""
+        """When training begins, with the state of the checkpoint that it continues from, if any."""
         self._terms, self._staging = LossTerms(), None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
@@ -363,7 +351,6 @@ class DistillationTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
         folder = self._get_output_dir(trial)
         with full_disk_named(folder), checkpointing.complete_checkpoint(self, folder) as self._staging:
             super()._save_checkpoint(model, trial)
@@ -403,10 +390,8 @@ class DistillationTrainer(Trainer):
             self.hub_model_id = push.check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed.
-
-        Makes run.json first where it is missing, if this is the only process (it takes an evaluation).
-        """
+        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed. A single
+        process makes run.json first where it is missing (it takes an evaluation)."""
         if self.args.world_size == 1:
             push.add_missing_record(self)
         if self.is_world_process_zero():
@@ -418,9 +403,8 @@ class DistillationTrainer(Trainer):
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
         Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
-        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`.
-
-        token, revision and private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
+        private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
 
         Returns:
             The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
