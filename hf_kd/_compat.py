@@ -12,17 +12,8 @@ import pkgutil
 from importlib import metadata
 from typing import Any
 
-from packaging.version import Version
-
 # The newest versions that the tables were checked with.
 SEEN = {"transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
-
-# The argument of transformers' trainer, renamed in 5.23.
-CHECKPOINTING_KWARGS = (
-    "activation_checkpointing_kwargs"
-    if Version(metadata.version("transformers")) >= Version("5.23")
-    else "gradient_checkpointing_kwargs"
-)
 
 # Methods of transformers.Trainer that DistillationTrainer overrides. Upstream calls them with the same parameters.
 OVERRIDDEN = (
