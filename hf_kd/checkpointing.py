@@ -70,10 +70,8 @@ def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | N
     for folder in later:
         folder.rename(abandoned / folder.name)
     start = f"continues from {resumed_from}" if resumed_from else "starts from the beginning"
-    logger.warning(
-        f"this training {start}: {', '.join(folder.name for folder in later)} of an earlier one "
-        f"{'are' if later[1:] else 'is'} now in {abandoned}; delete that folder if you do not need it."
-    )
+    names = ", ".join(folder.name for folder in later)
+    logger.warning(f"this training {start}: moved {names} of an earlier one to {abandoned}; delete it if not needed.")
 
 
 @contextlib.contextmanager
@@ -106,12 +104,12 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
                 if final.exists():
                     final.rename(staging / "replaced")
                 (staging / name).rename(final)
-                if args.should_save and (args.save_total_limit or 0) > 0:
-                    kept = {final, Path(state.best_model_checkpoint or final)}
-                    folders = [folder for _, folder in _checkpoints(output_dir)]
-                    excess = max(len(folders) - max(args.save_total_limit, len(kept)), 0)
-                    for folder in [folder for folder in folders if folder not in kept][:excess]:
-                        folder.rename(staging / folder.name)  # deleted from there, since deleting can be cut off too
+            if args.should_save and (args.save_total_limit or 0) > 0:
+                kept = {final, Path(state.best_model_checkpoint or final)}
+                folders = [folder for _, folder in _checkpoints(output_dir)]
+                excess = max(len(folders) - max(args.save_total_limit, len(kept)), 0)
+                for folder in [folder for folder in folders if folder not in kept][:excess]:
+                    folder.rename(staging / folder.name)  # deleted from there, since deleting can be cut off too
     finally:
         if args.local_process_index == 0:
             shutil.rmtree(staging, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch.utils.data import Subset
@@ -25,7 +24,7 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
         samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
         teacher: default: `eval_teacher`.
     """
-    teacher = teacher or cast(Teacher, trainer.eval_teacher)
+    teacher = teacher or trainer.eval_teacher
     source = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     source = next(iter(source.values())) if isinstance(source, dict) else source
     if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
