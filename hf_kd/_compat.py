@@ -1,6 +1,7 @@
-"""Every private or version-dependent name of another package that hf_kd uses, and the check that it is as it was.
+"""What hf_kd relies on in other packages beyond their public names, and the check that it is as it was.
 
-A new use goes into one of the three tables; tests/test_compat.py finds overrides and private names that are in none.
+Public names that are imported or called fail loudly by themselves. Overrides, private names and names whose signature
+matters go into one of the three tables; tests/test_compat.py finds overrides and private names that are in none.
 """
 
 from __future__ import annotations
@@ -11,135 +12,75 @@ import pkgutil
 from importlib import metadata
 from typing import Any
 
-from packaging.version import Version
-
 # The newest versions that the tables were checked with.
-SEEN = {
-    "transformers": "5.24.0",
-    "huggingface_hub": "2.4.0",
-    "datasets": "5.2.0",
-    "timm": "1.0.31",
-    "torch": "2.14.1",
-    "torchvision": "0.29.1",
-}
+SEEN = {"transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
 
-# The argument of transformers' trainer, renamed in 5.23.
-CHECKPOINTING_KWARGS = (
-    "activation_checkpointing_kwargs"
-    if Version(metadata.version("transformers")) >= Version("5.23")
-    else "gradient_checkpointing_kwargs"
-)
+# Methods of transformers.Trainer that DistillationTrainer overrides. Upstream calls them with the same parameters.
+OVERRIDDEN = (
+    "_get_dataloader _get_num_items_in_batch _get_output_dir _load_best_model _load_from_checkpoint _save "
+    "_save_checkpoint call_model_init compute_loss create_scheduler evaluation_loop floating_point_ops "
+    "get_eval_dataloader init_hf_repo log prediction_step save_model"
+).split()
+LATER = {"private"}  # parameters that not all of the supported versions have
 
-# Methods that hf_kd overrides: upstream calls them with these parameters, in this order; "?": not in every version.
-OVERRIDDEN = {
-    "transformers.Trainer._get_dataloader": "dataset description batch_size sampler_fn is_training dataloader_key",
-    "transformers.Trainer._get_num_items_in_batch": "batch_samples device",
-    "transformers.Trainer._load_best_model": "",
-    "transformers.Trainer._load_from_checkpoint": "resume_from_checkpoint model",
-    "transformers.Trainer._get_output_dir": "trial",
-    "transformers.Trainer._save": "output_dir state_dict",
-    "transformers.Trainer._save_checkpoint": "model trial",
-    "transformers.Trainer.call_model_init": "trial",
-    "transformers.Trainer.compute_loss": "model inputs return_outputs num_items_in_batch",
-    "transformers.Trainer.create_scheduler": "num_training_steps optimizer",
-    "transformers.Trainer.evaluation_loop": (
-        "dataloader description prediction_loss_only ignore_keys metric_key_prefix"
-    ),
-    "transformers.Trainer.floating_point_ops": "inputs",
-    "transformers.Trainer.get_batch_samples": "epoch_iterator num_batches device",
-    "transformers.Trainer.get_eval_dataloader": "eval_dataset",
-    "transformers.Trainer.init_hf_repo": "token private?",
-    "transformers.Trainer.log": "logs start_time",
-    "transformers.Trainer.prediction_step": "model inputs prediction_loss_only ignore_keys",
-    "transformers.Trainer.save_model": "output_dir _internal_call",
-    "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
-    "argparse.HelpFormatter._format_action_invocation": "action",
-    "argparse.HelpFormatter._get_help_string": "action",
-}
-
-# Names that hf_kd calls, with the parameters that it gives them (there may be more), or reads (None).
+# Other names that hf_kd calls or overrides, with the parameters that count (there may be more), or reads (None).
 USED = {
     "transformers.Trainer._get_eval_sampler": "eval_dataset",
     "transformers.Trainer._prepare_inputs": "inputs",
     "transformers.Trainer._run_epoch": "epoch",
-    "transformers.Trainer.compute_loss_context_manager": "",
     "transformers.Trainer.create_model_card": "model_name",
     "transformers.Trainer.loss_is_scaled_for_ga": None,
-    "transformers.Trainer.num_examples": "dataloader",
     "transformers.Trainer.push_to_hub": "commit_message token revision",
     "transformers.Trainer.train": "resume_from_checkpoint",
     "transformers.TrainingArguments._VALID_DICT_FIELDS": None,
-    "transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING": None,
     "transformers.PreTrainedModel._keys_to_ignore_on_save": None,
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
-    "transformers.integrations.deepspeed.HfDeepSpeedConfig": "config_file_or_dict",
-    "transformers.integrations.deepspeed.deepspeed_config": "",
-    "transformers.integrations.deepspeed.is_deepspeed_zero3_enabled": "",
-    "transformers.integrations.deepspeed.unset_hf_deepspeed_config": "",
-    "transformers.trainer.TRAINER_STATE_NAME": None,
-    "transformers.trainer_callback.TrainerState.save_to_json": "json_path",
-    "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR": None,
-    "transformers.utils.IMAGE_PROCESSOR_NAME": None,
-    "transformers.utils.PROCESSOR_NAME": None,
-    "transformers.utils.SAFE_WEIGHTS_NAME": None,
-    "huggingface_hub.resolve_revision": "repo_id repo_type revision local_files_only",
-    "huggingface_hub.try_to_load_from_cache": "repo_id filename revision",
-    "huggingface_hub.errors.HTTPError": None,
-    "huggingface_hub.errors.RemoteEntryNotFoundError": None,
-    "huggingface_hub.errors.RevisionResolutionError": None,
-    "huggingface_hub.utils.parse_ratelimit_headers": "headers",
-    "datasets.exceptions.DatasetsError": None,
-    "datasets.packaged_modules.imagefolder.imagefolder.ImageFolder.EXTENSIONS": None,
-    "timm.data.auto_augment.posterize": "img bits_to_keep",
-    "timm.data.auto_augment.rand_augment_transform": "config_str hparams",
-    "torch.compiler.reset": "",
+    "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
+    "argparse.HelpFormatter._format_action_invocation": "action",
     "argparse.HelpFormatter._format_args": "action default_metavar",
+    "argparse.HelpFormatter._get_help_string": "action",
 }
 
 # Attributes that exist only on instances, by a function of upstream that names them.
 MENTIONED = {
-    "_created_lr_scheduler": "transformers.Trainer.create_scheduler",
-    "_commit_hash": "transformers.PreTrainedConfig._remove_keys_not_serialized",
-    "gather_function": "transformers.Trainer.create_accelerator_and_postprocess",
-    "is_deepspeed_enabled": "transformers.Trainer.create_accelerator_and_postprocess",
-    "is_fsdp_enabled": "transformers.Trainer.create_accelerator_and_postprocess",
-    "hub_model_id": "transformers.Trainer.push_to_hub",
-    "push_in_progress": "transformers.Trainer._finish_current_push",
-    "aug_fn": "timm.data.auto_augment.AugmentOp.__init__",
-    "ops": "timm.data.auto_augment.RandAugment.__init__",
-    "_argument_group_name": "transformers.HfArgumentParser._add_dataclass_arguments",
-    "_actions": "argparse._ActionsContainer.__init__",
-    "_action_groups": "argparse._ActionsContainer.__init__",
-    "_group_actions": "argparse._ArgumentGroup.__init__",
-    "_optionals": "argparse.ArgumentParser.__init__",
+    "transformers.Trainer._finish_current_push": "push_in_progress",
+    "transformers.Trainer.create_accelerator_and_postprocess": "gather_function is_deepspeed_enabled is_fsdp_enabled",
+    "transformers.Trainer.create_scheduler": "_created_lr_scheduler",
+    "transformers.Trainer.push_to_hub": "hub_model_id",
+    "transformers.PreTrainedConfig._remove_keys_not_serialized": "_commit_hash",
+    "transformers.HfArgumentParser._add_dataclass_arguments": "_argument_group_name",
+    "timm.data.auto_augment.AugmentOp.__init__": "aug_fn",
+    "timm.data.auto_augment.RandAugment.__init__": "ops",
+    "argparse._ActionsContainer.__init__": "_actions _action_groups",
+    "argparse._ArgumentGroup.__init__": "_group_actions",
+    "argparse.ArgumentParser.__init__": "_optionals",
 }
 
 
 @functools.cache
-def check_upstream() -> None:
-    """Looks every name up, once a process.
+def check_upstream(trainer: type) -> None:
+    """Looks every name up, once a process; `trainer` is DistillationTrainer.
 
     Raises:
         RuntimeError: a name is missing or has another signature; with the versions installed and seen.
     """
-    for path, parameters in OVERRIDDEN.items():
-        known = [name.rstrip("?") for name in parameters.split()]
-        needed = {name for name in parameters.split() if not name.endswith("?")}
-        found = _parameters(_find(path), path)
-        if not needed <= set(found) or found != [name for name in known if name in found]:
-            raise _changed(path, f"has the parameters ({', '.join(found)}), not ({', '.join(known)})")
+    for name in OVERRIDDEN:
+        path = f"transformers.Trainer.{name}"
+        found, own = _parameters(_find(path)), _parameters(getattr(trainer, name))
+        if found != [parameter for parameter in own if parameter in found or parameter not in LATER]:
+            raise _changed(path, f"has the parameters ({', '.join(found)}), not ({', '.join(own)})")
     for path, used in USED.items():
         found = _find(path)
-        if used is not None:
-            missing = set(used.split()) - set(_parameters(found, path))
-            if missing:
-                raise _changed(path, f"does not accept {', '.join(sorted(missing))}")
-    for name, path in MENTIONED.items():
+        if used and (missing := set(used.split()) - set(_parameters(found))):
+            raise _changed(path, f"does not accept {', '.join(sorted(missing))}")
+    for path, names in MENTIONED.items():
         code = getattr(inspect.unwrap(_find(path)), "__code__", None)
-        if code is None or f"'{name}'" not in f"{code.co_names} {code.co_consts}":
-            raise _changed(path, f"no longer uses the attribute {name}")
+        mentioned = f"{code.co_names} {code.co_consts}" if code else ""
+        for name in names.split():
+            if f"'{name}'" not in mentioned:
+                raise _changed(path, f"no longer uses the attribute {name}")
 
 
 def _find(path: str) -> Any:
@@ -149,21 +90,15 @@ def _find(path: str) -> Any:
         raise _changed(path, "does not exist") from error
 
 
-def _parameters(found: Any, path: str) -> list[str]:
-    if not callable(found):
-        raise _changed(path, "cannot be called")
-    return [name for name in inspect.signature(found).parameters if name != "self"]
+def _parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
 def _changed(path: str, what: str) -> RuntimeError:
     package = path.split(".")[0]
     if package not in SEEN:
         return RuntimeError(f"hf_kd relies on {path}, which {what}: this version of Python is not supported.")
-    try:
-        installed = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        installed = "(none)"
     return RuntimeError(
-        f"hf_kd relies on {path}, which {what} in {package} {installed}. It was last seen in {package} "
-        f"{SEEN[package]}: pip install {package}=={SEEN[package]}"
+        f"hf_kd relies on {path}, which {what} in {package} {metadata.version(package)}. It was last seen in "
+        f"{package} {SEEN[package]}: pip install {package}=={SEEN[package]}"
     )

@@ -25,12 +25,9 @@ class OnTrainBegin(TrainerCallback):
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training when a step ends, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C ends training when a step ends, with a checkpoint (then `agreed` is True); a second one ends it at once.
 
     Several processes get the signal at different steps, or only one of them gets it: they agree every `EVERY` steps.
-
-    Attributes:
-        agreed: training was ended by Ctrl-C, and its state is saved.
     """
 
     EVERY = 10
@@ -53,19 +50,17 @@ class SaveOnInterrupt(TrainerCallback):
             self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
 
     def restore(self) -> None:
-        """Give the signal back."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = self._requested
-        if args.world_size > 1:
-            self.agreed = False
-            if state.global_step % self.EVERY == 0 or state.global_step >= state.max_steps:
-                flag = torch.tensor(int(self._requested), device=args.device)
-                torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-                self.agreed = bool(flag)
+        if args.world_size == 1:
+            self.agreed = self._requested
+        elif state.global_step % self.EVERY == 0 or state.global_step >= state.max_steps:
+            flag = torch.tensor(int(self._requested), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.agreed = bool(flag)
         if self.agreed:
             control.should_save = control.should_log = control.should_training_stop = True
             control.should_evaluate = False

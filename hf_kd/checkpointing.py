@@ -6,11 +6,10 @@ import contextlib
 import copy
 import errno
 import json
-import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,10 +37,7 @@ def _checkpoints(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint of the run in a folder, or None.
-
-    It is the one with the most steps: those of an earlier course of the run are moved away (see `set_aside`).
-    """
+    """The complete checkpoint with the most steps of the run in a folder, or None."""
     for _, folder in reversed(_checkpoints(output_dir)):
         with contextlib.suppress(OSError, ValueError):
             json.loads((folder / TRAINER_STATE_NAME).read_text())  # written last
@@ -53,8 +49,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | None, step: int) -> None:
     """Moves the checkpoints that training, as it starts now, does not continue, into a folder `abandoned-N`.
 
-    After going back to step 2, those of step 4 and later are of another course of the run: the last checkpoint is
-    that of step 2. Also removes what a run that was killed while it saved has left.
+    After going back to step 2, those of step 4 and later are of another course of the run. Also removes what a run
+    that was killed while it saved has left.
 
     Args:
         output_dir: where checkpoints are saved.
@@ -74,26 +70,27 @@ def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | N
     for folder in later:
         folder.rename(abandoned / folder.name)
     start = f"continues from {resumed_from}" if resumed_from else "starts from the beginning"
-    logger.warning(
-        f"this training {start}: {', '.join(folder.name for folder in later)} of an earlier one "
-        f"{'are' if later[1:] else 'is'} now in {abandoned}; delete that folder if you do not need it."
-    )
+    names = ", ".join(folder.name for folder in later)
+    logger.warning(f"this training {start}: moved {names} of an earlier one to {abandoned}; delete it if not needed.")
 
 
 @contextlib.contextmanager
 def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     """A folder to save a checkpoint in, which gets its place in `output_dir` when all processes have written it.
 
-    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would:
-    the oldest, but neither the newest nor the best.
-
-    Raises:
-        FloatingPointError: weights are not finite.
+    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would: the
+    oldest, but neither the newest nor the best. Raises FloatingPointError for weights that are not finite, lest they
+    replace the last good ones.
     """
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     staging, final = output_dir / STAGING, output_dir / name
-    check_finite(trainer.model, args.output_dir, state.global_step)
+    bad = [key for key, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
+    if bad:
+        raise FloatingPointError(
+            f"{len(bad)} weights are not finite at step {state.global_step}: {bad[:5]}. Last checkpoint: "
+            f"{last_checkpoint(args.output_dir)}."
+        )
     try:
         yield str(staging)
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
@@ -107,69 +104,46 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
                 if final.exists():
                     final.rename(staging / "replaced")
                 (staging / name).rename(final)
-                if args.should_save and (args.save_total_limit or 0) > 0:
-                    _rotate(output_dir, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+            if args.should_save and (args.save_total_limit or 0) > 0:
+                kept = {final, Path(state.best_model_checkpoint or final)}
+                folders = [folder for _, folder in _checkpoints(output_dir)]
+                excess = max(len(folders) - max(args.save_total_limit, len(kept)), 0)
+                for folder in [folder for folder in folders if folder not in kept][:excess]:
+                    folder.rename(staging / folder.name)  # deleted from there, since deleting can be cut off too
     finally:
         if args.local_process_index == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _rotate(output_dir: Path, limit: int, kept: set[Path]) -> None:
-    folders = [folder for _, folder in _checkpoints(output_dir)]
-    excess = len(folders) - max(limit, len(kept))
-    for folder in [folder for folder in folders if folder not in kept][: max(excess, 0)]:
-        folder.rename(output_dir / STAGING / folder.name)  # deleted from there, since deleting can be cut off too
-
-
 def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
-    """Write the auxiliary head beside a checkpoint's model, which does not contain it."""
-    head = getattr(student, HEAD, None)
-    if head is not None:
-        save_file({k: v.contiguous() for k, v in head.state_dict().items()}, os.path.join(folder, HEAD_FILE))
-
-
-def check_finite(student: nn.Module, output_dir: str, step: int) -> None:
-    """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
-    bad = [name for name, p in student.named_parameters() if not torch.isfinite(p).all()]
-    if bad:
-        raise FloatingPointError(
-            f"{len(bad)} weights are not finite at step {step}: {bad[:5]}. "
-            f"Last checkpoint: {last_checkpoint(output_dir)}."
-        )
-
-
-def check_loss(logs: dict[str, float], output_dir: str, step: int) -> None:
-    """Raises FloatingPointError for a logged loss that is NaN, which nothing heals."""
-    if math.isnan(logs.get("loss", 0.0)):
-        terms = {k: v for k, v in logs.items() if k.startswith("loss")}
-        raise FloatingPointError(
-            f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in the "
-            f"place of fp16. Last checkpoint: {last_checkpoint(output_dir)}."
-        )
+    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
+    if hasattr(student, HEAD):
+        state = getattr(student, HEAD).state_dict()
+        save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / HEAD_FILE)
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
     """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
 
-    Of a timm student, weights and config are made such that timm and transformers both load what is saved. Left
-    alone, neither loads the other's: transformers writes the names of the weights under `timm_model.`, and a config
-    that lacks what timm builds the model from; timm writes the count of classes where transformers adds its own.
+    A timm student's weights and config are made such that timm and transformers both load what is saved. Left alone,
+    transformers writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
 
     Args:
         student: if it is a TimmWrapper, its config is changed.
         processor: its image processor, or None for the preprocessing of its config, or of its architecture.
         state_dict: the weights, where they have been gathered already.
     """
-    if not isinstance(student, PreTrainedModel) and state_dict is None:
-        return {name: value for name, value in student.state_dict().items() if not name.startswith(f"{HEAD}.")}
-    if not hasattr(student, "timm_model"):
+    timm_model: Any = getattr(student, "timm_model", None)
+    if timm_model is None:
+        if state_dict is None and not isinstance(student, PreTrainedModel):
+            state_dict = {k: v for k, v in student.state_dict().items() if not k.startswith(f"{HEAD}.")}
         return state_dict
     config: Any = student.config
-    architecture: Any = student.get_submodule("timm_model").pretrained_cfg
+    architecture = timm_model.pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
-    config.pretrained_cfg = known | {key: value for key, value in data.items() if key in _TIMM_DATA}
+    config.pretrained_cfg = known | {key: data[key] for key in _TIMM_DATA if key in data}
     config.model_args = config.model_args or {}
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
@@ -193,19 +167,15 @@ def _timm_data(processor) -> dict:
 
 
 def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
-    """Put a checkpoint's weights into a student, every one of them.
+    """Puts a checkpoint's weights into a student; ValueError for weights that are not in it.
 
     Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False,
     which loses them without an error. Here they pass through the model's own from_pretrained.
-
-    Raises:
-        ValueError: if a weight of the student is not in the checkpoint; with the names.
     """
     if isinstance(student, PreTrainedModel):
-        config = copy.deepcopy(student.config)
-        loaded, info = cast(Any, type(student)).from_pretrained(  # whose hints leave the info out
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        options = {"config": copy.deepcopy(student.config), "ignore_mismatched_sizes": True}
+        model_class: Any = type(student)  # the hints of from_pretrained leave the info out
+        loaded, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
         state = loaded.state_dict()
         missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
     else:
@@ -217,16 +187,16 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
             f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
             f"unexpected {result.unexpected_keys[:8]}."
         )
-    head, file = getattr(student, HEAD, None), os.path.join(folder, HEAD_FILE)
-    if head is not None:
-        if not os.path.isfile(file):
+    if hasattr(student, HEAD):
+        file = Path(folder) / HEAD_FILE
+        if not file.is_file():
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
-        head.load_state_dict(load_file(file))
+        getattr(student, HEAD).load_state_dict(load_file(file))
 
 
 @contextlib.contextmanager
 def full_disk_named(folder: str | os.PathLike):
-    """Raises an OSError with the folder for a full disk, which the writers of weights and optimizers don't name."""
+    """Names the folder in the OSError of a full disk, which the writers of weights and optimizers do not."""
     try:
         yield
     except Exception as error:

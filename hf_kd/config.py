@@ -22,11 +22,7 @@ else:
 
 
 def read_json(name: str, text: str) -> dict:
-    """The object in an argument's JSON text.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """The object in an argument's JSON text; a ValueError names the argument."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -36,14 +32,18 @@ def read_json(name: str, text: str) -> dict:
     return value
 
 
+def option(default: Any, help: str) -> Any:
+    """A field with its help text for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class DistillationConfig(TrainingArguments):
     """Arguments of a distillation run: those of `TrainingArguments`, and the ones below.
 
-    Some defaults differ from `TrainingArguments`, and only for a reason: `remove_unused_columns` is False (it would
-    drop the image column), `hub_strategy` is "end" (checkpoints hold more than a student), `logging_nan_inf_filter`
-    is False (it hides a NaN loss, and costs a device sync a step), `metric_for_best_model` is top-1 where a best model
-    is asked for.
+    Defaults that differ: `remove_unused_columns` is False (it would drop the image column), `hub_strategy` is "end"
+    (checkpoints hold more than a student), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device
+    sync a step), `metric_for_best_model` is top-1 where a best model is asked for.
 
     Raises:
         ValueError: for an unknown loss or augmentation (with the nearest names) and for numbers out of range.
@@ -56,65 +56,42 @@ class DistillationConfig(TrainingArguments):
     if TYPE_CHECKING:
         output_dir: str  # None is replaced in __post_init__
 
-    loss: str = field(
-        default="uskd",
-        metadata={
-            "help": f"What to train with: {', '.join(LOSSES)}, or a class of your own: package.module:Class or "
-            "file.py:Class."
-        },
+    loss: str = option(
+        "uskd",
+        f"What to train with: {', '.join(LOSSES)}, or a class of your own: package.module:Class or file.py:Class.",
     )
-    loss_kwargs: JSONObject | None = field(
-        default=None,
-        metadata={"help": "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."},
+    loss_kwargs: JSONObject | None = option(
+        None, "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."
     )
-    augment: str = field(
-        default="",
-        metadata={
-            "help": f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, "
-            "resized_crop ImageNet's, deit adds RandAugment and random erasing. Default: resized_crop."
-        },
+    augment: str = option(
+        "",
+        f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, resized_crop "
+        "ImageNet's, deit adds RandAugment and random erasing. Default: resized_crop.",
     )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: off. DeiT uses 0.8."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: off. DeiT uses 1.0."})
-    train_image_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side in pixels to which every training image is brought, the same for all runs of a comparison. "
-            "Default: the largest of student, teacher and evaluation teacher."
-        },
+    mixup_alpha: float = option(0.0, "Alpha of mixup; 0: off. DeiT uses 0.8.")
+    cutmix_alpha: float = option(0.0, "Alpha of cutmix; 0: off. DeiT uses 1.0.")
+    train_image_size: int | None = option(
+        None,
+        "Side in pixels to which every training image is brought, the same for all runs of a comparison. Default: the "
+        "largest of student, teacher and evaluation teacher.",
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: found by type."})
-    lr_step_epochs: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
-        },
+    image_column: str | None = option(None, "Column of the images. Default: found by type.")
+    label_column: str | None = option(None, "Column of the labels. Default: found by type.")
+    lr_step_epochs: list[float] | None = option(
+        None, "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
     )
-    lr_step_factor: float = field(default=0.1, metadata={"help": "See lr_step_epochs. The CIFAR standard is 0.2."})
-    max_skipped_fraction: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the images can't be decoded."}
+    lr_step_factor: float = option(0.1, "See lr_step_epochs. The CIFAR standard is 0.2.")
+    max_skipped_fraction: float = option(0.01, "Stop when more than this share of the images can't be decoded.")
+    feature_module: str | None = option(None, "USKD: module of the student whose output feeds the auxiliary head.")
+    teacher_dtype: str | None = option(
+        None, "Compute type of the teacher: fp32, bf16 or fp16. Default: that of the student's training."
     )
-    feature_module: str | None = field(
-        default=None, metadata={"help": "USKD: module of the student whose output feeds the auxiliary head."}
+    teacher_check_batches: int = option(
+        4, "Batches on which the teacher's top-1 is checked before training; 0: no check."
     )
-    teacher_dtype: str | None = field(
-        default=None,
-        metadata={"help": "Compute type of the teacher: fp32, bf16 or fp16. Default: that of the student's training."},
-    )
-    teacher_check_batches: int = field(
-        default=4, metadata={"help": "Batches on which the teacher's top-1 is checked before training; 0: no check."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Not supported: it would remove the image column."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Show an earlier loss in the place of a NaN. Hides failures; off."}
-    )
-
-    hub_strategy: str = field(
-        default="end", metadata={"help": "Only 'end' is supported: the student is pushed once, after it is saved."}
-    )
+    remove_unused_columns: bool = option(False, "Not supported: it would remove the image column.")
+    logging_nan_inf_filter: bool = option(False, "Show an earlier loss in the place of a NaN. Hides failures; off.")
+    hub_strategy: str = option("end", "Only 'end' is supported: the student is pushed once, after it is saved.")
 
     def __post_init__(self):
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
@@ -184,25 +161,19 @@ class DistillationConfig(TrainingArguments):
         return copied
 
     def check_teacher(self, has_teacher: bool) -> None:
-        """Refuse a teacher loss without a teacher, and a self-distillation loss with one.
-
-        Raises:
-            ValueError: naming the loss, with what to change.
-        """
+        """Raises ValueError for a teacher loss without a teacher, and for a self-distillation loss with one."""
         requires = self.loss_class().requires
         needs = "teacher_logits" in requires
+        others = ", ".join(name for name, loss in LOSSES.items() if ("teacher_logits" in loss.requires) != needs)
         if needs and not has_teacher:
-            without = [name for name, loss in LOSSES.items() if "teacher_logits" not in loss.requires]
             raise ValueError(
                 f"loss={self.loss!r} learns from a teacher and none is given: pass teacher= (--teacher ID), or train "
-                f"without one: {', '.join(without)}."
+                f"without one: {others}."
             )
         if requires and not needs and has_teacher:
-            with_teacher = [name for name, loss in LOSSES.items() if "teacher_logits" in loss.requires]
             raise ValueError(
-                f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of "
-                f"{', '.join(with_teacher)}. To measure agreement with a teacher only, pass eval_teacher= "
-                f"(or --compare {self.loss})."
+                f"loss={self.loss!r} is self-distillation and uses no teacher: drop it, or use one of {others}. To "
+                f"measure agreement with a teacher only, pass eval_teacher= (or --compare {self.loss})."
             )
 
     def __getstate__(self) -> dict:
@@ -211,11 +182,7 @@ class DistillationConfig(TrainingArguments):
 
 
 def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
-    """Refuses what `DistillationTrainer` does not support of a Trainer's arguments.
-
-    Raises:
-        ValueError: with what to change.
-    """
+    """Raises ValueError for what `DistillationTrainer` does not support of a Trainer's arguments."""
     if not isinstance(args, DistillationConfig):
         raise ValueError(f"args must be a DistillationConfig, got {type(args).__name__}.")
     if args.n_gpu > 1:
@@ -224,9 +191,7 @@ def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
             "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
         )
     if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
-        raise ValueError(
-            "mixup_alpha and cutmix_alpha mix in the trainer's own collator: drop them or data_collator=."
-        )
+        raise ValueError("mixup_alpha and cutmix_alpha need the trainer's own collator: drop them or data_collator=.")
     if compute_loss_func is not None:
         raise ValueError(
             "compute_loss_func= would not be called: pass loss=, a DistillationLoss (README, Your own loss)."

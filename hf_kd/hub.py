@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, ResolvedRevision, constants, is_offline_mode, resolve_revision
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+from huggingface_hub import HfApi, ResolvedRevision, constants, errors, is_offline_mode, resolve_revision
 from huggingface_hub.utils import parse_ratelimit_headers
 
 LOGIN = "`hf auth login`"
-UNREACHABLE = (HTTPError, LocalEntryNotFoundError, RevisionResolutionError, OfflineModeIsEnabled)
+NOT_CACHED = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError)
+UNREACHABLE = (errors.HTTPError, errors.OfflineModeIsEnabled, *NOT_CACHED)
 # How safetensors, datasets, and torch.save (the last two: it only sees that fewer bytes were written) tell it.
 _DISK_FULL = re.compile(
     "No space left on device|Not enough disk space|Disk quota exceeded|inline_container.*unexpected pos|"
     "PytorchStreamWriter failed writing"
 )
 _REVISION = re.compile("/(?:revision|resolve|commit|tree)/([^/?]+)")
-_IN_URL = re.compile(
-    "/api/(model|dataset)s/([^/?]+(?:/(?!revision/|tree/)[^/?]+)?)|/(datasets/)?([^/?]+(?:/[^/?]+)?)/resolve/"
+# A type and an id, three times: in addresses of the API, in those of files, and in what transformers and datasets say.
+_REPO = re.compile(
+    "/api/(model|dataset)s/([^/?]+(?:/(?!revision/|tree/)[^/?]+)?)|/(datasets/)?([^/?]+(?:/[^/?]+)?)/resolve/|"
+    r"\b(model|dataset|reach)(?: for)? '([\w./-]+)'",
+    re.IGNORECASE,
 )
-_IN_TEXT = re.compile(r"\b([Mm]odel|[Dd]ataset|reach)(?: for)? '([\w./-]+)'")
 _BROKEN = {"RemoteProtocolError", "ReadError", "ReadTimeout"}  # of httpx, of which the Hub's client uses a copy
 
 
@@ -46,12 +39,12 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
     """
     try:
         return resolve_revision(repo_id, repo_type=repo_type, revision=revision)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response.status_code != 429:
             raise
         try:  # however busy the Hub is with us, what is cached may be used
             return resolve_revision(repo_id, repo_type=repo_type, revision=revision, local_files_only=True)
-        except RevisionResolutionError:
+        except errors.RevisionResolutionError:
             raise error from None
 
 
@@ -65,17 +58,22 @@ def user_message(error: BaseException) -> str | None:
     for each in chain:
         if is_disk_full(each):
             return _disk_full(each)
-    repo = _Repo(chain)
-    for each in chain:  # an answer of the Hub says more than what was raised because of it
-        if isinstance(each, HfHubHTTPError) and not isinstance(each, RemoteEntryNotFoundError):
-            return _answer(each, repo)
-    for each in chain:
+    kind, repo_id = _repository(chain)
+    repo = f"{kind} {repo_id}" if repo_id else next(filter(None, map(_url, chain)), "what is asked for")
+    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+    for each in sorted(chain, key=_is_answer, reverse=True):  # which say more than what was raised because of them
         text = str(each)
-        if "is a gated dataset on the Hub" in text:  # datasets drops the error that it comes from
-            return repo.gated()
-        if "doesn't exist on the Hub or cannot be accessed" in text:
-            return repo.missing()
-        if type(each).__name__ in _BROKEN and isinstance(each, HTTPError):
+        # datasets drops the errors of the Hub's client, and only the text is left.
+        if isinstance(each, errors.GatedRepoError) or "is a gated dataset on the Hub" in text:
+            return f"{repo} is gated: accept its conditions on {page}, and log in as the same user with {LOGIN}."
+        if isinstance(each, errors.RepositoryNotFoundError) or "on the Hub or cannot be accessed" in text:
+            nearest = ", ".join(nearest_ids(repo_id, kind)) if repo_id else ""
+            hint = f" Did you mean {nearest}?" if nearest else ""
+            missing = f"there is no {repo} on {constants.ENDPOINT}, or it is private."
+            return f"{missing}{hint} If it is private, log in: {LOGIN}."
+        if isinstance(each, errors.HfHubHTTPError) and _is_answer(each):
+            return _answer(each, repo, page)
+        if type(each).__name__ in _BROKEN and isinstance(each, errors.HTTPError):
             return f"the connection to the Hub broke off while {repo} was loaded: run this again."
         if isinstance(each, UNREACHABLE) or re.match("Couldn't reach .* (on the|Face) Hub", text):
             return _unreachable(repo)
@@ -94,15 +92,14 @@ def user_message(error: BaseException) -> str | None:
 
 def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:
     """Ids on the Hub that are spelt like this one, nearest first; [] if there are none or the Hub can't say."""
-    api = HfApi()
-    search = api.list_datasets if repo_type == "dataset" else api.list_models
+    search = HfApi().list_datasets if repo_type == "dataset" else HfApi().list_models
     words = repo_id.split("/")[-1]
     found: dict[str, str] = {}
     try:
         while words and not found:  # "deit-tiny-patch16-242" is found by its part "deit-tiny-patch16"
             found = {each.id.lower(): each.id for each in search(search=words, limit=100) if each.id != repo_id}
             words = words.rpartition("-")[0] or words[: len(words) * 2 // 3]
-    except (HTTPError, OSError):
+    except (errors.HTTPError, OSError):
         return []
     return [found[each] for each in difflib.get_close_matches(repo_id.lower(), found, n=limit, cutoff=0.5)]
 
@@ -124,73 +121,46 @@ def _url(error: BaseException) -> str:
         return ""
 
 
-class _Repo:
-    """The repository that errors are about: its type ("model" or "dataset") and its id, if they tell."""
-
-    def __init__(self, chain: list[BaseException]):
-        self.type, self.id = "model", None
-        for found in filter(None, (_IN_URL.search(_url(each)) for each in chain)):
-            self.type = "dataset" if found[1] == "dataset" or found[3] else "model"
-            self.id = unquote(found[2] or found[4])
-            return
-        for found in filter(None, (_IN_TEXT.search(str(each)) for each in chain)):
-            self.type, self.id = "model" if found[1].lower() == "model" else "dataset", found[2]
-            return
-
-    def __str__(self) -> str:
-        return f"{self.type} {self.id}" if self.id else "what is asked for"
-
-    @property
-    def page(self) -> str:
-        return f"{constants.ENDPOINT}/{'datasets/' if self.type == 'dataset' else ''}{self.id or ''}"
-
-    def gated(self) -> str:
-        return f"{self} is gated: accept its conditions on {self.page}, and log in as the same user with {LOGIN}."
-
-    def missing(self) -> str:
-        near = ", ".join(nearest_ids(self.id, self.type)) if self.id else ""
-        near = f" Did you mean {near}?" if near else ""
-        return (
-            f"there is no {self} on {constants.ENDPOINT}, or it is private.{near} If it is private, log in: {LOGIN}."
-        )
+def _repository(chain: list[BaseException]) -> tuple[str, str]:
+    """The type ("model" or "dataset") and the id that the errors' addresses name, else their texts; "" for no id."""
+    for text in [*map(_url, chain), *map(str, chain)]:
+        if found := _REPO.search(text):
+            kind = (found[1] or found[3] or found[5] or "model").lower()
+            return "model" if kind == "model" else "dataset", unquote(found[2] or found[4] or found[6])
+    return "model", ""
 
 
-def _answer(error: HfHubHTTPError, repo: _Repo) -> str:
-    status, said = error.response.status_code, (error.server_message or "").strip().rstrip(".")
-    said = f"{status}: {said}" if said else str(status)
-    what = str(repo) if repo.id else _url(error)
-    if isinstance(error, GatedRepoError):
-        return repo.gated()
-    if isinstance(error, RepositoryNotFoundError):
-        return repo.missing()
-    if isinstance(error, RevisionNotFoundError):
+def _is_answer(error: BaseException) -> bool:
+    return isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.RemoteEntryNotFoundError)
+
+
+def _answer(error: errors.HfHubHTTPError, repo: str, page: str) -> str:
+    request, status = error.response.request, error.response.status_code
+    answer = f"{status}: {error.server_message or ''}".strip(" .:")
+    if isinstance(error, errors.RevisionNotFoundError):
         revision = _REVISION.search(_url(error))
         name = f" {unquote(revision[1])!r}" if revision else ""
-        return f"{what} has no revision{name}. Its branches, tags and commits are on {repo.page}."
+        return f"{repo} has no revision{name}. Its branches, tags and commits are on {page}."
     if status == 401:
         return (
             f"the Hub does not accept the token (401): it is revoked, expired or mistyped. Log in again with {LOGIN}; "
             "a token in HF_TOKEN or --hub_token comes first, so renew or drop that one."
         )
     if status == 403:
-        return f"the token may not do this to {what} ({said}). Log in with one that may: {LOGIN}."
+        return f"the token may not do this to {repo} ({answer}). Log in with one that may: {LOGIN}."
     if status == 429:
         headers = error.response.headers
         limit = parse_ratelimit_headers(headers)
         seconds = headers.get("Retry-After") or (limit and limit.reset_in_seconds)
-        anonymous = "authorization" not in error.response.request.headers
-        return (
-            f"too many requests to the Hub (429), the last one for {what}. Wait "
-            f"{f'{seconds} s' if seconds else 'some minutes'} and run this again"
-            f"{f'; who is logged in ({LOGIN}) may ask more often' if anonymous else ''}."
-        )
+        wait = f"{seconds} s" if seconds else "some minutes"
+        hint = "" if "authorization" in request.headers else f"; who is logged in ({LOGIN}) may ask more often"
+        return f"too many requests to the Hub (429), the last one for {repo}. Wait {wait} and run this again{hint}."
     if status >= 500:
-        did = "does not give" if error.response.request.method in ("GET", "HEAD") else "did not take what was sent for"
-        return f"the Hub has a fault of its own ({said}) and {did} {what}. Run this again in some minutes."
-    return f"the Hub refuses {error.response.request.method} {_url(error)} ({said})."
+        return f"the Hub returned a server error ({answer}) for {repo}. Run this again in some minutes."
+    return f"the Hub refuses {request.method} {_url(error)} ({answer})."
 
 
-def _unreachable(repo: _Repo) -> str:
+def _unreachable(repo: str) -> str:
     lacking = f"{repo} is not in the cache ({constants.HF_HUB_CACHE}), or not all of it"
     if is_offline_mode():
         return f"{lacking}, and HF_HUB_OFFLINE forbids asking the Hub: unset it, or load it once with a network."
@@ -206,13 +176,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _disk_full(error: BaseException) -> str:
-    where = getattr(error, "filename", None)
-    if where:
-        return (
-            f"the disk is full: {where} could not be written. What was complete is safe, the last whole checkpoint "
-            "too: make room, and go on with the same command and --resume_from_checkpoint last."
-        )
+    path = getattr(error, "filename", None)
+    place = f": {path} could not be written" if path else ""
+    folder = path if path and os.path.isdir(path) else "FOLDER"
     return (
-        f"the disk is full. What was complete is safe: make room (downloads are in {constants.HF_HOME}; HF_HOME moves "
-        "them) and run the same command again, with --resume_from_checkpoint last if it trained already."
+        f"the disk is full{place}. What was complete is safe, the last whole checkpoint too. Make room (downloads are "
+        f"in {constants.HF_HOME}; HF_HOME moves them), and run the same command again, or `hf-kd resume {folder}` if "
+        "it has trained already."
     )

@@ -1,4 +1,4 @@
-"""Pushing a student: whether it is allowed, what of a run's folder goes, and the trainer's part in it."""
+"""Pushing a student: whether it is allowed, and what of a run's folder goes; and the record that goes with it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from .hub import LOGIN, user_message
@@ -22,25 +21,14 @@ __all__ = ["check_push", "publish", "push"]
 logger = logging.getLogger(__name__)
 
 # What is pushed of a run's folder, as patterns; nothing else ever is.
-PUSHED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-    CARD_FILE,
-    RUN_FILE,
-    CURVES_FILE,
-)
+MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PUSHED = (*MODEL_FILES, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE)
 
 
 def check_push(
-    repo_id: str | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-    folder: str | os.PathLike = ".",
+    repo_id: str | None = None, token: str | None = None, private: bool | None = None, folder: str | os.PathLike = "."
 ) -> str:
-    """Whether a push would be allowed, found out before training and without creating anything.
+    """Finds out before training, without creating anything, whether a push would be allowed.
 
     Args:
         repo_id: "owner/name", or "name" in the user's own namespace; default: the name of `folder`.
@@ -51,16 +39,14 @@ def check_push(
         The full "owner/name".
 
     Raises:
-        ValueError: no token, one that is not valid, or that may not write there; a name that can't be one; a public
-            repository where a private one is asked for; or a Hub that can't be asked. With what to change.
+        ValueError: no token, or one that may not write there; a name that can't be one; a public repository where a
+            private one is asked for; or a Hub that can't be asked. With what to change.
     """
     repo_id = repo_id or Path(folder).resolve().name
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo_id!r} can't be pushed to: {error} Choose another --hub_model_id OWNER/NAME."
-        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo_id!r} can't be pushed to: {error} Set --hub_model_id OWNER/NAME.") from error
     token = token or huggingface_hub.get_token()
     if not token:
         raise ValueError(f"pushing to the Hub needs a token that may write, and there is none: log in with {LOGIN}.")
@@ -68,44 +54,40 @@ def check_push(
     try:
         me = huggingface_hub.whoami(token, cache=True)  # asked by every trainer of a process, and the Hub limits that
         repo_id = repo_id if "/" in repo_id else f"{me['name']}/{repo_id}"
-        _check_namespace(me, repo_id.split("/")[0])
         try:
             api.auth_check(repo_id, write=True)
             exists = True
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             exists = False
-        _check_scopes(me, repo_id, exists)
-        if private and exists and not api.model_info(repo_id).private:
+        if not exists:
+            _check_may_create(me, repo_id)
+        elif private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}") from error
     return repo_id
 
 
-def _check_namespace(me: dict, owner: str) -> None:
-    role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
+def _check_may_create(me: dict, repo_id: str) -> None:
+    """By what the Hub says of the user and the token; a fine-grained one must be granted all of the owner's."""
+    owner, user, tokens_page = repo_id.split("/")[0], me["name"], f"{constants.ENDPOINT}/settings/tokens"
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
         raise ValueError(
-            f"{me['name']}'s token may only read: log in with one that may write ({LOGIN}; make it on "
-            f"{constants.ENDPOINT}/settings/tokens)."
+            f"{user}'s token may only read: log in with one that may write ({LOGIN}; make it on {tokens_page})."
         )
     refused = ("read", "no_access")
-    allowed = [me["name"], *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
+    allowed = [user, *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
     if owner not in allowed:
-        raise ValueError(f"{me['name']} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
-
-
-def _check_scopes(me: dict, repo_id: str, exists: bool) -> None:
-    """A fine-grained token must name the owner, or (where it need not be created) the repository."""
-    granted = ((me.get("auth") or {}).get("accessToken") or {}).get("fineGrained")
+        raise ValueError(f"{user} may not push to {owner}, only to: {', '.join(allowed)}. Set --hub_model_id.")
+    granted = token.get("fineGrained")
     if granted is None:
         return
     scopes = {scope["entity"].get("name"): scope["permissions"] for scope in granted.get("scoped", ())}
-    owner = repo_id.split("/")[0]
-    if not any("repo.write" in scopes.get(name, ()) for name in ((owner, repo_id) if exists else (owner,))):
+    if "repo.write" not in scopes.get(owner, ()):
         raise ValueError(
-            f"{me['name']}'s fine-grained token may not write to {repo_id}: give it write access to the repositories "
-            f"of {owner} on {constants.ENDPOINT}/settings/tokens, or log in with another ({LOGIN})."
+            f"{user}'s fine-grained token may not write to {repo_id}: give it write access to the repositories of "
+            f"{owner} on {tokens_page}, or log in with another ({LOGIN})."
         )
 
 
@@ -117,7 +99,7 @@ def push(
     revision: str | None = None,
     message: str = "Distilled with hf_kd",
 ) -> str:
-    """Upload a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
+    """Uploads a saved student, its card and its record in one commit: the files of `PUSHED` and nothing else.
 
     Args:
         folder: where the run was saved.
@@ -138,9 +120,7 @@ def push(
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
     names = [file.name for file in files]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(
-            f"there is no model in {folder} (config.json and model.safetensors): give a run's own folder."
-        )
+        raise ValueError(f"there is no model in {folder} (config.json and model.safetensors): give a run's folder.")
     token = token or huggingface_hub.get_token()
     operations = [CommitOperationAdd(file.name, _content(file, token)) for file in files]
     api = HfApi(token=token)
@@ -177,55 +157,29 @@ def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
     return push(folder, repo_id, **options)
 
 
-# ---- the trainer's part: `init_hf_repo`, `create_model_card` and `push_to_hub` call these ----
-# transformers would create the repository first, and upload all that is in the folder, its pickled arguments too.
+def add_missing_record(trainer) -> None:
+    """On all ranks: writes run.json, curves and card where run.json is missing or of an earlier state of the training.
 
-
-def push_target(args, token: str | None = None, private: bool | None = None) -> dict:
-    """repo_id, token and private, as passed or as the trainer's arguments have them."""
-    private = args.hub_private_repo if private is None else private
-    return {"repo_id": args.hub_model_id, "token": token or args.hub_token, "private": private}
-
-
-def _record_is_missing(trainer) -> bool:
-    """Whether run.json is not there, or is of an earlier state of the training; False where none can be made."""
-    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict) or trainer.preprocessing is None:
-        return False
-    file = Path(trainer.args.output_dir) / RUN_FILE
-    history = json.loads(file.read_text()).get("history") if file.is_file() else None
-    return not history or history[-1].get("step", 0) < trainer.state.global_step
-
-
-def _add_missing_record(trainer) -> None:
-    """On all ranks: writes run.json, curves and card, with a new evaluation, where the record is missing."""
+    It takes an evaluation; without one evaluation set and a processor, none can be made.
+    """
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
     from .reporting.collect import make_record, write_record
 
-    missing = [trainer.is_world_process_zero() and _record_is_missing(trainer)]
+    file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
+    measurable = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict)
+    if measurable and trainer.preprocessing is not None and trainer.is_world_process_zero():
+        history = json.loads(file.read_text()).get("history") if file.is_file() else None
+        missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
     metrics = trainer.evaluate() if missing[0] else None  # on all ranks, as the first one has found
     if metrics and trainer.is_world_process_zero():
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 
-def card_of_run(trainer) -> None:
-    """Writes the card of a trainer's run; see `DistillationTrainer.create_model_card`."""
-    if trainer.args.world_size == 1:
-        _add_missing_record(trainer)
-    if not trainer.is_world_process_zero():
-        return
-    if (Path(trainer.args.output_dir) / RUN_FILE).is_file():
-        write_card(trainer.args.output_dir)
+def write_run_card(folder: str | os.PathLike) -> None:
+    """`write_card`, or a warning where there is no run.json."""
+    if (Path(folder) / RUN_FILE).is_file():
+        write_card(folder)
     else:
-        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {trainer.args.output_dir}")
-
-
-def push_run(trainer, message: str, token: str | None, revision: str | None, private: bool | None) -> str | None:
-    """On all ranks: pushes a saved student with its record; see `DistillationTrainer.push_to_hub`."""
-    _add_missing_record(trainer)
-    if not trainer.is_world_process_zero():
-        return None
-    folder, target = trainer.args.output_dir, push_target(trainer.args, token, private)
-    target["repo_id"] = check_push(**target, folder=folder)
-    return publish(folder, **target, revision=revision or trainer.args.hub_revision, message=message)
+        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")

@@ -15,8 +15,16 @@ from .models.teacher import Teacher
 logger = logging.get_logger(__name__)
 
 
-def measure_teacher(trainer, teacher: Teacher, samples: int | None = None) -> dict[str, float]:
-    """The metrics of a teacher; see `DistillationTrainer.measure_teacher`, which keeps them."""
+def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
+    """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data), and
+    `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
+
+    Args:
+        trainer: the `DistillationTrainer`, of which this is a method.
+        samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
+        teacher: default: `eval_teacher`.
+    """
+    teacher = teacher or trainer.eval_teacher
     source = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     source = next(iter(source.values())) if isinstance(source, dict) else source
     if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
@@ -38,6 +46,8 @@ def measure_teacher(trainer, teacher: Teacher, samples: int | None = None) -> di
     metrics = meter.compute()
     if teacher.mapping.kind in ("subset", "many-to-one"):
         metrics["dropped_mass"] = dropped.item() / metrics["n"]
+    if samples is None:
+        trainer.teacher_metrics = metrics
     return metrics
 
 
@@ -45,7 +55,7 @@ def warn_near_chance(trainer) -> None:
     """Warns about a teacher near chance: wrong classes, wrong preprocessing or no training."""
     samples = trainer.args.teacher_check_batches * trainer.args.eval_batch_size * trainer.args.world_size
     known = trainer.teacher_metrics if trainer.teacher is trainer.eval_teacher else None
-    metrics = known or trainer.measure_teacher(samples, trainer.teacher)
+    metrics = known or measure_teacher(trainer, samples, trainer.teacher)
     top1, n, chance = metrics["top1"], metrics["n"], 1 / num_classes_of(trainer.model)
     if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
         logger.warning_once(

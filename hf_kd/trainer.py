@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,11 +39,11 @@ class DistillationTrainer(Trainer):
         model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`. Default: what `model_init` makes.
         args: a `DistillationConfig`.
         teacher: a `Teacher` (see `load_teacher`), or an id to load one from. Its classes are put in the student's
-            order by name. It stays outside the student: never trained, never saved, always in eval mode.
+            order by name. It is never trained, never saved, and always in eval mode.
         eval_teacher: a teacher for the agreement metrics only; default: `teacher`.
-        train_dataset, eval_dataset: a `datasets.Dataset` with an image column is decoded and, for training, augmented
-            (`args.augment`) here, and so is any other map-style dataset of pairs (image, label), or of dicts with
-            `pixels`, `image` or `img` and with `label` or `labels`. Items with `pixel_values`, normalised for the
+        train_dataset, eval_dataset: a `datasets.Dataset` with an image column, or any other map-style dataset of
+            pairs (image, label), or of dicts with `pixels`, `image` or `img` and with `label` or `labels`. It is
+            decoded and, for training, augmented (`args.augment`) here. Items with `pixel_values`, normalised for the
             student, stay as they are; the teacher is shown what inverting the student's preprocessing gives.
         processing_class: the student's image processor; its `Preprocessing` is measured from it.
         data_collator: default: `TrainingCollator` and `EvaluationCollator`. One of your own must give their keys; it
@@ -68,6 +69,12 @@ class DistillationTrainer(Trainer):
     train_dataset: Any
     lr_scheduler: Any
     hub_model_id: Any
+    teacher_metrics: dict[str, float] | None = None
+    _steps_per_epoch = 1
+    _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
+    _meter: ClassificationMeter | None = None  # in evaluation_loop only
+    _resumed_from: str | None = None
+    _staging: str | None = None  # where the checkpoint is that is being saved
 
     def __init__(
         self,
@@ -85,7 +92,7 @@ class DistillationTrainer(Trainer):
         plan: Experiment | None = None,
         **kwargs,
     ):
-        check_upstream()
+        check_upstream(DistillationTrainer)
         check_trainer_arguments(args, data_collator, kwargs.get("compute_loss_func"))
         assert args is not None  # as the check has seen
         args = args if loss is None else args.with_loss(loss)
@@ -103,22 +110,16 @@ class DistillationTrainer(Trainer):
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
         self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
-        given = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)
-        self.teacher = given(teacher) if "teacher_logits" in self.train_loss.requires else None
+        align = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)
+        self.teacher = align(teacher) if "teacher_logits" in self.train_loss.requires else None
         same = eval_teacher is None or eval_teacher is teacher
-        self.eval_teacher = (self.teacher or given(teacher)) if same else given(eval_teacher)
+        self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         if model is not None:
             self._add_head(model)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
-        self.teacher_metrics: dict[str, float] | None = None
-        self._terms = LossTerms()
-        self._steps_per_epoch = 1
-        self._started, self._seconds_before = time.perf_counter(), 0.0
-        self._meter: ClassificationMeter | None = None
-        self._interrupt = SaveOnInterrupt()
-        self._resumed_from: str | None = None
-        self._staging: str | None = None
+        self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
+        self._started = time.perf_counter()
         super().__init__(
             model=model,
             args=args,
@@ -132,9 +133,8 @@ class DistillationTrainer(Trainer):
         )
         if self.train_loss.reduce_mean is None and args.world_size > 1:
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
-        for each in {self.teacher, self.eval_teacher}:
-            if each is not None:
-                each.to(args.device)
+        for each in filter(None, (self.teacher, self.eval_teacher)):
+            each.to(args.device)
 
     # ---- the student ----
 
@@ -163,8 +163,8 @@ class DistillationTrainer(Trainer):
         None without an image processor: images are stacked as they are."""
         if self.args.train_image_size or self.preprocessing is None:
             return self.args.train_image_size
-        teachers = [t.preprocessing for t in (self.teacher, self.eval_teacher) if t is not None]
-        return max(max(preprocessing.size) for preprocessing in (self.preprocessing, *teachers))
+        sizes = [teacher.preprocessing.size for teacher in filter(None, (self.teacher, self.eval_teacher))]
+        return max(map(max, [self.preprocessing.size, *sizes]))
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
@@ -176,10 +176,8 @@ class DistillationTrainer(Trainer):
         if self._own_collator and is_training:
             self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
         elif self._own_collator:
-            teacher = self.eval_teacher
-            self.data_collator = evaluation_collator(
-                self.preprocessing, None if teacher is None else teacher.preprocessing
-            )
+            teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
+            self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -196,14 +194,10 @@ class DistillationTrainer(Trainer):
         kwargs |= {"epoch": epoch, "num_update_steps_per_epoch": num_update_steps_per_epoch}
         return super()._run_epoch(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            note_skipped(batch, self.skipped, len(self.train_dataset), self.args.max_skipped_fraction)
-        return batches, count
-
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
-        """Samples in one optimizer step, over all its micro-batches and all ranks."""
+        """Samples in one optimizer step, over all its micro-batches and all ranks. Also notes what was skipped."""
+        for batch in batch_samples:
+            note_skipped(batch, self.skipped, len(self.train_dataset), self.args.max_skipped_fraction)
         if not batch_samples:
             return None
         count = sum(len(batch["labels"]) for batch in batch_samples)
@@ -260,18 +254,21 @@ class DistillationTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`.
-
-        Raises:
-            FloatingPointError: when the loss has become NaN, which nothing heals.
-        """
+        """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`. Raises
+        FloatingPointError when the loss has become NaN, which nothing heals."""
+        step = self.state.global_step
         if "loss" in logs:
-            means = self._terms.means(self.state.global_step, self.accelerator.reduce)
+            means = self._terms.means(step, self.accelerator.reduce)
             logs |= {f"loss_{name}": value for name, value in means.items()}
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
-        checkpointing.check_loss(logs, self.args.output_dir, self.state.global_step)
+        if math.isnan(logs.get("loss", 0.0)):
+            terms = {name: value for name, value in logs.items() if name.startswith("loss")}
+            raise FloatingPointError(
+                f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in "
+                f"the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+            )
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # transformers estimates them from token counts, which images have none of
@@ -291,10 +288,10 @@ class DistillationTrainer(Trainer):
         metrics = self._meter.compute()
         self._meter = None
         self.eval_skipped.update(self._skipped_now)
-        counted = int(metrics.pop("n"))
+        skipped = output.num_samples - int(metrics.pop("n"))
+        if skipped > 0:
+            metrics["skipped"] = skipped
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        if counted < output.num_samples:
-            output.metrics[f"{metric_key_prefix}_skipped"] = output.num_samples - counted
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -311,18 +308,7 @@ class DistillationTrainer(Trainer):
         loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def measure_teacher(self, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-        """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data),
-        and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
-
-        Args:
-            samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
-            teacher: default: `eval_teacher`.
-        """
-        metrics = measure_teacher(self, cast(Teacher, teacher or self.eval_teacher), samples)
-        if samples is None:
-            self.teacher_metrics = metrics
-        return metrics
+    measure_teacher = measure_teacher
 
     # ---- training, saving, resuming ----
 
@@ -332,19 +318,20 @@ class DistillationTrainer(Trainer):
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        write_plan(self, resume_from_checkpoint or None)
+        write_plan(self, checkpoint)
         if self.teacher is not None and self.args.teacher_check_batches:
             warn_near_chance(self)
-        self._started, self._resumed_from = time.perf_counter(), resume_from_checkpoint or None
+        self._started, self._resumed_from = time.perf_counter(), checkpoint
         if "torch._dynamo" in sys.modules:
             # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
             torch.compiler.reset()
         try:
-            result = super().train(resume_from_checkpoint, **kwargs)
+            result = super().train(checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
         if self._interrupt.agreed:
@@ -353,7 +340,7 @@ class DistillationTrainer(Trainer):
         return result
 
     def _begin(self) -> None:
-        """Training begins, with the state of the checkpoint that it continues from, if any."""
+        """When training begins, with the state of the checkpoint that it continues from, if any."""
         self._terms, self._staging = LossTerms(), None
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
@@ -364,7 +351,6 @@ class DistillationTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        """Raises FloatingPointError for weights that are not finite, lest they replace the last good ones."""
         folder = self._get_output_dir(trial)
         with full_disk_named(folder), checkpointing.complete_checkpoint(self, folder) as self._staging:
             super()._save_checkpoint(model, trial)
@@ -393,21 +379,23 @@ class DistillationTrainer(Trainer):
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), cast(str, self.state.best_model_checkpoint))
 
-    # ---- pushing ----
+    # ---- pushing: transformers would make the repository first, and upload all that is in the folder ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
+        args = self.args
         self.hub_model_id = self.push_in_progress = None
         if self.is_world_process_zero():
-            target = push.push_target(self.args, token, private)
-            self.hub_model_id = push.check_push(**target, folder=self.args.output_dir)
+            private = args.hub_private_repo if private is None else private
+            self.hub_model_id = push.check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed.
-
-        Makes run.json first where it is missing, if this is the only process (it takes an evaluation).
-        """
-        push.card_of_run(self)
+        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed. A single
+        process makes run.json first where it is missing (it takes an evaluation)."""
+        if self.args.world_size == 1:
+            push.add_missing_record(self)
+        if self.is_world_process_zero():
+            push.write_run_card(self.args.output_dir)
 
     def push_to_hub(  # type: ignore[override]  # neither blocking nor further arguments
         self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None
@@ -415,9 +403,8 @@ class DistillationTrainer(Trainer):
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
         Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
-        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`.
-
-        token, revision and private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
+        private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
 
         Returns:
             The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
@@ -425,5 +412,13 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
         """
+        args = self.args
+        token, revision = token or args.hub_token, revision or args.hub_revision
+        private = args.hub_private_repo if private is None else private
         self.save_model()
-        return push.push_run(self, commit_message, token, revision, private)
+        push.add_missing_record(self)
+        self.init_hf_repo(token, private)
+        if not self.is_world_process_zero():
+            return None
+        options = {"token": token, "private": private, "revision": revision, "message": commit_message}
+        return push.publish(args.output_dir, self.hub_model_id, **options)

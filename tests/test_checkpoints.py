@@ -53,7 +53,7 @@ def test_going_back_and_on_resumes_from_there(tmp_path, caplog):
     assert steps(tmp_path) == [2, 4] and steps(tmp_path / f"{ABANDONED}-1") == [4, 6, 8]
     assert (tmp_path / f"{ABANDONED}-1" / "checkpoint-8" / "optimizer.pt").read_bytes() == kept
     (message,) = (r.getMessage() for r in caplog.records if ABANDONED in r.getMessage())
-    assert "checkpoint-2: checkpoint-4, checkpoint-6, checkpoint-8 of an earlier one are now in" in message
+    assert "checkpoint-2: moved checkpoint-4, checkpoint-6, checkpoint-8 of an earlier one to" in message
     again = saving(tmp_path, 8)
     again.train(resume_from_checkpoint=True)
     assert steps(tmp_path) == [2, 4, 6, 8]
@@ -71,7 +71,7 @@ def test_a_training_that_starts_anew_keeps_what_was_there(tmp_path, caplog):
     saving(tmp_path, 4).train()
     saving(tmp_path, 2).train()
     assert steps(tmp_path) == [2] and steps(tmp_path / f"{ABANDONED}-1") == [2, 4]
-    assert "this training starts from the beginning: checkpoint-2, checkpoint-4" in caplog.text
+    assert "this training starts from the beginning: moved checkpoint-2, checkpoint-4" in caplog.text
     elsewhere = tmp_path / "elsewhere"
     saving(elsewhere, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     saving(tmp_path, 6).train(resume_from_checkpoint=str(elsewhere / "checkpoint-4"))  # not the course of the 2 here

@@ -219,7 +219,7 @@ def revoked(hub, monkeypatch):
         (offline, [], ["HF_HUB_OFFLINE", STUDENT]),
         (fault("GET /api/models", 429), [], ["too many requests", "Wait 1 s"]),
         (fault("parquet", 429), [], ["too many requests", "(429)"]),
-        (fault("/resolve/.*/model.safetensors", 500), [], ["fault of its own (500"]),
+        (fault("/resolve/.*/model.safetensors", 500), [], ["server error (500"]),
         (fault("/lfs/.*safetensors", "cut"), [], ["broke off"]),
         (revoked, [], ["does not accept the token (401)"]),
     ],
@@ -252,7 +252,7 @@ def test_a_full_disk_loses_nothing(here, monkeypatch, capsys):
         patch.setattr(modeling, "safe_save_file", full)
         assert short(*run, "mine") == 1
     said = capsys.readouterr().err
-    assert "the disk is full" in said and "--resume_from_checkpoint last" in said and "Traceback" not in said
+    assert "the disk is full" in said and "`hf-kd resume mine`" in said and "Traceback" not in said
     assert short(*run, "mine", "--resume_from_checkpoint", "last") == 0
     whole, mine = (json.loads(Path(name, "run.json").read_text()) for name in ("whole", "mine"))
     assert mine["metrics"] == whole["metrics"]

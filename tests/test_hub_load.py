@@ -257,7 +257,7 @@ def test_the_hub_fails(kind, where, hub, deit, cifar):
     repo_id = repo(hub, kind, deit, cifar)
     hub.fail(where, 500, times=None)
     message = told(LOADERS[kind], repo_id)
-    assert message.startswith("the Hub has a fault of its own (500") and repo_id in message
+    assert message.startswith("the Hub returned a server error (500") and repo_id in message
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -330,7 +330,8 @@ def test_the_disk_is_full(tmp_path):
     trainer.add_callback(OntoAFullDisk())
     assert told(trainer.train) == (
         f"the disk is full: {tmp_path} could not be written. What was complete is safe, the last whole checkpoint "
-        "too: make room, and go on with the same command and --resume_from_checkpoint last."
+        f"too. Make room (downloads are in {constants.HF_HOME}; HF_HOME moves them), and run the same command again, "
+        f"or `hf-kd resume {tmp_path}` if it has trained already."
     )
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     again = trainer_for(*tiny("vit", names=NAMES), tmp_path, **settings)
@@ -348,6 +349,7 @@ def test_the_disk_is_full_of_downloads(kind, hub, deit, cifar, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     message = told(LOADERS[kind], repo_id)
     assert message.startswith("the disk is full.") and "HF_HOME" in message and "same command again" in message
+    assert "`hf-kd resume FOLDER`" in message
 
 
 def test_the_disk_is_full_when_the_student_is_saved(tmp_path, monkeypatch):

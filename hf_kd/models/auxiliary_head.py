@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .._compat import CHECKPOINTING_KWARGS
 from .features import HEAD, FeatureLayer, find_feature_layer
 from .forward import logits_of, tensor_of
 
@@ -57,8 +56,9 @@ class AuxiliaryHead(nn.Module):
         if aux_logits is None:
             raise RuntimeError(
                 f"the auxiliary head got no differentiable feature from {self.layer.name!r}. With activation "
-                f"checkpointing use {CHECKPOINTING_KWARGS}={{'use_reentrant': False}}; where that passes the module "
-                f"by (in timm), choose its last block as feature_module: {self.layer.name}.N."
+                "checkpointing set use_reentrant to False in activation_checkpointing_kwargs (before transformers "
+                "5.23: gradient_checkpointing_kwargs); where that passes the module by (in timm), choose its last "
+                f"block with feature_module= (--feature_module): {self.layer.name}.N."
             )
         return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
 
