@@ -13,8 +13,7 @@ import torch
 from .. import hub
 from ..experiment.launcher import launch_command
 from ..experiment.plan import plan, resumes
-from ..experiment.resume import resume
-from ..experiment.run import run
+from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
 from ..push import check_push, publish
 from ..reporting.card import title
