@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ PLAN_FILE = "plan.json"
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
 STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
 DATA_OPTIONS = (
-    "train_split", "eval_split", "eval_fraction", "image_column", "label_column", "max_train_samples",
-    "max_eval_samples",
-)  # fmt: skip
+    "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples"
+).split()
 # Arguments of the trainer that say how a run is carried out and reported, not what is learned.
 EXECUTION = (
     "output_dir run_name disable_tqdm dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
@@ -31,6 +30,10 @@ EXECUTION = (
     "save_steps save_total_limit save_on_each_node skip_memory_metrics ddp_timeout resume_from_checkpoint push_to_hub "
     "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push"
 ).split()
+
+
+def options(source: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(source, key) for key in keys}
 
 
 def resumable(default: Any = None) -> Any:
@@ -53,11 +56,6 @@ class ModelSource:
     class_map: Any = None
     # Teachers: how many images of our evaluation split it was trained on; None: its record does not tell.
     seen_evaluation_images: int | None = resumable()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The values of `STUDENT_OPTIONS`."""
-        return {key: getattr(self, key) for key in STUDENT_OPTIONS}
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -88,15 +86,10 @@ class DataSource:
     split_fingerprints: dict[str, str] | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The values of `DATA_OPTIONS`."""
-        return {key: getattr(self, key) for key in DATA_OPTIONS}
-
-    @property
     def load_arguments(self) -> dict[str, Any]:
         """What `load_data` takes to load it."""
-        revision = self.commit or self.revision
-        return {"name": self.id, "config_name": self.config_name, "revision": revision, **self.options}
+        origin = {"name": self.id, "config_name": self.config_name, "revision": self.commit or self.revision}
+        return origin | options(self, DATA_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -203,8 +196,8 @@ class Experiment:
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: continue the run with "
-                "the version of hf_kd that started it, which run.json and the plan name under `versions`."
+                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: go on with the hf_kd "
+                "of the plan's `versions`."
             )
         fields = {
             "student": ModelSource(**values["student"]),
@@ -221,24 +214,20 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
-    """The spec of a run with these arguments.
+    """The spec of a run with these arguments, a `DistillationConfig`. Its name is by default that of the loss.
 
-    Args:
-        config: a `DistillationConfig`.
-        name: of the run; default: the loss's.
-        folder: of its results, within the experiment's.
-        loss_source: path and hash of the file of a loss of the user's own.
+    `folder` is that of its results, within the experiment's; `loss_source` is what `hf_kd.losses.loss_source` gives.
     """
-    values = plain({key: value for key, value in config.to_dict().items() if not key.endswith("token")})
-    for key in ("local_rank", "loss_kwargs"):
-        values.pop(key, None)
+    left_out = {"local_rank", "loss_kwargs"}
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
+    values = plain(values)
     return RunSpec(
         name=name or config.loss_class().name,
         seed=values.pop("seed"),
         data_seed=values.pop("data_seed"),
         processes=config.world_size,
         loss=LossSpec(values.pop("loss"), plain(config.build_loss().hyperparameters()), loss_source),
-        schedule=Schedule(**{f.name: values.pop(f.name) for f in dataclasses.fields(Schedule)}),
+        schedule=Schedule(**{key: values.pop(key) for key in Schedule.__dataclass_fields__}),
         execution={key: values.pop(key) for key in EXECUTION},
         settings=values,  # the remaining ones
         folder=folder,
@@ -251,7 +240,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     Args:
         old, new: specs of one class. Of experiments, the runs of one folder are compared; others may be added.
     """
-    found = []
+    found: list[str] = []
     for f in dataclasses.fields(old):
         name, there, here = f"{path}{f.name}", getattr(old, f.name), getattr(new, f.name)
         if f.name == "schedule" and here.past_is_fixed:
@@ -260,8 +249,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             continue
         prefix = "" if f.name in ("schedule", "settings") else f"{name}."
         if f.name == "runs":
-            pairs = [(run, other) for run in there for other in here if run.folder == other.folder]
-            found += [text for pair in pairs for text in differences(*pair)]
+            runs = {run.folder: run for run in here}
+            for run in there:
+                found += differences(run, runs.get(run.folder, run))
         elif dataclasses.is_dataclass(there) and dataclasses.is_dataclass(here):
             found += differences(there, here, prefix)
         elif isinstance(there, dict) and isinstance(here, dict):

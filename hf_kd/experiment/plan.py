@@ -26,7 +26,7 @@ from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
-from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, run_spec
+from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
 from .folder import continues, earlier_plan
 from .launcher import check_processes
 from .variants import run_configs
@@ -49,13 +49,13 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     check_processes(config)
     script.check(config)
     if config.output_dir == "trainer_output":  # transformers' default
-        name = default_name(script, config)
+        trained_with = "compare" if script.compare else config.loss_class().name
+        name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=config.hub_model_id or name)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
-    options = vars(config) | vars(script)
-    student = ModelSource(**_origin("student", script, earlier), **{key: options[key] for key in STUDENT_OPTIONS})
+    student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
     recipe, changed = _recipe_name(script, student), list[str]()
     provenance = recipes.provenance(recipe, config, script.explicit)
     if recipe:
@@ -66,11 +66,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses, script.benchmark) if recipe else None
-    source = DataSource(
-        **_origin("dataset", script, earlier),
-        config_name=script.dataset_config,
-        **{key: options[key] for key in DATA_OPTIONS},
-    )
+    data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
+    source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)
     source = _with_facts(source, data)
     teacher, teacher_side = None, 0
@@ -84,11 +81,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         )
         teacher_side = _check_teacher(teacher, data.names)
     parameters, student_side = _measure(student, data.names)
-    found: dict[str, Any] = {
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-        "train_image_size": config.train_image_size or max(teacher_side, student_side),
-    }
+    found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    found["train_image_size"] = config.train_image_size or max(teacher_side, student_side)
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )
@@ -115,20 +109,14 @@ def resumes(config: DistillationConfig) -> bool | str:
     return True if str(value).lower() in ("true", "last") else value or False
 
 
-def default_name(script, config: DistillationConfig) -> str:
-    """`STUDENT-LOSS-DATASET`, from the last part of each id."""
-    what = "compare" if script.compare else config.loss_class().name
-    return "-".join([Path(script.student).name, what, Path(script.dataset).name])
-
-
 def _push_target(script, config: DistillationConfig) -> dict | None:
     """Where the student of the first seed is pushed to; whether that is allowed is asked now, before training."""
     if not config.push_to_hub:
         return None
-    private, folder = config.hub_private_repo, config.output_dir
-    repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=folder)
-    several = [config.loss_class().name, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
-    folder = os.path.join(*several) if script.verdict else "."
+    private, folder = config.hub_private_repo, "."
+    repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=config.output_dir)
+    if script.verdict:
+        folder = os.path.join(config.loss_class().name, f"seed-{(script.seeds or [config.seed])[0]}")
     return {"repo_id": repo_id, "private": private, "revision": config.hub_revision, "folder": folder}
 
 
@@ -136,12 +124,10 @@ def _pinned(command: str | None, *sources: ModelSource | DataSource | None) -> s
     """The command with the commits that its revisions stood for."""
     if not command:
         return None
-    pairs = zip(("student", "teacher", "dataset"), sources, strict=True)
-    return command + "".join(
-        f" --{key}_revision {source.commit}"
-        for key, source in pairs
-        if source and source.commit not in (None, source.revision)
-    )
+    for key, source in zip(("student", "teacher", "dataset"), sources, strict=True):
+        if source and source.commit not in (None, source.revision):
+            command += f" --{key}_revision {source.commit}"
+    return command
 
 
 def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
@@ -184,24 +170,24 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
 
 def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
     """The student's number of parameters, without memory for them, and the side of its input."""
-    options = student.hub
-    config = student_config(student.id, student.from_scratch, student.image_size, options)
+    hub_options = student.hub
+    config = student_config(student.id, student.from_scratch, student.image_size, hub_options)
     config.num_labels = len(names)
     with torch.device("meta"):
         model = build(config, student.trust_remote_code)
-    return sum(p.numel() for p in model.parameters()), _input_side(student, config, options)
+    return sum(p.numel() for p in model.parameters()), _input_side(student, config, hub_options)
 
 
 def _check_teacher(teacher: ModelSource, names: list[str]) -> int:
     """The side of the teacher's input. Raises ValueError for classes that are not those of the data."""
-    options = teacher.hub
-    config = load_config(teacher.id, options)
+    hub_options = teacher.hub
+    config = load_config(teacher.id, hub_options)
     ClassMapping.between(config.id2label, names, teacher.class_map)
-    return _input_side(teacher, config, options)
+    return _input_side(teacher, config, hub_options)
 
 
-def _input_side(source: ModelSource, config, options: dict[str, Any]) -> int:
-    processor = processor_for(SimpleNamespace(config=config), source.id, options)
+def _input_side(source: ModelSource, config, hub_options: dict[str, Any]) -> int:
+    processor = processor_for(SimpleNamespace(config=config), source.id, hub_options)
     return max(Preprocessing(adjust_processor(processor, source.image_size, source.image_mean, source.image_std)).size)
 
 
@@ -223,13 +209,10 @@ def _seen(teacher: dict[str, Any], data: ImageData) -> int | None:
 
 
 def _requirements(runs: tuple[RunSpec, ...], parameters: int, train_size: int) -> dict:
-    run = runs[0]
-    batch = run.settings["per_device_train_batch_size"]
-    micro_batches = math.ceil(math.ceil(train_size / run.processes) / batch)
+    run, schedule = runs[0], runs[0].schedule
+    micro_batches = math.ceil(math.ceil(train_size / run.processes) / run.settings["per_device_train_batch_size"])
     per_epoch = max(1, math.ceil(micro_batches / run.settings["gradient_accumulation_steps"]))
-    steps = (
-        run.schedule.max_steps if run.schedule.max_steps > 0 else math.ceil(per_epoch * run.schedule.num_train_epochs)
-    )
+    steps = schedule.max_steps if schedule.max_steps > 0 else math.ceil(per_epoch * schedule.num_train_epochs)
     # Weights and optimizer state in float32; of most optimizers the state is twice the size of the weights.
     states = 1 if run.settings["optim"].startswith(("sgd", "lion")) else 2
     tensors = sum(_kept(run, steps, per_epoch) * (1 + states) + 1 for run in runs)

@@ -27,7 +27,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
-from ..spec import PLAN_FILE, Experiment, RunSpec, read_plan
+from ..spec import DATA_OPTIONS, PLAN_FILE, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .launcher import check_processes
@@ -51,8 +51,6 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     Raises:
         ValueError: the folder holds another experiment, or nothing is left to do in it.
     """
-    for spec in experiment.runs:
-        _check_loss(spec)  # before the loss is imported
     configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
     state = PartialState()
     resume_here = continues(experiment.output_dir, resume)
@@ -89,14 +87,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
 
 
 def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
-    """Goes on with every run of an experiment that is not finished, from its newest complete checkpoint.
-
-    Args:
-        folder: the experiment's output folder, with its plan.json.
-        token: see `run`.
-
-    Returns:
-        The records of the finished runs.
+    """`run` for every run that is not finished of the experiment whose plan.json is in a folder.
 
     Raises:
         ValueError: there is no plan, or it is run with another number of processes.
@@ -120,18 +111,15 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
 
 
 def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:
-    here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
-    return DistillationConfig(**{**spec.arguments(), **here})
-
-
-def _check_loss(spec: RunSpec) -> None:
-    """The file of a loss of the user's own must be the one that the plan was made with."""
+    """The arguments of a run. If its loss is the user's own, its file must be the one that the plan was made with."""
     source = spec.loss.source
-    if source and (now := loss_source(spec.loss.name)) != source:
+    if source and (now := loss_source(spec.loss.name)) != source:  # before the loss is imported
         raise ValueError(
             f"{source['path']} is not the file that the plan was made with (sha256 {source['sha256'][:12]} there, "
             f"{(now or {}).get('sha256', 'missing')[:12]} here): restore it, or start again in another --output_dir."
         )
+    here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
+    return DistillationConfig(**{**spec.arguments(), **here})
 
 
 def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | str:
@@ -174,7 +162,7 @@ def _train(
     """Trains, evaluates and saves one student; returns its record."""
     source = experiment.student
     set_seed(spec.seed)  # the same initial weights for every loss
-    student, processor = load_student(source.id, id2label=data.names, **{**source.hub, **source.options})
+    student, processor = load_student(source.id, id2label=data.names, **source.hub | options(source, STUDENT_OPTIONS))
     trainer = DistillationTrainer(
         student,
         config,
@@ -222,7 +210,7 @@ def _train(
 def _source_options(experiment: Experiment) -> dict:
     """Models and data of the plan by the names of their options."""
     student, teacher, data = experiment.student, experiment.teacher, experiment.data
-    values = {**student.options, **data.options, "dataset_config": data.config_name}
+    values = options(student, STUDENT_OPTIONS) | options(data, DATA_OPTIONS) | {"dataset_config": data.config_name}
     for option, source in {"student": student, "teacher": teacher, "dataset": data}.items():
         values |= {option: source and source.id, f"{option}_revision": source and source.commit}
     return values | {"class_map": teacher and teacher.class_map}

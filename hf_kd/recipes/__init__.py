@@ -25,23 +25,14 @@ EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_l
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that belong together.
+    """Settings that belong together."""
 
-    Attributes:
-        name: that of its file, without .yaml.
-        source: where it comes from, in words.
-        benchmark: the key of the losses' published hyperparameters: "imagenet", "imagenet_deit" or "cifar100".
-        global_batch_size: images in one optimizer step, over all processes.
-        settings: of `DistillationConfig`.
-        student: arguments of `load_student`.
-    """
-
-    name: str
-    source: str
-    benchmark: str
-    global_batch_size: int
-    settings: dict[str, Any]
-    student: dict[str, Any] = field(default_factory=dict)
+    name: str  # of its file, without .yaml
+    source: str  # where it comes from, in words
+    benchmark: str  # whose published hyperparameters the losses start from
+    global_batch_size: int  # images in one optimizer step, over all processes
+    settings: dict[str, Any]  # of `DistillationConfig`
+    student: dict[str, Any] = field(default_factory=dict)  # arguments of `load_student`
 
 
 def names() -> list[str]:
@@ -51,11 +42,7 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ValueError: there is none; with those that there are.
-    """
+    """The recipe of that name. Raises ValueError if there is none."""
     if name not in names():
         raise ValueError(f"--preset {name} is unknown; there are: {', '.join(names())}.")
     text = Path(__file__).with_name(f"{name}.yaml").read_text("utf-8")
@@ -101,14 +88,15 @@ def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[Di
     Args:
         name: of the recipe.
         config: as the user has set it.
-        explicit: names of the settings, of the config and of the student, that the user has set.
+        explicit: names of what the user has set, of the config and of the student.
 
     Raises:
         ValueError: an unknown recipe, or a batch size or number of accumulation steps below 1.
     """
     values = _settings(name, config, explicit)
     changed = sorted({*values, *load(name).student, "loss_kwargs"} & explicit)
-    return dataclasses.replace(config, **{key: v for key, v in values.items() if key not in explicit}), changed
+    new = {key: value for key, value in values.items() if key not in explicit}
+    return dataclasses.replace(config, **new), changed
 
 
 def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict[str, Any]:
@@ -144,13 +132,12 @@ def provenance(name: str | None, config: DistillationConfig, explicit: set[str])
 def describe(
     name: str, changed: list[str], runs: dict[str, DistillationConfig], benchmark: str | None = None
 ) -> dict[str, Any]:
-    """What plan and record say of a recipe: name, source, what the user has changed, and all that in one line of text.
+    """What plan and record say of a recipe, as a line of text too, which tells the published hyperparameters in use.
 
     Args:
-        name: of the recipe.
         changed: see `apply`.
-        runs: arguments of a run with each loss. The text tells which hyperparameters are published ones.
-        benchmark: that they were published for; default: the recipe's.
+        runs: arguments of a run with each loss.
+        benchmark: of the published hyperparameters; default: the recipe's.
     """
     source = load(name).source
     text = f"preset {name}: {source}."
