@@ -271,11 +271,7 @@ def _difference(name: str, there: Any, here: Any) -> str:
 
 
 def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> None:
-    """Refuses to continue one experiment as another.
-
-    Raises:
-        ValueError: naming every difference with both values.
-    """
+    """Refuses to continue one experiment as another: raises ValueError with every difference and both values."""
     found = differences(old, new)
     if found:
         raise ValueError(

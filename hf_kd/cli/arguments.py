@@ -46,9 +46,7 @@ class ScriptArguments:
         "the same weights and order of data, with each of --seeds, and test the paired differences.",
         False,
     )
-    seeds: list[int] | None = _option(
-        "Train with each of these seeds. Default: --seed; with --verdict three, from --seed on."
-    )
+    seeds: list[int] | None = _option("Train with each of these. Default: --seed; with --verdict three, from it on.")
     image_size: int | None = _option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = _option("Channel means of the pixels, in [0, 1].")
     image_std: list[float] | None = _option("Channel standard deviations, in [0, 1].")
@@ -72,11 +70,7 @@ class ScriptArguments:
     explicit: ClassVar[set[str]] = set()  # names of the arguments that the user has set; no field, thus no argument
 
     def check(self, config: DistillationConfig) -> None:
-        """Finds everything about the arguments that can be wrong without looking at data or models.
-
-        Raises:
-            ValueError: naming the argument, with what to change.
-        """
+        """Raises ValueError for all that can be wrong about the arguments without looking at data or models."""
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
@@ -100,18 +94,14 @@ class ScriptArguments:
                 raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {seeds[0]}.")
         if config.push_to_hub and not self.verdict and (self.compare is not None or len(seeds) > 1):
             raise ValueError(
-                "--push_to_hub pushes one student, and here are several: drop it and push the one you want "
-                "afterwards, with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
+                "--push_to_hub pushes one student, and here are several: drop it and use `hf-kd push FOLDER` "
+                "afterwards, or use --verdict, which pushes that of the first seed."
             )
         checkpoint = str(config.resume_from_checkpoint or "last")
         if checkpoint.lower() not in ("true", "last") and (self.compare is not None or self.verdict or seeds):
-            raise ValueError(
-                f"a comparison resumes each of its runs: --resume_from_checkpoint last, not {checkpoint}."
-            )
+            raise ValueError(f"a comparison resumes every run: --resume_from_checkpoint last, not {checkpoint}.")
         if self.compare is not None and config.loss_kwargs:
-            raise ValueError(
-                "loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers."
-            )
+            raise ValueError("loss_kwargs belongs to a single run; --compare holds each loss's numbers.")
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -158,9 +148,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins."
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these arguments; the command line wins.")
     parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
     own = {f.name for f in fields(DistillationConfig)} - {f.name for f in fields(TrainingArguments)}
     shown = {*ScriptArguments.__dataclass_fields__, *own, *_COMMON, "config", "help", "help_all"}

@@ -22,12 +22,7 @@ from .arguments import command_to_record, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs a subcommand. Returns the exit status: 0, 1 after an error (with one message), 130 after Ctrl-C.
-
-    Args:
-        name: "distill", "resume" or "push".
-        argv: its arguments.
-    """
+    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     traceback, folder = "--traceback" in argv, None
     try:
         if name == "push":

@@ -58,7 +58,7 @@ def continues(folder: str | os.PathLike, resume: bool | str) -> bool:
 
 
 def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
-    """The plan that is in an output folder already; None where the folder is empty or missing.
+    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`.
 
     Raises:
         ValueError: the folder is in use and has no plan, or there is nothing in it to resume.
@@ -89,11 +89,7 @@ def _create_plan(experiment: Experiment) -> Experiment | None:
 
 
 def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
-    """The record of a run that was trained to the end that the plan asks for; else None.
-
-    Raises:
-        ValueError: the record is that of another run.
-    """
+    """The record of a run that was trained to the plan's end, or None. Raises ValueError for that of another run."""
     file = experiment.folder(spec) / RUN_FILE
     if not file.is_file():
         return None

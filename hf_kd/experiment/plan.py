@@ -39,12 +39,11 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
 
     Args:
         script: the `ScriptArguments` of the command line: what to distil.
-        config: the `DistillationConfig`: how to train.
+        config: how to train.
         command: the command line, kept for the record.
 
     Raises:
-        ValueError: arguments that do not fit together, a model or dataset that can't be used, or too little disk
-            space; with what to change.
+        ValueError: arguments that do not fit together, or a model or dataset that can't be used.
     """
     check_processes(config)
     script.check(config)

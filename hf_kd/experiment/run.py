@@ -68,7 +68,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
         broadcast_object_list(claim)
         if isinstance(claim[0], dict):
             records[spec.key] = claim[0]
-        elif claim[0] == "train":
+        elif claim[0]:
             if data is None:
                 data, teacher = _load(experiment)
             try:
@@ -122,18 +122,15 @@ def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> Distill
     return DistillationConfig(**{**spec.arguments(), **here})
 
 
-def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | str:
-    """The record of a run that is finished; "train" where it is ours to train; "busy" otherwise."""
+def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | bool:
+    """The record of a run that is finished; else whether it is ours to train."""
     record = finished_record(experiment, spec)
-    if record and resume:
+    claim = record or lock.acquire(new=not resume)
+    if resume and record:
         logger.warning(f"{spec.key}: already finished, see {experiment.folder(spec) / RUN_FILE}")
-    if record:
-        return record
-    if lock.acquire(new=not resume):
-        return "train"
-    if resume:
+    elif resume and not claim:
         logger.warning(f"{spec.key} is being trained by {lock.holder()}: left to it")
-    return "busy"
+    return claim
 
 
 def _load(experiment: Experiment) -> tuple[ImageData, Teacher | None]:
