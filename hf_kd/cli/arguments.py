@@ -46,7 +46,7 @@ class ScriptArguments:
         "the same weights and order of data, with each of --seeds, and test the paired differences.",
         False,
     )
-    seeds: list[int] | None = _option("Train with each of these. Default: --seed; with --verdict three, from it on.")
+    seeds: list[int] | None = _option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
     image_size: int | None = _option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = _option("Channel means of the pixels, in [0, 1].")
     image_std: list[float] | None = _option("Channel standard deviations, in [0, 1].")
