@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,23 @@ from .reporting.record import plain
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
+# Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
+STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
+DATA_OPTIONS = (
+    "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples"
+).split()
+# Arguments of the trainer that say how a run is carried out and reported, not what is learned.
+EXECUTION = (
+    "output_dir run_name disable_tqdm dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
+    "dataloader_prefetch_factor logging_steps logging_strategy logging_first_step log_level log_level_replica "
+    "log_on_each_node report_to project trackio_space_id trackio_bucket_id trackio_static_space_id save_strategy "
+    "save_steps save_total_limit save_on_each_node skip_memory_metrics ddp_timeout resume_from_checkpoint push_to_hub "
+    "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push"
+).split()
+
+
+def options(source: Any, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(source, key) for key in keys}
 
 
 def resumable(default: Any = None) -> Any:
@@ -42,6 +57,11 @@ class ModelSource:
     # Teachers: how many images of our evaluation split it was trained on; None: its record does not tell.
     seen_evaluation_images: int | None = resumable()
 
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What all functions that load it take."""
+        return {"revision": self.commit or self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -64,6 +84,12 @@ class DataSource:
     fingerprint: str | None = None
     split_sizes: dict[str, int] | None = None
     split_fingerprints: dict[str, str] | None = None
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """What `load_data` takes to load it."""
+        origin = {"name": self.id, "config_name": self.config_name, "revision": self.commit or self.revision}
+        return origin | options(self, DATA_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -97,43 +123,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Execution:
-    """Arguments of the trainer that say how a run is carried out and reported, not what is learned."""
-
-    output_dir: str | None = resumable()
-    run_name: str | None = resumable()
-    disable_tqdm: bool | None = resumable()
-    dataloader_num_workers: int = resumable(0)
-    dataloader_persistent_workers: bool = resumable(False)
-    dataloader_pin_memory: bool = resumable(True)
-    dataloader_prefetch_factor: int | None = resumable()
-    logging_steps: float = resumable(500)
-    logging_strategy: str = resumable("steps")
-    logging_first_step: bool = resumable(False)
-    log_level: str = resumable("passive")
-    log_level_replica: str = resumable("warning")
-    log_on_each_node: bool = resumable(True)
-    report_to: Any = resumable()
-    project: str | None = resumable()
-    trackio_space_id: str | None = resumable()
-    trackio_bucket_id: str | None = resumable()
-    trackio_static_space_id: str | None = resumable()
-    save_strategy: str = resumable("steps")
-    save_steps: float = resumable(500)
-    save_total_limit: int | None = resumable()
-    save_on_each_node: bool = resumable(False)
-    skip_memory_metrics: bool = resumable(True)
-    ddp_timeout: int = resumable(1800)
-    resume_from_checkpoint: str | None = resumable()
-    push_to_hub: bool = resumable(False)
-    hub_model_id: str | None = resumable()
-    hub_strategy: str = resumable("end")
-    hub_private_repo: bool | None = resumable()
-    hub_revision: str | None = resumable()
-    hub_always_push: bool = resumable(False)
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """One training: a loss and a seed. `settings` are the remaining arguments of `DistillationConfig`."""
 
@@ -143,8 +132,8 @@ class RunSpec:
     processes: int
     loss: LossSpec
     schedule: Schedule
-    execution: Execution
     settings: dict[str, Any]
+    execution: dict[str, Any] = resumable()  # the arguments named in EXECUTION
     folder: str = "."  # of its results, within the experiment's
 
     @property
@@ -157,7 +146,7 @@ class RunSpec:
         return {
             **self.settings,
             **dataclasses.asdict(self.schedule),
-            **dataclasses.asdict(self.execution),
+            **self.execution,
             "loss": self.loss.name,
             "loss_kwargs": self.loss.hyperparameters,
             "seed": self.seed,
@@ -207,34 +196,40 @@ class Experiment:
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: continue the run with "
-                "the version of hf_kd that started it, which run.json and the plan name under `versions`."
+                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: go on with the hf_kd "
+                "of the plan's `versions`."
             )
-        return _build(cls, values)
+        fields = {
+            "student": ModelSource(**values["student"]),
+            "teacher": values["teacher"] and ModelSource(**values["teacher"]),
+            "data": DataSource(**values["data"]),
+            "runs": tuple(_run_from_dict(run) for run in values["runs"]),
+        }
+        return cls(**{**values, **fields})
+
+
+def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
+    fields = {"loss": LossSpec(**values["loss"]), "schedule": Schedule(**values["schedule"])}
+    return RunSpec(**{**values, **fields})
 
 
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
-    """The spec of a run with these arguments.
+    """The spec of a run with these arguments, a `DistillationConfig`. Its name is by default that of the loss.
 
-    Args:
-        config: a `DistillationConfig`.
-        name: of the run; default: the loss's.
-        folder: of its results, within the experiment's.
-        loss_source: path and hash of the file of a loss of the user's own.
+    `folder` is that of its results, within the experiment's; `loss_source` is what `hf_kd.losses.loss_source` gives.
     """
-    values = plain({key: value for key, value in config.to_dict().items() if not key.endswith("token")})
-    values = {key: value for key, value in values.items() if key not in ("local_rank", "loss_kwargs")}
-    loss, seed, data_seed = (values.pop(key) for key in ("loss", "seed", "data_seed"))
-    taken = {cls: {f.name: values.pop(f.name) for f in dataclasses.fields(cls)} for cls in (Schedule, Execution)}
+    left_out = {"local_rank", "loss_kwargs"}
+    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
+    values = plain(values)
     return RunSpec(
         name=name or config.loss_class().name,
-        seed=seed,
-        data_seed=data_seed,
+        seed=values.pop("seed"),
+        data_seed=values.pop("data_seed"),
         processes=config.world_size,
-        loss=LossSpec(loss, plain(config.build_loss().hyperparameters()), loss_source),
-        schedule=Schedule(**taken[Schedule]),
-        execution=Execution(**taken[Execution]),
-        settings=values,
+        loss=LossSpec(values.pop("loss"), plain(config.build_loss().hyperparameters()), loss_source),
+        schedule=Schedule(**{key: values.pop(key) for key in Schedule.__dataclass_fields__}),
+        execution={key: values.pop(key) for key in EXECUTION},
+        settings=values,  # the remaining ones
         folder=folder,
     )
 
@@ -245,61 +240,38 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     Args:
         old, new: specs of one class. Of experiments, the runs of one folder are compared; others may be added.
     """
-    found = []
+    found: list[str] = []
     for f in dataclasses.fields(old):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        name = f"{path}{f.name}"
-        if f.metadata.get("resumable") or a == b:
+        name, there, here = f"{path}{f.name}", getattr(old, f.name), getattr(new, f.name)
+        if f.name == "schedule" and here.past_is_fixed:
+            there = dataclasses.replace(there, num_train_epochs=here.num_train_epochs, max_steps=here.max_steps)
+        if f.metadata.get("resumable") or there == here:
             continue
+        prefix = "" if f.name in ("schedule", "settings") else f"{name}."
         if f.name == "runs":
-            theirs = {run.folder: run for run in b}
-            for run in a:
-                if run.folder in theirs:
-                    found += differences(run, theirs[run.folder])
-        elif f.name == "schedule":
-            found += _schedule_differences(a, b)
-        elif dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            found += differences(a, b, f"{name}.")
-        elif isinstance(a, dict) and isinstance(b, dict):
-            keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-            prefix = "" if f.name == "settings" else f"{name}."
-            found += [_difference(f"{prefix}{key}", a.get(key), b.get(key)) for key in keys]
+            runs = {run.folder: run for run in here}
+            for run in there:
+                found += differences(run, runs.get(run.folder, run))
+        elif dataclasses.is_dataclass(there) and dataclasses.is_dataclass(here):
+            found += differences(there, here, prefix)
+        elif isinstance(there, dict) and isinstance(here, dict):
+            keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+            found += [_difference(f"{prefix}{key}", there.get(key), here.get(key)) for key in keys]
         else:
-            found.append(_difference(name, a, b))
+            found.append(_difference(name, there, here))
     return list(dict.fromkeys(found))
 
 
-def _schedule_differences(old: Schedule, new: Schedule) -> list[str]:
-    length = ("num_train_epochs", "max_steps")
-    pairs = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)}
-    found = [_difference(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1] and key not in length]
-    for key in length:
-        a, b = pairs[key]
-        if a == b:
-            continue
-        if not new.past_is_fixed:
-            found.append(
-                _difference(key, a, b)
-                + f": with lr_scheduler_type={new.lr_scheduler_type} and warmup_steps={new.warmup_steps:g} the "
-                "learning rate of the steps so far depends on the length of training"
-            )
-    return found
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    def short(value: Any) -> str:
-        text = str(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-
-    return f"{name} ({short(old)} there, {short(new)} here)"
+def _difference(name: str, there: Any, here: Any) -> str:
+    old, new = (text if len(text) <= 60 else f"{text[:57]}..." for text in (str(there), str(here)))
+    text = f"{name} ({old} there, {new} here)"
+    if name in ("num_train_epochs", "max_steps"):
+        text += ": with this schedule the learning rate so far depends on the length of training"
+    return text
 
 
 def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> None:
-    """Refuses to continue one experiment as another.
-
-    Raises:
-        ValueError: naming every difference with both values.
-    """
+    """Refuses to continue one experiment as another: raises ValueError with every difference and both values."""
     found = differences(old, new)
     if found:
         raise ValueError(
@@ -324,12 +296,12 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
         )
     check_same(old, plan, folder)
     state, schedule = json.loads(Path(checkpoint, "trainer_state.json").read_text()), plan.runs[0].schedule
-    done, length = state["epoch"], schedule.num_train_epochs
+    key, done = "num_train_epochs", state["epoch"]
     if schedule.max_steps > 0:
-        done, length = state["global_step"], schedule.max_steps
+        key, done = "max_steps", state["global_step"]
+    length = getattr(schedule, key)
     if done > length:
-        what = "max_steps" if schedule.max_steps > 0 else "num_train_epochs"
-        raise ValueError(f"{checkpoint} is at {done:g}, beyond {what}={length:g}: go on from an earlier checkpoint.")
+        raise ValueError(f"{checkpoint} is at {done:g}, beyond {key}={length:g}: go on from an earlier checkpoint.")
 
 
 def read_plan(folder: str | os.PathLike) -> Experiment | None:
@@ -346,21 +318,3 @@ def read_plan(folder: str | os.PathLike) -> Experiment | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read: {error}") from error
     return dataclasses.replace(Experiment.from_dict(values), output_dir=str(folder))
-
-
-def _build(cls: Any, values: Any) -> Any:
-    """A dataclass from nested dicts, by the types of its fields. Unknown keys are refused by its constructor."""
-    if values is None:
-        return None
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _value(hints.get(key), value) for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(iter(arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value)
-    if typing.get_origin(hint) is tuple and value is not None:
-        return tuple(_value(typing.get_args(hint)[0], item) for item in value)
-    return value

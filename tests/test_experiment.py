@@ -193,6 +193,21 @@ def test_the_record_has_the_plan_without_paths(things, tmp_path):
     assert plan_.student.id == str(things / "student") and record["plan"]["student"]["id"] == "student"
 
 
+def test_a_plan_with_relative_paths_is_resumed_from_any_folder(things, tmp_path, monkeypatch):
+    monkeypatch.chdir(things)
+    more = ["--student", "student", "--teacher", "./teacher", "--dataset", "data", "--loss", "nkd"]
+    assert distill(things, *more, "--output_dir", tmp_path / "out", "--num_train_epochs", "1") == 0
+    plan_, before = read_plan(tmp_path / "out"), run_json(tmp_path / "out")
+    ids = [plan_.student.id, plan_.teacher.id, plan_.data.id]
+    assert ids == [str(things / name) for name in ("student", "teacher", "data")]
+    assert (before["settings"]["student"], before["plan"]["data"]["id"]) == ("student", "data")
+    (tmp_path / "out" / "run.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", "out"]) == 0
+    assert run_json(tmp_path / "out")["metrics"] == before["metrics"]
+    assert str(things) not in (tmp_path / "out" / "run.json").read_text()
+
+
 def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--compare", '{"a": {"loss": "ce"}, "b": {"loss": "ce"}}', "--output_dir", out]

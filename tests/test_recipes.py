@@ -181,8 +181,8 @@ def test_a_batch_of_nothing_is_refused(name):
 def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
     config, changed = recipes.apply("vit_finetune", config, script.explicit)
-    runs = [(name, run) for name, _, run in run_configs(script, config, "vit_finetune")]
-    line = recipes.describe("vit_finetune", changed, runs)
+    runs = {name: run for name, _, run in run_configs(script, config, "vit_finetune")}
+    line = recipes.describe("vit_finetune", changed, runs)["text"]
     assert "uskd: beta 0.1, mu 0.005 (published for imagenet)" in line and "alpha" not in line
     assert "as you set them: eval_strategy, loss_kwargs" in line
 
@@ -266,10 +266,10 @@ def test_where_each_setting_came_from():
     assert recipes.provenance("cnn_scratch_cifar", after, script.explicit) == before
     assert set(changed) <= {key for key, source in before.items() if source == "you"}
     assert set(recipes.provenance(None, config, script.explicit).values()) == {"you"}
-    (_, _, run), *_ = run_configs(script, after, "cnn_scratch_cifar")
-    sources = recipes.loss_provenance(run, "cnn_scratch_cifar")
-    assert (sources["alpha"], sources["beta"]) == ("you", "published for cifar100")
-    assert sources["target_in_rank"] == "default"
+    runs = {name: run for name, _, run in run_configs(script, after, "cnn_scratch_cifar")}
+    line = recipes.describe("cnn_scratch_cifar", changed, runs)["text"]
+    assert "uskd: beta 0.1, mu 0.1 (published for cifar100)." in line  # alpha is the user's
+    assert "target_in_rank" not in line  # a default
 
 
 def test_the_names_of_the_recipes_cost_no_heavy_import():

@@ -25,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] not in ("distill", "resume", "push"):
         print(USAGE)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    if argv[0] == "distill" and {"-h", "--help", "--help_all"} & set(argv):
+    if argv == ["distill"] or (argv[0] == "distill" and {"-h", "--help", "--help_all"} & set(argv)):
         from .arguments import make_parser  # without the trainer and what it imports
 
         make_parser(help_all="--help_all" in argv).print_help()
-        return 0
+        return 0 if argv[1:] else 2
     from .commands import run_command
 
     return run_command(argv[0], argv[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -15,92 +15,62 @@ from ..labels import read_class_map
 from ..recipes import EVERY_EPOCH, names, published_hyperparameters
 
 
+def _option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ScriptArguments:
     """What to distil, from what, on which images."""
 
-    student: str | None = field(
-        default=None, metadata={"help": "Student: a Hub id, timm/NAME, or a local folder with a model or its config."}
+    student: str | None = _option("Student: a Hub id, timm/NAME, or a local folder with a model or its config.")
+    teacher: str | None = _option("Teacher: a Hub id, timm/NAME, or a local folder.")
+    dataset: str = _option(
+        "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"
     )
-    teacher: str | None = field(default=None, metadata={"help": "Teacher: a Hub id, timm/NAME, or a local folder."})
-    dataset: str = field(
-        default="uoft-cs/cifar100",
-        metadata={"help": "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled)."},
+    preset: str | None = _option(
+        f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or none. Default: "
+        "auto; with a --config file that names no preset: none."
     )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or "
-            "none. Default: auto; with a --config file that names no preset: none."
-        },
+    benchmark: str | None = _option(
+        "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or cifar100. "
+        "Default: the preset's benchmark."
     )
-    benchmark: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or "
-            "cifar100. Default: the preset's benchmark."
-        },
+    from_scratch: bool = _option("Give the student random weights, not its pretrained ones.", False)
+    compare: dict | str | None = _option(
+        "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', or JSON with "
+        'their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
     )
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Give the student random weights, not its pretrained ones."}
+    verdict: bool = _option(
+        "Say whether --loss helped: train the student without it too (and for uskd with twice the cross entropy) from "
+        "the same weights and order of data, with each of --seeds, and test the paired differences.",
+        False,
     )
-    compare: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', "
-            'or JSON with their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
-        },
+    seeds: list[int] | None = _option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
+    image_size: int | None = _option("Side of the student's square input, in pixels.")
+    image_mean: list[float] | None = _option("Channel means of the pixels, in [0, 1].")
+    image_std: list[float] | None = _option("Channel standard deviations, in [0, 1].")
+    class_map: str | None = _option(
+        "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
+        "YAML file."
     )
-    verdict: bool = field(
-        default=False,
-        metadata={
-            "help": "Say whether --loss helped: train the student without it too (and for uskd with twice the cross "
-            "entropy) from the same weights and order of data, with each of --seeds, and test the paired differences."
-        },
-    )
-    seeds: list[int] | None = field(
-        default=None,
-        metadata={"help": "Train with each of these seeds. Default: --seed; with --verdict three, from --seed on."},
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Side of the student's square input, in pixels."})
-    image_mean: list[float] | None = field(default=None, metadata={"help": "Channel means of the pixels, in [0, 1]."})
-    image_std: list[float] | None = field(default=None, metadata={"help": "Channel standard deviations, in [0, 1]."})
-    class_map: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, "
-            "or a JSON or YAML file."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    train_split: str | None = field(default=None, metadata={"help": "Split to train on. Default: train."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: validation or test."}
-    )
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Share of train to hold out where there is no such split."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on at most so many images, chosen by their content, not a seed."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on at most so many images, chosen by their content."}
-    )
-    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the models' repositories."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan (runs, steps, sizes, disk) and stop."})
-    traceback: bool = field(default=False, metadata={"help": "Show Python's traceback of an error."})
+    dataset_config: str | None = _option("Configuration of a dataset on the Hub.")
+    train_split: str | None = _option("Split to train on. Default: train.")
+    eval_split: str | None = _option("Split to evaluate on. Default: validation or test.")
+    eval_fraction: float = _option("Share of train to hold out where there is no such split.", 0.1)
+    max_train_samples: int | None = _option("Train on at most so many images, chosen by their content, not a seed.")
+    max_eval_samples: int | None = _option("Evaluate on at most so many images, chosen by their content.")
+    student_revision: str | None = _option("Branch, tag or commit of the student.")
+    teacher_revision: str | None = _option("Branch, tag or commit of the teacher.")
+    dataset_revision: str | None = _option("Branch, tag or commit of the dataset.")
+    trust_remote_code: bool = _option("Run code from the models' repositories.", False)
+    dry_run: bool = _option("Print the plan (runs, steps, sizes, disk) and stop.", False)
+    traceback: bool = _option("Show Python's traceback of an error.", False)
 
     explicit: ClassVar[set[str]] = set()  # names of the arguments that the user has set; no field, thus no argument
 
     def check(self, config: DistillationConfig) -> None:
-        """Finds everything about the arguments that can be wrong without looking at data or models.
-
-        Raises:
-            ValueError: naming the argument, with what to change.
-        """
+        """Raises ValueError for all that can be wrong about the arguments without looking at data or models."""
         if self.student is None:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
@@ -109,32 +79,29 @@ class ScriptArguments:
             published_hyperparameters(config.loss, self.benchmark)
         if isinstance(self.class_map, str):
             self.class_map = read_class_map(self.class_map)
-        for seed in self.seeds or ():
+        seeds = self.seeds or []
+        for seed in seeds:
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")
-        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))} names a seed twice.")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice.")
         if self.verdict:
             if self.compare is not None:
                 raise ValueError("--verdict chooses what to compare with by itself: drop it, or --compare.")
             if config.loss == "ce":
                 raise ValueError("--verdict asks whether a loss helped, and ce is what it is measured against.")
-            if self.seeds is not None and len(self.seeds) < 2:
-                raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {self.seeds[0]}.")
-        if config.push_to_hub and not self.verdict and (self.compare is not None or len(self.seeds or ()) > 1):
+            if len(seeds) == 1:
+                raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {seeds[0]}.")
+        if config.push_to_hub and not self.verdict and (self.compare is not None or len(seeds) > 1):
             raise ValueError(
-                "--push_to_hub pushes one student, and here are several: drop it and push the one you want "
-                "afterwards, with `hf-kd push FOLDER`, or use --verdict, which pushes that of the first seed."
+                "--push_to_hub pushes one student, and here are several: drop it and use `hf-kd push FOLDER` "
+                "afterwards, or use --verdict, which pushes that of the first seed."
             )
         checkpoint = str(config.resume_from_checkpoint or "last")
-        if checkpoint.lower() not in ("true", "last") and (self.compare is not None or self.verdict or self.seeds):
-            raise ValueError(
-                f"a comparison resumes each of its runs: --resume_from_checkpoint last, not {checkpoint}."
-            )
+        if checkpoint.lower() not in ("true", "last") and (self.compare is not None or self.verdict or seeds):
+            raise ValueError(f"a comparison resumes every run: --resume_from_checkpoint last, not {checkpoint}.")
         if self.compare is not None and config.loss_kwargs:
-            raise ValueError(
-                "loss_kwargs belongs to a single run; in a comparison, --compare holds each loss's numbers."
-            )
+            raise ValueError("loss_kwargs belongs to a single run; --compare holds each loss's numbers.")
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -156,10 +123,12 @@ class _Formatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action):
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        names = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
-        long = action.choices is not None and len(action.choices) > 6
-        value = "NAME" if long else self._format_args(action, "N" if action.type in (int, float) else "VALUE")
-        return names[0] if action.nargs in (0, "?") else f"{names[0]} {value}"
+        option = action.option_strings[0]
+        if action.nargs in (0, "?"):
+            return option
+        if action.choices is not None and len(action.choices) > 6:
+            return f"{option} NAME"
+        return f"{option} {self._format_args(action, 'N' if action.type in (int, float) else 'VALUE')}"
 
     def _get_help_string(self, action):
         shown = action.default not in (None, False, argparse.SUPPRESS, "") and action.option_strings
@@ -172,15 +141,14 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     parser = HfArgumentParser(
         [ScriptArguments, DistillationConfig],  # type: ignore[list-item]  # DataClassType is no type of dataclasses
         prog="hf-kd distill",
+        usage="hf-kd distill [--config FILE] [--student ID] [--teacher ID] [--dataset ID] [--loss NAME] ...",
         description="Distil an image classifier with a teacher (nkd, kd) or without (uskd), or train it plainly (ce).",
         epilog="Example: hf-kd distill --student facebook/deit-tiny-patch16-224 --loss uskd. Under "
         "`accelerate launch` or `torchrun`: examples/run_distill.py, same options.",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these arguments; the command line wins."
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these arguments; the command line wins.")
     parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
     own = {f.name for f in fields(DistillationConfig)} - {f.name for f in fields(TrainingArguments)}
     shown = {*ScriptArguments.__dataclass_fields__, *own, *_COMMON, "config", "help", "help_all"}
@@ -196,7 +164,6 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
     rest._group_actions = [action for action in rest._group_actions if action.dest not in own]
     rest.title = "how to train (arguments of transformers; --help_all lists the rest)"
     parser._action_groups = [what, how, rest]
-    parser.usage = "hf-kd distill [--config FILE] [--student ID] [--teacher ID] [--dataset ID] [--loss NAME] ..."
     return parser
 
 

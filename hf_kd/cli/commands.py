@@ -13,32 +13,23 @@ import torch
 from .. import hub
 from ..experiment.launcher import launch_command
 from ..experiment.plan import plan, resumes
-from ..experiment.resume import resume
-from ..experiment.run import run
+from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
 from ..push import check_push, publish
 from ..reporting.card import title
 from ..reporting.record import RUN_FILE
-from .arguments import command_to_record, make_parser, parse
+from .arguments import command_to_record, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs a subcommand. Returns the exit status: 0, 1 after an error (with one message), 130 after Ctrl-C.
-
-    Args:
-        name: "distill", "resume" or "push".
-        argv: its arguments.
-    """
-    if not argv:
-        {"distill": make_parser, "resume": resume_parser, "push": push_parser}[name]().print_help()
-        return 2
+    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
     traceback, folder = "--traceback" in argv, None
     try:
         if name == "push":
-            _push(push_parser().parse_args(argv))
+            _push(argv)
         elif name == "resume":
-            arguments = resume_parser().parse_args(argv)
-            folder = arguments.folder
+            parser = _folder_parser(name, "Go on with an interrupted experiment, as its plan.json describes it.")
+            folder = parser.parse_args(argv).folder
             resume(folder)
         else:
             script, config = parse(argv)
@@ -69,26 +60,19 @@ def run_command(name: str, argv: list[str]) -> int:
     return 0
 
 
-def resume_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hf-kd resume", description="Go on with an experiment that was interrupted, as its plan.json describes it."
-    )
-    parser.add_argument("folder", help="The output folder of the experiment, with plan.json.")
+def _folder_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"hf-kd {name}", description=description)
+    parser.add_argument("folder", help="The output folder, with run.json or (of an interrupted experiment) plan.json.")
     parser.add_argument("--traceback", action="store_true", help="Show Python's traceback of an error.")
     return parser
 
 
-def push_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hf-kd push", description="Push a student that hf_kd has saved, with its card.")
-    parser.add_argument("folder", help="The folder with the model, run.json and the card.")
+def _push(argv: list[str]) -> None:
+    parser = _folder_parser("push", "Push a student that hf_kd has saved, with its card.")
     parser.add_argument("repo_id", nargs="?", help="OWNER/NAME on the Hub. Default: the card's title, as yours.")
     parser.add_argument("--revision", help="Branch to push to; made if there is none. Default: main.")
     parser.add_argument("--private", action="store_true", default=None, help="Make the new repository private.")
-    parser.add_argument("--traceback", action="store_true", help="Show Python's traceback of an error.")
-    return parser
-
-
-def _push(arguments: argparse.Namespace) -> None:
+    arguments = parser.parse_args(argv)
     file = Path(arguments.folder) / RUN_FILE
     record = json.loads(file.read_text()) if file.is_file() else {}
     if "runs" in record:

@@ -18,38 +18,32 @@ GIGABYTE = 1e9
 def open_folder(experiment: Experiment, resume: bool) -> None:
     """Writes plan.json into the output folder, or holds the plan against the one that is there.
 
-    Of a new experiment the file is created exclusively: a later process with an equal plan joins it, one with another
-    plan is refused. A continuation may add runs and change what is resumable.
-
-    Args:
-        experiment: what is asked for.
-        resume: whether to continue what is in the folder.
+    A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
+    what is resumable.
 
     Raises:
         ValueError: the folder holds something else, or nothing is left in it to be started.
     """
     folder = Path(experiment.output_dir)
-    old = earlier_plan(folder, resume) or create_plan(experiment)
+    old = earlier_plan(folder, resume) or _create_plan(experiment)
     if old is None:
         return
     check_same(old, experiment, folder)
-    folders = {run.key: run.folder for run in old.runs}
-    for run in experiment.runs:
-        if run.key in folders and run.folder != folders[run.key]:
+    there, here = ({run.key: run for run in plan.runs} for plan in (old, experiment))
+    for key in there.keys() & here.keys():
+        if there[key].folder != here[key].folder:
             raise ValueError(
-                f"{folder} has the run {run.key!r} in {folders[run.key]!r}, and this command would train it in "
-                f"{run.folder!r}: give --compare and --seeds as before, or choose another --output_dir."
+                f"{folder} has the run {key!r} in {there[key].folder!r}, and this command would train it in "
+                f"{here[key].folder!r}: give --compare and --seeds as before, or choose another --output_dir."
             )
     if resume:
-        new = {run.key for run in experiment.runs}
-        kept = tuple(run for run in old.runs if run.key not in new)
-        write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=kept + experiment.runs).to_dict())
+        runs = tuple((there | here).values())
+        write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=runs).to_dict())
         return
-    if {run.key for run in old.runs} != {run.key for run in experiment.runs}:
-        names = "; ".join(run.key for run in old.runs)
+    if there.keys() != here.keys():
         raise ValueError(
-            f"{folder} holds a comparison of other runs ({names}). Add runs to it with --resume_from_checkpoint last, "
-            "or choose another --output_dir."
+            f"{folder} holds a comparison of other runs ({'; '.join(there)}). Add runs to it with "
+            "--resume_from_checkpoint last, or choose another --output_dir."
         )
     if all(RunLock(experiment.folder(run)).started for run in experiment.runs):
         raise ValueError(
@@ -64,7 +58,7 @@ def continues(folder: str | os.PathLike, resume: bool | str) -> bool:
 
 
 def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
-    """The plan that is in an output folder already; None where the folder is empty or missing.
+    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`.
 
     Raises:
         ValueError: the folder is in use and has no plan, or there is nothing in it to resume.
@@ -72,41 +66,30 @@ def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
     folder = Path(folder)
     old = read_plan(folder)
     if old is None and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"output_dir {folder} is in use and has no {PLAN_FILE}, so that it can't be continued: choose another "
-            "--output_dir, or remove it."
-        )
+        raise ValueError(f"output_dir {folder} is in use and has no {PLAN_FILE}: choose another, or remove it.")
     if old is None and resume:
-        raise ValueError(
-            f"there is no {PLAN_FILE} in {folder}, so there is nothing to resume: leave --resume_from_checkpoint out."
-        )
+        raise ValueError(f"no {PLAN_FILE} in {folder}: nothing to resume; leave --resume_from_checkpoint out.")
     return old
 
 
-def create_plan(experiment: Experiment) -> Experiment | None:
-    """Creates plan.json if there is none, whole or not at all; returns the plan that another process created first."""
-    folder = Path(experiment.output_dir)
-    temporary = folder / f".{PLAN_FILE}.{os.getpid()}.new"
+def _create_plan(experiment: Experiment) -> Experiment | None:
+    """Creates plan.json, whole or not at all; if another process was faster, returns its plan."""
+    file = Path(experiment.output_dir) / PLAN_FILE
+    temporary = file.with_name(f".{PLAN_FILE}.{os.getpid()}.new")
     write_json(temporary, experiment.to_dict())
     try:
-        os.link(temporary, folder / PLAN_FILE)  # unlike a rename it fails if the file is there
-    except FileExistsError:
-        return read_plan(folder)
-    except OSError:  # a file system without hard links
-        if (folder / PLAN_FILE).exists():
-            return read_plan(folder)
-        os.replace(temporary, folder / PLAN_FILE)
+        os.link(temporary, file)  # unlike a rename it fails if the file is there
+    except OSError:
+        if file.exists():
+            return read_plan(file.parent)
+        os.replace(temporary, file)  # a file system without hard links
     finally:
         temporary.unlink(missing_ok=True)
     return None
 
 
 def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
-    """The record of a run that was trained to the end that the plan asks for; else None.
-
-    Raises:
-        ValueError: the record is that of another run.
-    """
+    """The record of a run that was trained to the plan's end, or None. Raises ValueError for that of another run."""
     file = experiment.folder(spec) / RUN_FILE
     if not file.is_file():
         return None

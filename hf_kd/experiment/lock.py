@@ -22,13 +22,9 @@ class RunLock:
     """The right to train one run, held by one process until `release` or its end.
 
     The lock file holds process id and host and stays behind, as the mark that somebody started the run. The lock
-    itself is POSIX's (`fcntl.lockf`): it ends with the process, however that ends, and the workers of a data loader do
-    not inherit it, so that a killed run can be resumed at once. It also holds between machines on NFS 4, and on NFS 3
-    with a lock daemon. Where the file system has no such locks, a lock counts as stale if its process is gone from
-    this host; one of another host must be removed by hand.
-
-    Args:
-        folder: of the run; made where it is missing.
+    itself is POSIX's (`fcntl.lockf`): it ends with the process, and the workers of a data loader do not inherit it, so
+    that a killed run can be resumed at once. It also holds between machines on NFS. Where the file system has no such
+    locks, a lock is stale if its process is gone from this host; one of another host must be removed by hand.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -41,14 +37,7 @@ class RunLock:
         return self.file.exists()
 
     def acquire(self, new: bool) -> bool:
-        """Takes the lock.
-
-        Args:
-            new: only if nobody has started the run yet.
-
-        Returns:
-            Whether it is held now: False if another process holds it, or, with `new`, has started the run.
-        """
+        """Takes the lock, and returns whether it is held now; if `new`, only of a run that nobody has started."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(self.file, os.O_RDWR | os.O_CREAT | (os.O_EXCL if new else 0), 0o644)
@@ -70,11 +59,14 @@ class RunLock:
 
     def holder(self) -> str:
         """Process and host that the file names, for messages."""
+        owner = self._owner()
+        return f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+
+    def _owner(self) -> dict | None:
         try:
-            owner = json.loads(self.file.read_text())
-            return f"process {owner['pid']} on {owner['host']}"
-        except (OSError, ValueError, KeyError):
-            return "another process"
+            return json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return None
 
     def _lock(self, handle: int) -> bool:
         if fcntl is not None:
@@ -84,11 +76,5 @@ class RunLock:
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     return False
-        return not self._alive()
-
-    def _alive(self) -> bool:
-        try:
-            owner = json.loads(self.file.read_text())
-            return owner["host"] != socket.gethostname() or psutil.pid_exists(owner["pid"])
-        except (OSError, ValueError, KeyError):
-            return False
+        owner = self._owner()
+        return owner is None or (owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"]))

@@ -26,7 +26,7 @@ from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
-from ..spec import DataSource, Experiment, ModelSource, RunSpec, run_spec
+from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
 from .folder import continues, earlier_plan
 from .launcher import check_processes
 from .variants import run_configs
@@ -39,54 +39,49 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
 
     Args:
         script: the `ScriptArguments` of the command line: what to distil.
-        config: the `DistillationConfig`: how to train.
+        config: how to train.
         command: the command line, kept for the record.
 
     Raises:
-        ValueError: arguments that do not fit together, a model or dataset that can't be used, or too little disk
-            space; with what to change.
+        ValueError: arguments that do not fit together, or a model or dataset that can't be used.
     """
     check_processes(config)
     script.check(config)
     if config.output_dir == "trainer_output":  # transformers' default
-        name = default_name(script, config)
+        trained_with = "compare" if script.compare else config.loss_class().name
+        name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=config.hub_model_id or name)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
-    student = ModelSource(
-        script.student,
-        script.student_revision,
-        _commit("student", script, earlier),
-        script.trust_remote_code,
-        script.from_scratch,
-        script.image_size,
-        script.image_mean,
-        script.image_std,
-    )
-    recipe, preset = _recipe_name(script, student), None
+    student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
+    recipe, changed = _recipe_name(script, student), list[str]()
     provenance = recipes.provenance(recipe, config, script.explicit)
     if recipe:
-        student = _with_recipe(student, recipe, script.explicit)
+        preset_student = recipes.load(recipe).student
+        new = {key: value for key, value in preset_student.items() if key not in script.explicit}
+        student = dataclasses.replace(student, **new)
         config, changed = recipes.apply(recipe, config, script.explicit)
     asked = run_configs(script, config, recipe)
-    if recipe:
-        text = recipes.describe(recipe, changed, [(name, run) for name, _, run in asked], script.benchmark)
-        preset = {"name": recipe, "source": recipes.load(recipe).source, "changed": changed, "text": text}
-    source = _data_source(script, config, earlier)
-    data = load_data(**data_arguments(source))
-    teacher, teacher_size = None, 0
+    losses = {name: run for name, _, run in asked}
+    preset = recipes.describe(recipe, changed, losses, script.benchmark) if recipe else None
+    data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
+    source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
+    data = load_data(**source.load_arguments)
+    source = _with_facts(source, data)
+    teacher, teacher_side = None, 0
     if script.teacher:
-        commit = _commit("teacher", script, earlier)
+        origin = _origin("teacher", script, earlier)
         teacher = ModelSource(
-            script.teacher, script.teacher_revision, commit, script.trust_remote_code, class_map=script.class_map
+            **origin,
+            trust_remote_code=script.trust_remote_code,
+            class_map=script.class_map,
+            seen_evaluation_images=_seen(origin, data),
         )
-        teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
-        teacher_size = max(_check_teacher(teacher, data.names))
-    model, student_size = _blank_student(student, data.names)
-    size = config.train_image_size or max(teacher_size, *student_size)
+        teacher_side = _check_teacher(teacher, data.names)
+    parameters, student_side = _measure(student, data.names)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
-    found["train_image_size"] = size
+    found["train_image_size"] = config.train_image_size or max(teacher_side, student_side)
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )
@@ -94,14 +89,14 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         output_dir=config.output_dir,
         student=student,
         teacher=teacher,
-        data=dataclasses.replace(source, **_facts(data)),
-        train_image_size=size,
+        data=source,
+        train_image_size=found["train_image_size"],
         runs=runs,
         preset=preset,
         provenance=provenance,
         command=_pinned(command, student, teacher, source),
         push=push,
-        requirements=_requirements(runs, model, len(data.train)),
+        requirements=_requirements(runs, parameters, len(data.train)),
         versions=collect_versions(),
     )
     return Experiment.from_dict(experiment.to_dict())  # JSON types, as those that are read from plan.json
@@ -113,20 +108,14 @@ def resumes(config: DistillationConfig) -> bool | str:
     return True if str(value).lower() in ("true", "last") else value or False
 
 
-def default_name(script, config: DistillationConfig) -> str:
-    """`STUDENT-LOSS-DATASET`, from the last part of each id."""
-    what = "compare" if script.compare else config.loss_class().name
-    return "-".join([Path(script.student).name, what, Path(script.dataset).name])
-
-
 def _push_target(script, config: DistillationConfig) -> dict | None:
     """Where the student of the first seed is pushed to; whether that is allowed is asked now, before training."""
     if not config.push_to_hub:
         return None
-    private, folder = config.hub_private_repo, config.output_dir
-    repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=folder)
-    several = [config.loss_class().name, *([f"seed-{(script.seeds or [config.seed])[0]}"] if script.verdict else [])]
-    folder = os.path.join(*several) if script.verdict else "."
+    private, folder = config.hub_private_repo, "."
+    repo_id = check_push(config.hub_model_id, config.hub_token, private=private, folder=config.output_dir)
+    if script.verdict:
+        folder = os.path.join(config.loss_class().name, f"seed-{(script.seeds or [config.seed])[0]}")
     return {"repo_id": repo_id, "private": private, "revision": config.hub_revision, "folder": folder}
 
 
@@ -134,25 +123,31 @@ def _pinned(command: str | None, *sources: ModelSource | DataSource | None) -> s
     """The command with the commits that its revisions stood for."""
     if not command:
         return None
-    pairs = zip(("student", "teacher", "dataset"), sources, strict=True)
-    return command + "".join(
-        f" --{key}_revision {source.commit}"
-        for key, source in pairs
-        if source and source.commit not in (None, source.revision)
-    )
+    for key, source in zip(("student", "teacher", "dataset"), sources, strict=True):
+        if source and source.commit not in (None, source.revision):
+            command += f" --{key}_revision {source.commit}"
+    return command
 
 
-def _commit(key: str, script, earlier: Experiment | None) -> str | None:
-    """The commit that a revision stands for: that of the plan in the folder, which is continued, or today's."""
+def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
+    """Id, revision and commit of student, teacher or dataset; a local path is made absolute, to resume from anywhere.
+
+    The commit is that of the plan in the folder, which is continued, or today's.
+    """
     name, revision = getattr(script, key), getattr(script, f"{key}_revision")
+    origin = {"id": name, "revision": revision, "commit": None}
     built = key == "student" and script.from_scratch and name.startswith("timm/")
-    on_hub = name and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name) and not os.path.exists(name)
-    if not on_hub or built or bundled(name):
-        return None
+    path = Path(name).expanduser()
+    if bundled(name):
+        return origin
+    if path.exists():
+        return origin | {"id": str(path.absolute())}
+    if built or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name):
+        return origin
     before = getattr(earlier, {"dataset": "data"}.get(key, key), None)
     if before is not None and (before.id, before.revision) == (name, revision):
-        return before.commit
-    return hub.resolve(name, revision, "dataset" if key == "dataset" else "model").resolved
+        return origin | {"commit": before.commit}
+    return origin | {"commit": hub.resolve(name, revision, "dataset" if key == "dataset" else "model").resolved}
 
 
 def _recipe_name(script, student: ModelSource) -> str | None:
@@ -161,112 +156,77 @@ def _recipe_name(script, student: ModelSource) -> str | None:
         return None
     if script.preset != "auto":
         return script.preset
-    options = _hub_options(student)
-    config = student_config(student.id, student.from_scratch, student.image_size, options)
+    config = student_config(student.id, student.from_scratch, student.image_size, student.hub)
     return recipes.choose(model_family(config, student.trust_remote_code), student.from_scratch, script.dataset)
 
 
-def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> ModelSource:
-    values = {key: value for key, value in recipes.load(recipe).student.items() if key not in explicit}
-    return dataclasses.replace(student, **values)
+def _with_facts(source: DataSource, data: ImageData) -> DataSource:
+    """The source with what was found by loading it."""
+    found = {key: value for key, value in vars(data).items() if key in vars(source) and key != "revision"}
+    found |= {"train_size": len(data.train), "eval_size": len(data.eval), "classes": data.names}
+    return dataclasses.replace(source, **found)
 
 
-def _data_source(script, config: DistillationConfig, earlier: Experiment | None) -> DataSource:
-    return DataSource(
-        id=script.dataset,
-        config_name=script.dataset_config,
-        revision=script.dataset_revision,
-        commit=_commit("dataset", script, earlier),
-        train_split=script.train_split,
-        eval_split=script.eval_split,
-        eval_fraction=script.eval_fraction,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        max_train_samples=script.max_train_samples,
-        max_eval_samples=script.max_eval_samples,
-    )
-
-
-def data_arguments(source: DataSource) -> dict:
-    """The arguments of `load_data` that give the data of a plan."""
-    keys = "config_name train_split eval_split image_column label_column max_train_samples max_eval_samples".split()
-    values = {key: getattr(source, key) for key in keys}
-    if source.eval_fraction is not None:
-        values["eval_fraction"] = source.eval_fraction
-    return {"name": source.id, "revision": source.commit or source.revision, **values}
-
-
-def _facts(data: ImageData) -> dict:
-    known = {f.name for f in dataclasses.fields(DataSource)} - {"id", "config_name", "revision"}
-    described = {key: value for key, value in data.describe().items() if key in known}
-    return described | {
-        "classes": data.names,
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-    }
-
-
-def _hub_options(source: ModelSource) -> dict:
-    return {"revision": source.commit or source.revision, "trust_remote_code": source.trust_remote_code}
-
-
-def _blank_student(source: ModelSource, names: list[str]) -> tuple[torch.nn.Module, tuple[int, int]]:
-    """The student without memory for its weights, and the size of its input."""
-    options = _hub_options(source)
-    config = student_config(source.id, source.from_scratch, source.image_size, options)
+def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
+    """The student's number of parameters, without memory for them, and the side of its input."""
+    hub_options = student.hub
+    config = student_config(student.id, student.from_scratch, student.image_size, hub_options)
     config.num_labels = len(names)
     with torch.device("meta"):
-        model = build(config, source.trust_remote_code)
-    processor = processor_for(SimpleNamespace(config=config), source.id, options)
-    processor = adjust_processor(processor, source.image_size, source.image_mean, source.image_std)
-    return model, Preprocessing(processor).size
+        model = build(config, student.trust_remote_code)
+    return sum(p.numel() for p in model.parameters()), _input_side(student, config, hub_options)
 
 
-def _check_teacher(source: ModelSource, names: list[str]) -> tuple[int, int]:
-    """The size of the teacher's input. Raises ValueError for classes that are not those of the data."""
-    options = _hub_options(source)
-    config = load_config(source.id, options)
-    ClassMapping.between(config.id2label, names, source.class_map)
-    return Preprocessing(processor_for(SimpleNamespace(config=config), source.id, options)).size
+def _check_teacher(teacher: ModelSource, names: list[str]) -> int:
+    """The side of the teacher's input. Raises ValueError for classes that are not those of the data."""
+    hub_options = teacher.hub
+    config = load_config(teacher.id, hub_options)
+    ClassMapping.between(config.id2label, names, teacher.class_map)
+    return _input_side(teacher, config, hub_options)
 
 
-def _seen(teacher: ModelSource, data: ImageData) -> int | None:
+def _input_side(source: ModelSource, config, hub_options: dict[str, Any]) -> int:
+    processor = processor_for(SimpleNamespace(config=config), source.id, hub_options)
+    return max(Preprocessing(adjust_processor(processor, source.image_size, source.image_mean, source.image_std)).size)
+
+
+def _seen(teacher: dict[str, Any], data: ImageData) -> int | None:
     """How many of our evaluation images the teacher was trained on; None if its record does not tell."""
+    name, commit = teacher["id"], teacher["commit"]
     try:
-        file = Path(teacher.id, RUN_FILE)
-        if teacher.commit:
-            file = Path(hf_hub_download(teacher.id, RUN_FILE, revision=teacher.commit))
+        file = Path(hf_hub_download(name, RUN_FILE, revision=commit) if commit else Path(name, RUN_FILE))
         seen = overlap(data.describe(), json.loads(file.read_text("utf-8"))["plan"]["data"])
     except (OSError, ValueError, KeyError, TypeError):  # no record, or none of this version
         return None
     if seen:
         logger.warning(
-            f"teacher {teacher.id} was trained on {seen} of the {len(data.eval)} images that are evaluated on: its "
+            f"teacher {name} was trained on {seen} of the {len(data.eval)} images that are evaluated on: its "
             "own accuracy, and what the student learns from it, look better than they are. Train it on this training "
             "split, or evaluate on another one with --eval_split."
         )
     return seen
 
 
-def _requirements(runs: tuple[RunSpec, ...], model: torch.nn.Module, train_size: int) -> dict:
-    parameters = sum(p.numel() for p in model.parameters())
-    run = runs[0]
-    batch = run.settings["per_device_train_batch_size"]
-    micro_batches = math.ceil(math.ceil(train_size / run.processes) / batch)
-    each = max(1, math.ceil(micro_batches / run.settings["gradient_accumulation_steps"]))
-    steps = run.schedule.max_steps if run.schedule.max_steps > 0 else math.ceil(each * run.schedule.num_train_epochs)
+def _requirements(runs: tuple[RunSpec, ...], parameters: int, train_size: int) -> dict:
+    run, schedule = runs[0], runs[0].schedule
+    micro_batches = math.ceil(math.ceil(train_size / run.processes) / run.settings["per_device_train_batch_size"])
+    per_epoch = max(1, math.ceil(micro_batches / run.settings["gradient_accumulation_steps"]))
+    steps = schedule.max_steps if schedule.max_steps > 0 else math.ceil(per_epoch * schedule.num_train_epochs)
     # Weights and optimizer state in float32; of most optimizers the state is twice the size of the weights.
     states = 1 if run.settings["optim"].startswith(("sgd", "lion")) else 2
-    tensors = sum(_kept(run, steps, each) * (1 + states) + 1 for run in runs)
+    tensors = sum(_kept(run, steps, per_epoch) * (1 + states) + 1 for run in runs)
     return {"steps": steps, "parameters": parameters, "disk_bytes": 4 * parameters * tensors}
 
 
-def _kept(run: RunSpec, steps: int, each: int) -> int:
+def _kept(run: RunSpec, steps: int, steps_per_epoch: int) -> int:
     """How many checkpoints a run has on the disk at most."""
-    how = run.execution
-    if how.save_strategy == "no":
+    strategy, every, limit = (run.execution[key] for key in ("save_strategy", "save_steps", "save_total_limit"))
+    if strategy == "no":
         return 0
-    every = each if how.save_strategy == "epoch" else how.save_steps if how.save_steps >= 1 else how.save_steps * steps
+    if strategy == "epoch":
+        every = steps_per_epoch
+    elif every < 1:
+        every *= steps
     saves = max(1, int(steps / max(every, 1)))
-    best = run.settings.get("load_best_model_at_end") or how.save_strategy == "best"
-    return min(saves, (how.save_total_limit or saves) + 1 + bool(best))
+    best = run.settings.get("load_best_model_at_end") or strategy == "best"
+    return min(saves, (limit or saves) + 1 + bool(best))

@@ -1,8 +1,7 @@
-"""Carrying out a plan: every run that is to be trained, then the comparison, the cards and the push."""
+"""Carrying out a plan, or going on with one: the runs that are to be trained, the comparison, cards and push."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -28,11 +27,11 @@ from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
-from ..spec import Experiment, ModelSource, RunSpec
+from ..spec import DATA_OPTIONS, PLAN_FILE, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
+from .launcher import check_processes
 from .lock import RunLock
-from .plan import data_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -52,9 +51,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     Raises:
         ValueError: the folder holds another experiment, or nothing is left to do in it.
     """
-    for spec in experiment.runs:
-        _check_loss(spec)  # before the loss is imported
-    configs = {r.key: DistillationConfig(**{**r.arguments(), **_here(experiment, r, token)}) for r in experiment.runs}
+    configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
     state = PartialState()
     resume_here = continues(experiment.output_dir, resume)
     if state.is_main_process:
@@ -71,10 +68,9 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
         broadcast_object_list(claim)
         if isinstance(claim[0], dict):
             records[spec.key] = claim[0]
-        elif claim[0] == "train":
+        elif claim[0]:
             if data is None:
-                data = _load_data(experiment)
-                teacher = _load_teacher(experiment, data)
+                data, teacher = _load(experiment)
             try:
                 checkpoint = last_checkpoint(folder) if resume is True else resume or None
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
@@ -90,56 +86,65 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     return list(records.values())
 
 
-def _check_loss(spec: RunSpec) -> None:
-    """The file of a loss of the user's own must be the one that the plan was made with."""
+def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
+    """`run` for every run that is not finished of the experiment whose plan.json is in a folder.
+
+    Raises:
+        ValueError: there is no plan, or it is run with another number of processes.
+    """
+    experiment = read_plan(folder)
+    if experiment is None:
+        raise ValueError(
+            f"there is no {PLAN_FILE} in {os.fspath(folder)}: give the --output_dir of an experiment of hf_kd, as in "
+            "`hf-kd resume outputs/quickstart`."
+        )
+    first = experiment.runs[0]
+    config = _config(experiment, first, token)
+    check_processes(config)
+    if config.world_size != first.processes:
+        raise ValueError(
+            f"{folder} was started with {first.processes} processes and is resumed with {config.world_size}: batches "
+            f"would differ. Launch as many, as in: accelerate launch --num_processes {first.processes} -m hf_kd "
+            f"resume {folder}"
+        )
+    return run(experiment, resume=True, token=token)
+
+
+def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:
+    """The arguments of a run. If its loss is the user's own, its file must be the one that the plan was made with."""
     source = spec.loss.source
-    if source and (now := loss_source(spec.loss.name)) != source:
+    if source and (now := loss_source(spec.loss.name)) != source:  # before the loss is imported
         raise ValueError(
             f"{source['path']} is not the file that the plan was made with (sha256 {source['sha256'][:12]} there, "
             f"{(now or {}).get('sha256', 'missing')[:12]} here): restore it, or start again in another --output_dir."
         )
+    here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
+    return DistillationConfig(**{**spec.arguments(), **here})
 
 
-def _here(experiment: Experiment, spec: RunSpec, token: str | None) -> dict:
-    return {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
-
-
-def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | str:
-    """The record of a run that is finished; "train" where it is ours to train; "busy" otherwise."""
+def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | bool:
+    """The record of a run that is finished; else whether it is ours to train."""
     record = finished_record(experiment, spec)
-    if record and resume:
+    claim = record or lock.acquire(new=not resume)
+    if resume and record:
         logger.warning(f"{spec.key}: already finished, see {experiment.folder(spec) / RUN_FILE}")
-    if record:
-        return record
-    if lock.acquire(new=not resume):
-        return "train"
-    if resume:
+    elif resume and not claim:
         logger.warning(f"{spec.key} is being trained by {lock.holder()}: left to it")
-    return "busy"
+    return claim
 
 
-def _load_data(experiment: Experiment) -> ImageData:
-    data = load_data(**data_arguments(experiment.data))
+def _load(experiment: Experiment) -> tuple[ImageData, Teacher | None]:
+    """The plan's images, as it knew them, and its teacher."""
+    data, source = load_data(**experiment.data.load_arguments), experiment.teacher
     if data.fingerprint != experiment.data.fingerprint:
         raise ValueError(
             f"the images of {experiment.data.id} are not those of the plan in {experiment.output_dir}: their "
             f"fingerprint is {data.fingerprint[:16]}, there it is {str(experiment.data.fingerprint)[:16]}. Restore "
             "the dataset, or start again in another --output_dir."
         )
-    return data
-
-
-def _load_teacher(experiment: Experiment, data: ImageData) -> Teacher | None:
-    source = experiment.teacher
     if source is None:
-        return None
-    return load_teacher(
-        source.id,
-        id2label=data.names,
-        class_map=source.class_map,
-        revision=source.commit or source.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
+        return data, None
+    return data, load_teacher(source.id, id2label=data.names, class_map=source.class_map, **source.hub)
 
 
 def _train(
@@ -154,16 +159,7 @@ def _train(
     """Trains, evaluates and saves one student; returns its record."""
     source = experiment.student
     set_seed(spec.seed)  # the same initial weights for every loss
-    student, processor = load_student(
-        source.id,
-        id2label=data.names,
-        from_scratch=source.from_scratch,
-        image_size=source.image_size,
-        image_mean=source.image_mean,
-        image_std=source.image_std,
-        revision=source.commit or source.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
+    student, processor = load_student(source.id, id2label=data.names, **source.hub | options(source, STUDENT_OPTIONS))
     trainer = DistillationTrainer(
         student,
         config,
@@ -187,6 +183,11 @@ def _train(
     )
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
+    described = None
+    if teacher is not None and experiment.teacher is not None:
+        seen = experiment.teacher.seen_evaluation_images
+        described = describe_model(teacher.model, experiment.teacher.id, teacher.preprocessing.size)
+        described["seen_evaluation_images"] = "not checked" if seen is None else seen
     record = make_record(
         trainer,
         metrics,
@@ -194,87 +195,60 @@ def _train(
         {"id": source.id, "from_scratch": source.from_scratch},
         (skipped, eval_skipped),
         name=spec.name,
-        settings={**_asked(experiment), **config.to_dict()},
+        settings={**_source_options(experiment), **config.to_dict()},
         command=experiment.command,
         preset=experiment.preset,
-        teacher=_describe_teacher(teacher, experiment.teacher) if teacher and experiment.teacher else None,
+        teacher=described,
     )
     write_record(record, config.output_dir)
     return record
 
 
-def _describe_teacher(teacher: Teacher, source: ModelSource) -> dict:
-    seen = source.seen_evaluation_images
-    return {
-        **describe_model(teacher.model, source.id, teacher.preprocessing.size),
-        "seen_evaluation_images": "not checked" if seen is None else seen,
-    }
-
-
-def _asked(experiment: Experiment) -> dict:
-    """The plan's sources by the names of their options."""
+def _source_options(experiment: Experiment) -> dict:
+    """Models and data of the plan by the names of their options."""
     student, teacher, data = experiment.student, experiment.teacher, experiment.data
-    values = {key: value for key, value in dataclasses.asdict(student).items() if key.startswith(("image_", "from_"))}
-    keys = ("train_split", "eval_split", "eval_fraction", "max_train_samples", "max_eval_samples")
-    return {
-        "student": student.id,
-        "student_revision": student.commit,
-        "teacher": teacher and teacher.id,
-        "teacher_revision": teacher and teacher.commit,
-        "class_map": teacher and teacher.class_map,
-        "dataset": data.id,
-        "dataset_revision": data.commit,
-        "dataset_config": data.config_name,
-        "trust_remote_code": student.trust_remote_code,
-        **values,
-        **{key: getattr(data, key) for key in keys},
-    }
+    values = options(student, STUDENT_OPTIONS) | options(data, DATA_OPTIONS) | {"dataset_config": data.config_name}
+    for option, source in {"student": student, "teacher": teacher, "dataset": data}.items():
+        values |= {option: source and source.id, f"{option}_revision": source and source.commit}
+    return values | {"class_map": teacher and teacher.class_map}
 
 
 def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None) -> None:
     """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them."""
-    records |= {
-        r.key: found for r in experiment.runs if r.key not in records and (found := finished_record(experiment, r))
-    }
-    missing = [r.key for r in experiment.runs if r.key not in records]
+    for spec in experiment.runs:
+        if spec.key not in records and (record := finished_record(experiment, spec)):
+            records[spec.key] = record
+    missing = [spec.key for spec in experiment.runs if spec.key not in records]
     if missing:
         print(
             f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
             f"follows when they are; go on with interrupted ones with: hf-kd resume {experiment.output_dir}"
         )
         return
-    runs = [records[r.key] for r in experiment.runs]
-    report(runs, [experiment.folder(r) for r in experiment.runs], Path(experiment.output_dir), experiment.command)
+    _report(experiment, [records[spec.key] for spec in experiment.runs])
     if experiment.push:
         _push(experiment, experiment.push, token)
 
 
-def report(runs: list[dict], folders: list[Path], output_dir: Path, command: str | None) -> None:
-    """Prints the table and the verdicts, and writes the comparison and the cards.
-
-    Args:
-        runs: the records.
-        folders: where each run's record is.
-        output_dir: of the comparison.
-        command: the command line, for the record.
-    """
-    found = verdicts(runs)
+def _report(experiment: Experiment, runs: list[dict]) -> None:
+    """Prints the table and the verdicts, and writes the comparison and the cards."""
+    output_dir, found = Path(experiment.output_dir), verdicts(runs)
     print("\n" + comparison_table(runs, teacher_row_of(runs[0])))
     for verdict in found:
         print(f"\n{verdict['sentence']}")
     if len(runs) > 1:
-        comparison = {"command": command, "runs": runs, "verdicts": found}
-        write_json(output_dir / RUN_FILE, redact(comparison))
+        comparison = redact({"command": experiment.command, "runs": runs, "verdicts": found})
+        write_json(output_dir / RUN_FILE, comparison)
         plot_curves(runs, output_dir / CURVES_FILE)
-        brief = [{key: run.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for run in runs]
-        for run_, folder in zip(runs, folders, strict=True):
-            own = next((verdict for verdict in found if verdict["loss"] == run_["name"]), None)
-            own = own and {**own, "runs": brief}
-            if own != run_.get("verdict"):
-                run_ |= {"verdict": own, "command": redact({"command": command})["command"]}
-                write_json(folder / RUN_FILE, run_)
-    for folder in folders:
-        write_card(folder)
+        brief = [{key: record.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for record in runs]
+        verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
+        for spec, record in zip(experiment.runs, runs, strict=True):
+            own = verdict_of.get(record["name"])
+            if own != record.get("verdict"):
+                record |= {"verdict": own, "command": comparison["command"]}
+                write_json(experiment.folder(spec) / RUN_FILE, record)
+    for spec in experiment.runs:
+        write_card(experiment.folder(spec))
     print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
 
 

@@ -14,16 +14,13 @@ from ..reporting.significance import BASELINE
 def variants(script, config: DistillationConfig) -> dict[str, dict]:
     """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss".
 
-    Args:
-        script: the `ScriptArguments`.
-        config: the arguments of a single run.
-
     Raises:
         ValueError: `--compare` that can't be read; naming what is wrong.
     """
-    single = {config.loss: {"loss": config.loss, **(config.loss_kwargs or {})}}
+    numbers = config.loss_kwargs or {}
+    single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:
-        smoothing = {key: v for key, v in (config.loss_kwargs or {}).items() if key == "label_smoothing"}
+        smoothing = {"label_smoothing": numbers["label_smoothing"]} if "label_smoothing" in numbers else {}
         controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
         return {name: {**values, **smoothing} for name, values in controls.items()} | single
     if script.compare is None:
@@ -52,12 +49,9 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:
     """Name, folder (within the experiment's) and arguments of each run, seed by seed.
 
-    Args:
-        script: the `ScriptArguments`.
-        config: the arguments that they share.
-        recipe: the recipe in use, whose benchmark's published hyperparameters the losses start from.
+    The losses start from the hyperparameters published for `script.benchmark`, by default that of the recipe.
     """
-    losses = variants(script, config)
+    losses, benchmark = variants(script, config), script.benchmark or recipe
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
     runs = []
     for seed in seeds:  # the outer loop, so that a comparison that is cut off has whole pairs
@@ -65,7 +59,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             values = dict(values)
             loss = values.pop("loss", name)
             name = loss_class(loss).name if name == loss else name  # of a class of the user's own
-            if benchmark := script.benchmark or recipe:
+            if benchmark:
                 values = published_hyperparameters(loss, benchmark)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(

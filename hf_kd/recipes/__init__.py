@@ -25,23 +25,14 @@ EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_l
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that belong together.
+    """Settings that belong together."""
 
-    Attributes:
-        name: that of its file, without .yaml.
-        source: where it comes from, in words.
-        benchmark: the key of the losses' published hyperparameters: "imagenet", "imagenet_deit" or "cifar100".
-        global_batch_size: images in one optimizer step, over all processes.
-        settings: of `DistillationConfig`.
-        student: arguments of `load_student`.
-    """
-
-    name: str
-    source: str
-    benchmark: str
-    global_batch_size: int
-    settings: dict[str, Any]
-    student: dict[str, Any] = field(default_factory=dict)
+    name: str  # of its file, without .yaml
+    source: str  # where it comes from, in words
+    benchmark: str  # whose published hyperparameters the losses start from
+    global_batch_size: int  # images in one optimizer step, over all processes
+    settings: dict[str, Any]  # of `DistillationConfig`
+    student: dict[str, Any] = field(default_factory=dict)  # arguments of `load_student`
 
 
 def names() -> list[str]:
@@ -51,11 +42,7 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ValueError: there is none; with those that there are.
-    """
+    """The recipe of that name. Raises ValueError if there is none."""
     if name not in names():
         raise ValueError(f"--preset {name} is unknown; there are: {', '.join(names())}.")
     text = Path(__file__).with_name(f"{name}.yaml").read_text("utf-8")
@@ -101,14 +88,15 @@ def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[Di
     Args:
         name: of the recipe.
         config: as the user has set it.
-        explicit: names of the settings, of the config and of the student, that the user has set.
+        explicit: names of what the user has set, of the config and of the student.
 
     Raises:
         ValueError: an unknown recipe, or a batch size or number of accumulation steps below 1.
     """
     values = _settings(name, config, explicit)
     changed = sorted({*values, *load(name).student, "loss_kwargs"} & explicit)
-    return dataclasses.replace(config, **{key: v for key, v in values.items() if key not in explicit}), changed
+    new = {key: value for key, value in values.items() if key not in explicit}
+    return dataclasses.replace(config, **new), changed
 
 
 def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict[str, Any]:
@@ -121,7 +109,8 @@ def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict
     per_process = math.ceil(recipe.global_batch_size / config.world_size)
     largest = config.per_device_train_batch_size if "per_device_train_batch_size" in explicit else 128
     steps = math.ceil(per_process / largest)
-    steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in explicit else steps
+    if "gradient_accumulation_steps" in explicit:
+        steps = config.gradient_accumulation_steps
     values |= {"gradient_accumulation_steps": steps, "per_device_train_batch_size": max(1, per_process // steps)}
     if "lr_step_epochs" in explicit:
         values["warmup_steps"] = 0
@@ -135,39 +124,29 @@ def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict
 
 
 def provenance(name: str | None, config: DistillationConfig, explicit: set[str]) -> dict[str, str]:
-    """Where each setting came from, by its name: "you" or "preset NAME"; arguments as for `apply`, or no recipe.
-
-    Settings that neither has set are left out.
-    """
+    """Where each setting that a recipe (if there is one) or the user has set came from: "you" or "preset NAME"."""
     values = {**_settings(name, config, explicit), **load(name).student} if name else {}
     return {key: "you" if key in explicit else f"preset {name}" for key in sorted({*values, *explicit})}
 
 
-def loss_provenance(config: DistillationConfig, benchmark: str | None) -> dict[str, str]:
-    """Where each hyperparameter of a run's loss came from: "published for BENCHMARK", "you" or "default".
-
-    `benchmark` is one, or the name of a recipe; see `published_hyperparameters`.
-    """
-    published, found = published_hyperparameters(config.loss, benchmark) if benchmark else ({}, None)
-    sources = dict.fromkeys(config.build_loss().hyperparameters(), "default")
-    for key, value in (config.loss_kwargs or {}).items():
-        sources[key] = f"published for {found}" if published.get(key) == value else "you"
-    return sources
-
-
 def describe(
-    name: str, changed: list[str], runs: list[tuple[str, DistillationConfig]], benchmark: str | None = None
-) -> str:
-    """One line: the recipe, where it and the losses' hyperparameters come from, and what is not from there."""
-    text = f"preset {name}: {load(name).source}."
-    for run, config in dict(runs).items():
-        sources = loss_provenance(config, benchmark or name)
-        kept, numbers = (
-            [key for key, source in sources.items() if source.startswith("published")],
-            config.loss_kwargs or {},
-        )
+    name: str, changed: list[str], runs: dict[str, DistillationConfig], benchmark: str | None = None
+) -> dict[str, Any]:
+    """What plan and record say of a recipe, as a line of text too, which tells the published hyperparameters in use.
+
+    Args:
+        changed: see `apply`.
+        runs: arguments of a run with each loss.
+        benchmark: of the published hyperparameters; default: the recipe's.
+    """
+    source = load(name).source
+    text = f"preset {name}: {source}."
+    for run, config in runs.items():
+        published, found = published_hyperparameters(config.loss, benchmark or name)
+        values = config.loss_kwargs or {}
+        kept = [f"{key} {value:g}" for key, value in values.items() if published.get(key) == value]
         if kept:
-            text += f" {run}: {', '.join(f'{key} {numbers[key]:g}' for key in kept)} ({sources[kept[0]]})."
+            text += f" {run}: {', '.join(kept)} (published for {found})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
-    return f"{text} (--preset none: without.)"
+    return {"name": name, "source": source, "changed": changed, "text": f"{text} (--preset none: without.)"}

@@ -13,18 +13,9 @@ if TYPE_CHECKING:
     from .tables import comparison_table, teacher_row_of
 
 __all__ = [
-    "collect_versions",
-    "comparison_table",
-    "describe_model",
-    "make_record",
-    "model_card",
-    "plot_curves",
-    "redact",
-    "teacher_row_of",
-    "verdicts",
-    "write_card",
-    "write_record",
-]
+    "collect_versions", "comparison_table", "describe_model", "make_record", "model_card", "plot_curves", "redact",
+    "teacher_row_of", "verdicts", "write_card", "write_record",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy(
     __name__,
