@@ -1,9 +1,12 @@
 """Records of runs, and readers of the cards that are made of them."""
 
+import functools
 import json
 import re
 from pathlib import Path
 
+import jinja2
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -15,6 +18,15 @@ STUDENT_COMMIT, TEACHER_COMMIT, DATA_COMMIT = "3a5e" * 10, "b07c" * 10, "9d18" *
 SEEDS = [0, 1, 2]
 # Numbers of the template, which no run has to give.
 STATIC = "top-1|top-5|top_5_accuracy|top 5 accuracy|arXiv:[0-9.]+[0-9]|arxiv.org/abs/[0-9.]+[0-9]|\\(1 − weight\\)"
+
+
+compiled = functools.cache(jinja2.Template)
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """The template of hundreds of cards is compiled once, which takes longer than filling it in."""
+    monkeypatch.setattr(jinja2, "Template", compiled)
 
 
 def metrics(name, seed):

@@ -106,6 +106,19 @@ def test_seeds_of_one_loss(things, tmp_path, capsys):
     assert "mean of 2 training runs (seeds 1, 2)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("strategy", "evaluations"), [("epoch", 2), ("no", 1)])
+def test_the_last_evaluation_is_not_made_twice(strategy, evaluations, things, tmp_path):
+    out = tmp_path / "out"
+    assert distill(things, "--output_dir", out, "--eval_strategy", strategy) == 0
+    run = json.loads((out / "run.json").read_text())
+    found = [entry for entry in run["history"] if "eval_top1" in entry]
+    assert len(found) == evaluations and found[-1]["step"] == 6
+    assert run["metrics"]["top1"] == found[-1]["eval_top1"] and run["timings"]["eval_seconds"] > 0
+    again = tmp_path / "again"  # the same weights, evaluated anew
+    assert distill(things, "--output_dir", again, "--eval_strategy", "no") == 0
+    assert json.loads((again / "run.json").read_text())["metrics"] == run["metrics"]
+
+
 def test_runs_draw_the_same_random_numbers(things, tmp_path):
     """A student with dropout, and a teacher that is measured before the first run only."""
     from transformers import AutoConfig

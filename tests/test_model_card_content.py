@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from model_card_helpers import (
+from model_card_helpers import (  # noqa: F401  # compiled_once is a fixture
     DATA_COMMIT,
     RECORDS,
     SEEDS,
@@ -15,6 +15,7 @@ from model_card_helpers import (
     TEACHER_COMMIT,
     body_of,
     check_metadata,
+    compiled_once,
     metadata_of,
     metrics,
     old_records,

@@ -11,13 +11,14 @@ from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.utils import get_session
 from local_hub import LocalHub
 from markdown_it import MarkdownIt
-from model_card_helpers import (
+from model_card_helpers import (  # noqa: F401  # compiled_once is a fixture
     DATA_COMMIT,
     RECORDS,
     ROOT,
     STATIC,
     body_of,
     check_metadata,
+    compiled_once,
     metrics,
     record,
     table_of,

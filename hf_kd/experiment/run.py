@@ -177,7 +177,7 @@ def _train(
     trainer.teacher_metrics = teacher_metrics
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
-    metrics = trainer.evaluate()
+    metrics = _final_metrics(trainer)
     skipped, eval_skipped = (
         sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
     )
@@ -202,6 +202,14 @@ def _train(
     )
     write_record(record, config.output_dir)
     return record
+
+
+def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in last.items() if key.startswith("eval_")}
+    return trainer.evaluate()
 
 
 def _source_options(experiment: Experiment) -> dict:
