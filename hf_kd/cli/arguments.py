@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig
 from ..labels import read_class_map
-from ..recipes import EVERY_EPOCH, names, published_hyperparameters
+from ..recipes import EVERY_EPOCH, names
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -31,10 +31,6 @@ class ScriptArguments:
     preset: str | None = _option(
         f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or none. Default: "
         "auto; with a --config file that names no preset: none."
-    )
-    benchmark: str | None = _option(
-        "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or cifar100. "
-        "Default: the preset's benchmark."
     )
     from_scratch: bool = _option("Give the student random weights, not its pretrained ones.", False)
     compare: dict | str | None = _option(
@@ -75,8 +71,6 @@ class ScriptArguments:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
-        if self.benchmark:
-            published_hyperparameters(config.loss, self.benchmark)
         if isinstance(self.class_map, str):
             self.class_map = read_class_map(self.class_map)
         seeds = self.seeds or []

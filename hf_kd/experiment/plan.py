@@ -64,7 +64,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         config, changed = recipes.apply(recipe, config, script.explicit)
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
-    preset = recipes.describe(recipe, changed, losses, script.benchmark) if recipe else None
+    preset = recipes.describe(recipe, changed, losses) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)

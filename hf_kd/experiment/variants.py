@@ -47,11 +47,8 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
 
 
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:
-    """Name, folder (within the experiment's) and arguments of each run, seed by seed.
-
-    The losses start from the hyperparameters published for `script.benchmark`, by default that of the recipe.
-    """
-    losses, benchmark = variants(script, config), script.benchmark or recipe
+    """Name, folder (within the experiment's) and arguments of each run, seed by seed."""
+    losses = variants(script, config)
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
     runs = []
     for seed in seeds:  # the outer loop, so that a comparison that is cut off has whole pairs
@@ -59,8 +56,8 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             values = dict(values)
             loss = values.pop("loss", name)
             name = loss_class(loss).name if name == loss else name  # of a class of the user's own
-            if benchmark:
-                values = published_hyperparameters(loss, benchmark)[0] | values
+            if recipe:
+                values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(
                 config,
