@@ -39,8 +39,7 @@ def check_push(
         The full "owner/name".
 
     Raises:
-        ValueError: no token, or one that may not write there; a name that can't be one; a public repository where a
-            private one is asked for; or a Hub that can't be asked. With what to change.
+        ValueError: it would not be allowed, or can't be asked; with the reason and what to change.
     """
     repo_id = repo_id or Path(folder).resolve().name
     try:
@@ -103,9 +102,7 @@ def push(
 
     Args:
         folder: where the run was saved.
-        repo_id: "owner/name", or "name" in the user's own namespace; made if there is none.
-        token: default: the one of `hf auth login` or HF_TOKEN.
-        private: whether a new repository is private; default: as the owner's settings have it.
+        repo_id, token, private: as of `check_push`; the repository is made if there is none.
         revision: branch; made if there is none. Default: main.
         message: of the commit.
 
@@ -158,10 +155,7 @@ def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
 
 
 def add_missing_record(trainer) -> None:
-    """On all ranks: writes run.json, curves and card where run.json is missing or of an earlier state of the training.
-
-    It takes an evaluation; without one evaluation set and a processor, none can be made.
-    """
+    """On all ranks: writes run.json, curves and card where run.json is missing or behind the training."""
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
     from .reporting.collect import make_record, write_record

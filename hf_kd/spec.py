@@ -188,11 +188,7 @@ class Experiment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
-        """The plan that `to_dict` described.
-
-        Raises:
-            ValueError: it was written by a version of hf_kd with another schema.
-        """
+        """The plan that `to_dict` described; ValueError if its schema is another."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(
@@ -214,10 +210,7 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
-    """The spec of a run with these arguments, a `DistillationConfig`. Its name is by default that of the loss.
-
-    `folder` is that of its results, within the experiment's; `loss_source` is what `hf_kd.losses.loss_source` gives.
-    """
+    """The spec of a run with these arguments, a `DistillationConfig`; `folder` is within the experiment's."""
     left_out = {"local_rank", "loss_kwargs"}
     values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
     values = plain(values)
@@ -235,10 +228,9 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The fields that are not resumable and differ, each as "field (old value there, new value here)".
+    """The fields of two specs that are not resumable and differ, each as "field (old value there, new value here)".
 
-    Args:
-        old, new: specs of one class. Of experiments, the runs of one folder are compared; others may be added.
+    Of experiments, the runs of one folder are compared; others may be added.
     """
     found: list[str] = []
     for f in dataclasses.fields(old):
@@ -281,12 +273,7 @@ def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> No
 
 
 def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
-    """Refuses to go on from a checkpoint of another run.
-
-    Raises:
-        ValueError: the folder of the checkpoint has no plan, or another one, with what differs; or the checkpoint is
-            further than the plan goes.
-    """
+    """Refuses to go on from a checkpoint without a plan beside it, of another plan, or beyond this plan's end."""
     folder = Path(checkpoint).absolute().parent
     old = read_plan(folder)
     if old is None:
@@ -305,11 +292,7 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
 
 
 def read_plan(folder: str | os.PathLike) -> Experiment | None:
-    """The plan in a folder, with that folder as its `output_dir`; None if there is none.
-
-    Raises:
-        ValueError: plan.json can't be read.
-    """
+    """The plan in a folder, with that folder as its `output_dir`; None if there is none."""
     file = Path(folder) / PLAN_FILE
     try:
         values = json.loads(file.read_text("utf-8"))

@@ -162,11 +162,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
-    """Arguments from the command line over those of `--config FILE` over the defaults.
-
-    Raises:
-        ValueError: for a config file that can't be read or has keys that are no arguments; with the nearest ones.
-    """
+    """Arguments from the command line over those of `--config FILE` over the defaults."""
     parser = make_parser(help_all="--help_all" in argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

@@ -20,9 +20,6 @@ def open_folder(experiment: Experiment, resume: bool) -> None:
 
     A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
     what is resumable.
-
-    Raises:
-        ValueError: the folder holds something else, or nothing is left in it to be started.
     """
     folder = Path(experiment.output_dir)
     old = earlier_plan(folder, resume) or _create_plan(experiment)
@@ -58,11 +55,7 @@ def continues(folder: str | os.PathLike, resume: bool | str) -> bool:
 
 
 def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
-    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`.
-
-    Raises:
-        ValueError: the folder is in use and has no plan, or there is nothing in it to resume.
-    """
+    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`."""
     folder = Path(folder)
     old = read_plan(folder)
     if old is None and folder.is_dir() and any(folder.iterdir()):

@@ -37,13 +37,7 @@ logger = logging.get_logger(__name__)
 def plan(script, config: DistillationConfig, command: str | None = None) -> Experiment:
     """Resolves what the arguments ask for: commits, recipe, runs, data, sizes and the disk space that it takes.
 
-    Args:
-        script: the `ScriptArguments` of the command line: what to distil.
-        config: how to train.
-        command: the command line, kept for the record.
-
-    Raises:
-        ValueError: arguments that do not fit together, or a model or dataset that can't be used.
+    `script` (`ScriptArguments`) says what to distil, `config` how, and `command` is kept for the record.
     """
     check_processes(config)
     script.check(config)

@@ -12,11 +12,7 @@ from ..reporting.significance import BASELINE
 
 
 def variants(script, config: DistillationConfig) -> dict[str, dict]:
-    """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss".
-
-    Raises:
-        ValueError: `--compare` that can't be read; naming what is wrong.
-    """
+    """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss"."""
     numbers = config.loss_kwargs or {}
     single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:

@@ -32,9 +32,6 @@ def module_path(name: str) -> str:
         name: "top_k_accuracy" (`k=` for `load` or `compute`) or "expected_calibration_error" (`n_bins=`), whose
             references are labels (N,); "teacher_agreement" or "teacher_kl", whose references are the teacher's
             logits. The results have the names that the trainer gives them: top1, ece, agreement, kl.
-
-    Raises:
-        ValueError: no such module; the message lists them.
     """
     folder = Path(__file__).parent / "evaluate_modules"
     known = sorted(path.parent.name for path in folder.glob("*/*.py"))

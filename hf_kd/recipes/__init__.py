@@ -1,7 +1,6 @@
 """Recipes: settings for what the user does not set, one YAML file each.
 
-A recipe holds schedule and augmentation. The hyperparameters of a loss are not in it: they are the loss class's
-published ones for the recipe's benchmark.
+The hyperparameters of a loss are not in it: they are the loss class's published ones for the recipe's benchmark.
 """
 
 from __future__ import annotations

@@ -28,9 +28,7 @@ FORWARDS = 30
 def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, int]) -> dict:
     """What a record says of a classifier, on any device: where it is from, what it is, its size and latency.
 
-    Args:
-        name: its Hub id or folder.
-        size: height and width of its input in pixels.
+    `name` is its Hub id or folder, `size` the height and width of its input in pixels.
     """
     own = [p for n, p in model.named_parameters() if not n.startswith(f"{HEAD}.")]
     config = getattr(model, "config", None)

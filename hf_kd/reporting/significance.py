@@ -16,14 +16,9 @@ TEST = "paired t-test over seeds, two-sided, 95 %"
 
 
 def paired_test(differences: Sequence[float]) -> dict[str, Any]:
-    """Student's t-test of paired differences against 0 (Student, "The probable error of a mean", 1908).
+    """Student's t-test of one or more paired differences, in points, against 0.
 
-    Args:
-        differences: one for each seed, in points; at least one.
-
-    Returns:
-        differences, mean, half_width of the 95 % interval, p (two-sided), test. half_width and p are None where
-        nothing can be tested: with one seed, or if all differences are equal (a tiny evaluation set).
+    half_width of the 95 % interval and p (two-sided) are None with one seed, or if all differences are equal.
     """
     result = {"differences": list(differences), "mean": statistics.fmean(differences), "test": TEST}
     if len(differences) < 2 or math.isclose(min(differences), max(differences), abs_tol=1e-9):
@@ -56,8 +51,8 @@ def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> lis
     difference to each of its loss's `controls` among the runs: a gain that a control shows too is not due to the loss.
 
     Returns:
-        Dicts of loss (the variant's name), seeds, helped, sentence, and tests (see `paired_test`), one for each
-        variant that it is compared with.
+        Dicts of loss (the variant's name), seeds, helped, sentence, and tests: for each variant that it is compared
+        with differences, mean, half_width of the 95 % interval, and p of a paired t-test (the last two may be None).
     """
     variants = {run["name"]: run for run in runs}
     found = []
