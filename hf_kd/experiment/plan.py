@@ -163,24 +163,22 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
 
 def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
     """The student's number of parameters, without memory for them, and the side of its input."""
-    hub_options = student.hub
-    config = student_config(student.id, student.from_scratch, student.image_size, hub_options)
+    config = student_config(student.id, student.from_scratch, student.image_size, student.hub)
     config.num_labels = len(names)
     with torch.device("meta"):
         model = build(config, student.trust_remote_code)
-    return sum(p.numel() for p in model.parameters()), _input_side(student, config, hub_options)
+    return sum(p.numel() for p in model.parameters()), _input_side(student, config)
 
 
 def _check_teacher(teacher: ModelSource, names: list[str]) -> int:
     """The side of the teacher's input. Raises ValueError for classes that are not those of the data."""
-    hub_options = teacher.hub
-    config = load_config(teacher.id, hub_options)
+    config = load_config(teacher.id, teacher.hub)
     ClassMapping.between(config.id2label, names, teacher.class_map)
-    return _input_side(teacher, config, hub_options)
+    return _input_side(teacher, config)
 
 
-def _input_side(source: ModelSource, config, hub_options: dict[str, Any]) -> int:
-    processor = processor_for(SimpleNamespace(config=config), source.id, hub_options)
+def _input_side(source: ModelSource, config) -> int:
+    processor = processor_for(SimpleNamespace(config=config), source.id, source.hub)
     return max(Preprocessing(adjust_processor(processor, source.image_size, source.image_mean, source.image_std)).size)
 
 

@@ -77,7 +77,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     return list(records.values())
 
 
-def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
+def resume(folder: str | os.PathLike) -> list[dict]:
     """`run` for every unfinished run of the experiment whose plan.json is in a folder."""
     experiment = read_plan(folder)
     if experiment is None:
@@ -86,7 +86,7 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
             "`hf-kd resume outputs/quickstart`."
         )
     first = experiment.runs[0]
-    config = _config(experiment, first, token)
+    config = _config(experiment, first, None)
     check_processes(config)
     if config.world_size != first.processes:
         raise ValueError(
@@ -94,7 +94,7 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
             f"would differ. Launch as many, as in: accelerate launch --num_processes {first.processes} -m hf_kd "
             f"resume {folder}"
         )
-    return run(experiment, resume=True, token=token)
+    return run(experiment, resume=True)
 
 
 def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:

@@ -13,7 +13,7 @@ from ..losses.functional import at_least_float32
 IGNORED_LABEL = -100
 """An image with this label counts nowhere (padding of the last batch, unlabelled images)."""
 
-COLUMNS = ("weight", "ce", "top1", "top5", "confidence")
+COLUMNS = ("weight", "loss", "top1", "top5", "confidence")
 TEACHER_COLUMNS = ("agreement", "kl", "teacher_top1")
 
 
@@ -140,10 +140,9 @@ class ClassificationMeter:
         if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
         n, *sums = self._sums.tolist()
-        mean = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
-        metrics = {"loss": mean["ce"], "top1": mean["top1"], "top5": mean["top5"]}
-        metrics |= {"ece": self._gaps.abs().sum().item() / n, "n": n}
-        return metrics | {name: mean[name] for name in TEACHER_COLUMNS if name in mean}
+        metrics = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
+        del metrics["confidence"]
+        return metrics | {"ece": self._gaps.abs().sum().item() / n, "n": n}
 
 
 def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:

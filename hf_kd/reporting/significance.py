@@ -44,10 +44,10 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
     return {"name": name, "against": against, "seeds": seeds, **test}
 
 
-def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
-    """One verdict for each variant that distils, in the order of the runs; none without a baseline or several seeds.
+def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One verdict for each variant that distils, in the order of the runs; none without "ce" runs or several seeds.
 
-    A variant *helped* if the 95 % interval of its difference to the baseline is above 0, and also that of its
+    A variant *helped* if the 95 % interval of its difference to "ce" is above 0, and also that of its
     difference to each of its loss's `controls` among the runs: a gain that a control shows too is not due to the loss.
 
     Returns:
@@ -57,11 +57,11 @@ def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> lis
     variants = {run["name"]: run for run in runs}
     found = []
     for name, run in variants.items():
-        if (run.get("loss") or {}).get("name") == BASELINE or name == baseline:
+        if BASELINE in (name, (run.get("loss") or {}).get("name")):
             continue
-        others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
+        others = [BASELINE, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
         tests = [test for other in others if (test := compare(runs, name, other))]
-        if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
+        if tests and tests[0]["against"] == BASELINE and len(tests[0]["seeds"]) > 1:
             verdict = {"loss": name, "seeds": tests[0]["seeds"]}
             verdict["helped"] = len(tests) == len(others) and all(_above(test) for test in tests)
             found.append(verdict | {"sentence": _sentence(name, tests, verdict["helped"]), "tests": tests})
