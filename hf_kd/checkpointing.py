@@ -1,7 +1,5 @@
 """Checkpoints: which is the last, saving them whole, loading every weight of them, and plain student weights."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import errno

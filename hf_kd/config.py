@@ -1,10 +1,8 @@
 """`DistillationConfig`: everything about a run that can be wrong is found here, before any download."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from transformers import TrainingArguments
@@ -138,7 +136,7 @@ class DistillationConfig(TrainingArguments):
             numbers.setdefault("label_smoothing", self.label_smoothing_factor)
         return get_loss(self.loss, **numbers)
 
-    def with_loss(self, loss: DistillationLoss) -> DistillationConfig:
+    def with_loss(self, loss: DistillationLoss) -> Self:
         """A copy whose `build_loss` gives this loss, and which names it in `loss` and `loss_kwargs`.
 
         Raises:

@@ -1,7 +1,5 @@
 """The Hub: which commit an id is, and what its errors, those of the network and of a full disk mean."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Class names and class mappings: of which classes of one list each class of another is made."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -12,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +46,7 @@ class ClassMapping:
     target_names: tuple[str, ...]
 
     @classmethod
-    def between(cls, source, target, class_map=None) -> ClassMapping:
+    def between(cls, source, target, class_map=None) -> Self:
         """The mapping from the source's classes to the target's, each given as names in label order or as an id2label.
 
         Without `class_map`, and for what a dict leaves out, classes are matched by name: the whole name, else the

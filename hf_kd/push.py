@@ -1,7 +1,5 @@
 """Pushing a student: whether it is allowed, and what of a run's folder goes; and the record that goes with it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -3,15 +3,13 @@
 A field marked `resumable` may differ between a run and its continuation: it does not change what is learned.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .reporting.record import plain
 
@@ -176,7 +174,7 @@ class Experiment:
         """Where a run's results go."""
         return Path(self.output_dir) / run.folder
 
-    def of(self, run: RunSpec) -> Experiment:
+    def of(self, run: RunSpec) -> Self:
         """The plan of one of the runs alone, in its own folder."""
         return dataclasses.replace(
             self, output_dir=str(self.folder(run)), runs=(dataclasses.replace(run, folder="."),)
@@ -187,7 +185,7 @@ class Experiment:
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The plan that `to_dict` described; ValueError if its schema is another."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:

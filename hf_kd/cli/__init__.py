@@ -1,7 +1,5 @@
 """The console command `hf-kd`."""
 
-from __future__ import annotations
-
 import sys
 
 USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd distill --help` lists the arguments.

@@ -1,7 +1,5 @@
 """The command line's arguments: the script's own, those of `DistillationConfig`, and a YAML file below both."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """The output folder of an experiment: its plan, which runs are finished, and the room on its disk."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -11,8 +9,6 @@ from pathlib import Path
 from ..reporting.record import RUN_FILE, redact, write_json
 from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, differences, read_plan
 from .lock import RunLock
-
-GIGABYTE = 1e9
 
 
 def open_folder(experiment: Experiment, resume: bool) -> None:
@@ -104,6 +100,6 @@ def check_disk(experiment: Experiment) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{needed / GIGABYTE:.1f} GB are needed in {experiment.output_dir} and {free / GIGABYTE:.1f} GB are free: "
+            f"{needed / 1e9:.1f} GB are needed in {experiment.output_dir} and {free / 1e9:.1f} GB are free: "
             "choose another --output_dir, or keep fewer checkpoints with --save_total_limit 1 or --save_strategy no."
         )

@@ -1,7 +1,5 @@
 """How this process was launched, and whether as many processes run as were asked for."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

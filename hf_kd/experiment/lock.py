@@ -1,7 +1,5 @@
 """Who trains a run: a lock in its folder, so that no two processes write into one."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

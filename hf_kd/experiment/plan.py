@@ -1,7 +1,5 @@
 """From the parsed arguments to a frozen plan. Nothing is written, and no weights are loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Carrying out a plan, or going on with one: the runs that are to be trained, the comparison, cards and push."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

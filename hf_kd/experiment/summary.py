@@ -1,11 +1,8 @@
 """A plan in words, for the terminal."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from ..spec import DataSource, Experiment, ModelSource
-from .folder import GIGABYTE
 
 
 def introduction(experiment: Experiment) -> str:
@@ -30,7 +27,7 @@ def summary(experiment: Experiment) -> str:
         f"images    {experiment.train_image_size} px in training",
         f"training  {needs.get('steps', 0):,} steps a run of {batch * first.processes} images, "
         f"{first.processes} process(es)",
-        f"output    {experiment.output_dir}, up to {needs.get('disk_bytes', 0) / GIGABYTE:.2f} GB",
+        f"output    {experiment.output_dir}, up to {needs.get('disk_bytes', 0) / 1e9:.2f} GB",
         f"runs      {len(experiment.runs)}",
     ]
     for run in experiment.runs:

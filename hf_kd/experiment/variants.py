@@ -1,7 +1,5 @@
 """Which runs the arguments ask for: each loss of a comparison with each seed."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 

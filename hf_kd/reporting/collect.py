@@ -1,7 +1,5 @@
 """The record of one run, as run.json keeps it: everything the card and the tables say comes from here."""
 
-from __future__ import annotations
-
 import copy
 import datetime
 import os

@@ -7,8 +7,6 @@ or what `significance.verdicts` says of its loss, with the metrics of all `runs`
 is not hf_kd's).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform
