@@ -31,7 +31,6 @@ def read_json(name: str, text: str) -> dict:
 
 
 def option(help: str, default: Any = None) -> Any:
-    """A field with its help text for the command line."""
     return field(default=default, metadata={"help": help})
 
 
@@ -124,7 +123,6 @@ class DistillationConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
     def loss_class(self) -> type[DistillationLoss]:
-        """The class of the loss, which `loss` names."""
         return loss_class(self.loss) if self._loss is None else type(self._loss)
 
     def build_loss(self) -> DistillationLoss:

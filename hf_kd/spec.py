@@ -35,7 +35,6 @@ def options(source: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def resumable(default: Any = None) -> Any:
-    """A field in which a continuation may differ from its run."""
     return field(default=default, metadata={"resumable": True})
 
 
@@ -136,7 +135,6 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """How the run is called among those of its comparison."""
         return f"{self.name}, seed {self.seed}"
 
     def arguments(self) -> dict[str, Any]:
@@ -171,7 +169,6 @@ class Experiment:
     schema_version: int = SCHEMA_VERSION
 
     def folder(self, run: RunSpec) -> Path:
-        """Where a run's results go."""
         return Path(self.output_dir) / run.folder
 
     def of(self, run: RunSpec) -> Self:
@@ -181,7 +178,6 @@ class Experiment:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON types."""
         return plain(dataclasses.asdict(self))
 
     @classmethod

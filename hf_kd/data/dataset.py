@@ -131,7 +131,6 @@ class ImageDataset(Dataset):
             return [read_item(row, key, *options) for key, row in self._rows(indices)]
 
     def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Sample keys and rows."""
         keys = [index % len(self) if self._keys is None else int(self._keys[index]) for index in indices]
         if self._undecoded:
             yield from zip(keys, self.dataset.__getitems__(indices), strict=True)

@@ -30,7 +30,6 @@ class RunLock:
 
     @property
     def started(self) -> bool:
-        """Whether somebody has started this run, now or earlier."""
         return self.file.exists()
 
     def acquire(self, new: bool) -> bool:

@@ -7,7 +7,9 @@ from ..spec import DataSource, Experiment, ModelSource
 
 def introduction(experiment: Experiment) -> str:
     """What is printed before training: the recipe in use and where its values come from."""
-    return _recipe(experiment) or f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
+    return (experiment.preset or {}).get(
+        "text"
+    ) or f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
 
 
 def summary(experiment: Experiment) -> str:
@@ -33,7 +35,7 @@ def summary(experiment: Experiment) -> str:
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {run.folder}")
-    lines += [*_provenance(experiment), _recipe(experiment), "dry run: nothing was written."]
+    lines += [*_provenance(experiment), (experiment.preset or {}).get("text"), "dry run: nothing was written."]
     return "\n".join(filter(None, lines))
 
 
@@ -46,10 +48,6 @@ def _provenance(experiment: Experiment) -> list[str]:
         if key in values:
             by_source.setdefault(source, []).append(f"{key} {values[key]}")
     return [f"set by {source}: {', '.join(settings)}" for source, settings in sorted(by_source.items())]
-
-
-def _recipe(experiment: Experiment) -> str:
-    return (experiment.preset or {}).get("text", "")
 
 
 def _source(source: ModelSource | DataSource) -> str:

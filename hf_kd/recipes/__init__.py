@@ -35,7 +35,6 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The names of all recipes, sorted."""
     return sorted(file.stem for file in Path(__file__).parent.glob("*.yaml"))
 
 

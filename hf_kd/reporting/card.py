@@ -141,7 +141,6 @@ def link(entry: Mapping[str, Any], kind: str = "") -> str:
 
 
 def paper_link(paper: Any) -> str:
-    """From a paper's arXiv id or URL."""
     paper = one_line(paper)
     if re.fullmatch(r"[\w.-]+(/\d+)?", paper):
         return f"From [arXiv:{paper}](https://arxiv.org/abs/{paper})."

@@ -61,7 +61,6 @@ def latency_ms(model: torch.nn.Module, size: tuple[int, int]) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
