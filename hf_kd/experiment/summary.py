@@ -7,9 +7,8 @@ from ..spec import DataSource, Experiment, ModelSource
 
 def introduction(experiment: Experiment) -> str:
     """What is printed before training: the recipe in use and where its values come from."""
-    return (experiment.preset or {}).get(
-        "text"
-    ) or f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
+    without = f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
+    return (experiment.preset or {}).get("text", without)
 
 
 def summary(experiment: Experiment) -> str:
@@ -35,7 +34,7 @@ def summary(experiment: Experiment) -> str:
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {run.folder}")
-    lines += [*_provenance(experiment), (experiment.preset or {}).get("text"), "dry run: nothing was written."]
+    lines += [*_provenance(experiment), (experiment.preset or {}).get("text", ""), "dry run: nothing was written."]
     return "\n".join(filter(None, lines))
 
 
