@@ -177,9 +177,7 @@ def check_class_order(data: list[str], student: dict[int, str]) -> None:
         problem = "data and student have the same classes in another order"
     else:
         return
-    raise ValueError(
-        f"{problem}: load the student with load_student(..., id2label=names), names in the order of the data."
-    )
+    raise ValueError(f"{problem}: load the student with load_student(..., id2label=names in the order of the data).")
 
 
 def _key(name) -> str:

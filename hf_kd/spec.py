@@ -185,10 +185,8 @@ class Experiment:
         """The plan that `to_dict` described; ValueError if its schema is another."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: go on with the hf_kd "
-                "of the plan's `versions`."
-            )
+            versions = f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}"
+            raise ValueError(f"{versions}: go on with the hf_kd of the plan's `versions`.")
         fields = {
             "student": ModelSource(**values["student"]),
             "teacher": values["teacher"] and ModelSource(**values["teacher"]),

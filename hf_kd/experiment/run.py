@@ -79,10 +79,7 @@ def resume(folder: str | os.PathLike) -> list[dict]:
     """`run` for every unfinished run of the experiment whose plan.json is in a folder."""
     experiment = read_plan(folder)
     if experiment is None:
-        raise ValueError(
-            f"there is no {PLAN_FILE} in {os.fspath(folder)}: give the --output_dir of an experiment of hf_kd, as in "
-            "`hf-kd resume outputs/quickstart`."
-        )
+        raise ValueError(f"there is no {PLAN_FILE} in {folder}: give the --output_dir of an experiment of hf_kd.")
     first = experiment.runs[0]
     config = _config(experiment, first, None)
     check_processes(config)

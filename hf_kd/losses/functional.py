@@ -76,10 +76,8 @@ def check_inputs(
         raise _unexpected("student_logits", student_logits, "floating point of shape (B, C) with B >= 1 and C >= 2")
     for name, other in logits.items():
         if other.ndim == 2 and other.shape[0] == shape[0] and other.shape[1] != shape[1]:
-            raise ValueError(
-                f"{name} has {other.shape[1]} classes, student_logits has {shape[1]}: "
-                "bring both to the same classes in the same order first"
-            )
+            problem = f"{name} has {other.shape[1]} classes, student_logits has {shape[1]}"
+            raise ValueError(f"{problem}: bring both to the same classes in the same order first")
         if tuple(other.shape) != shape or not other.is_floating_point():
             raise _unexpected(name, other, f"floating point of the student_logits' shape {shape}")
     if labels is not None:
@@ -103,10 +101,8 @@ def _check_label_values(labels: Tensor, classes: int) -> None:
     if labels.ndim == 2:
         _check_finite("labels", labels)
         if labels.min() < 0:
-            raise ValueError(
-                f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
-                "soft labels are probabilities"
-            )
+            negative = f"{(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}"
+            raise ValueError(f"labels hold {negative}: soft labels are probabilities")
         return
     bad = labels[(labels < 0) | (labels >= classes)]
     if bad.numel():

@@ -46,9 +46,8 @@ def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_loss(value)]
         near = ", ".join(difflib.get_close_matches(attribute, classes, n=3, cutoff=0))
-        raise ValueError(
-            f"loss {name!r}: {origin} has no class {attribute}; it has {near or 'no subclass of DistillationLoss'}"
-        )
+        near = near or "no subclass of DistillationLoss"
+        raise ValueError(f"loss {name!r}: {origin} has no class {attribute}; it has {near}")
     return _checked(found, name)
 
 
@@ -117,9 +116,7 @@ def _checked(found: Any, name: str) -> type[DistillationLoss]:
     if not _is_loss(found):
         raise ValueError(f"loss {name!r} is no subclass of hf_kd.losses.DistillationLoss")
     if not re.fullmatch(r"\w[\w.-]*", found.name):
-        raise ValueError(
-            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, - or ."
-        )
+        raise ValueError(f"loss {name!r} has name = {found.name!r}: it must be of letters, digits, _, - and .")
     if LOSSES.get(found.name, found) is not found:
         raise ValueError(f"loss {name!r} has the name {found.name!r} of a loss of hf_kd: give it another")
     return found
