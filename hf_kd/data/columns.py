@@ -81,7 +81,8 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
             raise ValueError(
                 f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
                 f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
-                "often published without labels: pass another --eval_split (the training split, to hold some out) or --label_column"
+                "often published without labels: pass another --eval_split (or the training split, of which a part is "
+                "held out), or another --label_column"
             )
     if isinstance(feature, datasets.ClassLabel):
         return splits
