@@ -204,8 +204,8 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
     """The spec of a run with these arguments, a `DistillationConfig`; `folder` is within the experiment's."""
     left_out = {"local_rank", "loss_kwargs"}
-    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
-    values = plain(values)
+    given = config.to_dict().items()
+    values = plain({key: value for key, value in given if key not in left_out and not key.endswith("token")})
     return RunSpec(
         name=name or config.loss_class().name,
         seed=values.pop("seed"),

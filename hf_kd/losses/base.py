@@ -128,9 +128,7 @@ class DistillationLoss(nn.Module):
 
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-        """What records keep of a loss, so that cards and verdicts need not import it. The formula may depend on the
-        `hyperparameters` of the run.
-        """
+        """What records keep of a loss with these hyperparameters, so that cards and verdicts need not import it."""
         return {
             "title": cls.title,
             "formula": cls.formula,

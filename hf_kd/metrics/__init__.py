@@ -15,14 +15,9 @@ from .classification import (
 )
 
 __all__ = [
-    "ClassificationMeter",
-    "agreement",
-    "expected_calibration_error",
-    "module_path",
-    "sample_statistics",
-    "teacher_kl",
+    "ClassificationMeter", "agreement", "expected_calibration_error", "module_path", "sample_statistics", "teacher_kl",
     "top_k_accuracy",
-]
+]  # fmt: skip
 
 
 def module_path(name: str) -> str:

@@ -70,10 +70,6 @@ def cpu_name() -> str:
 
 def known_plan(trainer) -> Experiment:
     """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
-
-    def size(dataset) -> int | None:
-        return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
-
     model, teacher = trainer.model, trainer.eval_teacher
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or type(model).__name__
@@ -82,8 +78,8 @@ def known_plan(trainer) -> Experiment:
         student=ModelSource(name, commit=commit_of(model)),
         teacher=teacher and ModelSource(teacher.name, commit=commit_of(teacher.model)),
         data=DataSource(
-            train_size=size(trainer.train_dataset),
-            eval_size=size(trainer.eval_dataset),
+            train_size=_size(trainer.train_dataset),
+            eval_size=_size(trainer.eval_dataset),
             classes=config and [config.id2label[i] for i in sorted(config.id2label)],
         ),
         train_image_size=trainer.args.train_image_size,
@@ -91,6 +87,10 @@ def known_plan(trainer) -> Experiment:
         versions=records.collect_versions(),
     )
     return Experiment.from_dict(plan.to_dict())
+
+
+def _size(dataset) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
 
 
 def write_plan(trainer, checkpoint: str | None) -> None:
