@@ -70,7 +70,7 @@ def _check_may_create(me: dict, repo_id: str) -> None:
     owner, user, tokens_page = repo_id.split("/")[0], me["name"], f"{constants.ENDPOINT}/settings/tokens"
     token = (me.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise ValueError(f"{user}'s token may only read: make one that may write on {tokens_page}, and use {LOGIN}.")
+        raise ValueError(f"{user}'s token may only read: log in ({LOGIN}) with one that may write ({tokens_page}).")
     refused = ("read", "no_access")
     allowed = [user, *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
     if owner not in allowed:

@@ -14,7 +14,7 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
     """The names of the image and the label column, of `datasets.Features` or a dataset that has them.
 
     Without a name, `image_column` is the column of images ("image" or "img" if there are several), and `label_column`
-    is "labels", "label" or "fine_label", else the only ClassLabel column. ValueError if it is none or not just one.
+    is "labels", "label" or "fine_label", else the only ClassLabel column. ValueError if there is none, or several.
     """
     features = getattr(features, "features", features) or {}
     # A struct with bytes is what parquet files written without datasets' metadata give.
