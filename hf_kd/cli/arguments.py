@@ -65,8 +65,7 @@ class ScriptArguments:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
-        if isinstance(self.class_map, str):
-            self.class_map = read_class_map(self.class_map)
+        self.class_map = read_class_map(self.class_map)
         seeds = self.seeds or []
         for seed in seeds:
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
