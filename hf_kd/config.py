@@ -184,4 +184,4 @@ def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
     if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
         raise ValueError("mixup_alpha and cutmix_alpha need the trainer's own collator: drop them or data_collator=.")
     if compute_loss_func is not None:
-        raise ValueError("compute_loss_func= is not called: pass loss=, a DistillationLoss (README, Your own loss).")
+        raise ValueError("compute_loss_func= would not be called: pass loss=, a loss of your own (see README).")

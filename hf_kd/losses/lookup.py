@@ -116,7 +116,9 @@ def _checked(found: Any, name: str) -> type[DistillationLoss]:
     if not _is_loss(found):
         raise ValueError(f"loss {name!r} is no subclass of hf_kd.losses.DistillationLoss")
     if not re.fullmatch(r"\w[\w.-]*", found.name):
-        raise ValueError(f"loss {name!r} has name = {found.name!r}: it must be of letters, digits, _, - and .")
+        raise ValueError(
+            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, -, ."
+        )
     if LOSSES.get(found.name, found) is not found:
         raise ValueError(f"loss {name!r} has the name {found.name!r} of a loss of hf_kd: give it another")
     return found
