@@ -117,7 +117,7 @@ def _checked(found: Any, name: str) -> type[DistillationLoss]:
         raise ValueError(f"loss {name!r} is no subclass of hf_kd.losses.DistillationLoss")
     if not re.fullmatch(r"\w[\w.-]*", found.name):
         raise ValueError(
-            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, -, ."
+            f"loss {name!r} has name = {found.name!r}: give the class a `name` of letters, digits, _, - or ."
         )
     if LOSSES.get(found.name, found) is not found:
         raise ValueError(f"loss {name!r} has the name {found.name!r} of a loss of hf_kd: give it another")
