@@ -1,7 +1,5 @@
 """Public names of a package that are imported when they are used."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any

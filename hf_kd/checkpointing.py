@@ -1,7 +1,5 @@
 """Checkpoints: which is the last, saving them whole, loading every weight of them, and plain student weights."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import errno
@@ -51,11 +49,6 @@ def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | N
 
     After going back to step 2, those of step 4 and later are of another course of the run. Also removes what a run
     that was killed while it saved has left.
-
-    Args:
-        output_dir: where checkpoints are saved.
-        resumed_from: the checkpoint that training continues from; None: it starts anew.
-        step: the number of steps it has done already.
     """
     output_dir = Path(output_dir)
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
@@ -78,9 +71,8 @@ def set_aside(output_dir: str | os.PathLike, resumed_from: str | os.PathLike | N
 def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     """A folder to save a checkpoint in, which gets its place in `output_dir` when all processes have written it.
 
-    Thus no `checkpoint-N` is ever incomplete. Deletes what is more than `save_total_limit`, as the trainer would: the
-    oldest, but neither the newest nor the best. Raises FloatingPointError for weights that are not finite, lest they
-    replace the last good ones.
+    Thus no `checkpoint-N` is ever incomplete. Keeps `save_total_limit`: the newest, the best, and then the latest.
+    Raises FloatingPointError for weights that are not finite, lest they replace the last good ones.
     """
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -125,13 +117,8 @@ def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
     """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
 
-    A timm student's weights and config are made such that timm and transformers both load what is saved. Left alone,
-    transformers writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
-
-    Args:
-        student: if it is a TimmWrapper, its config is changed.
-        processor: its image processor, or None for the preprocessing of its config, or of its architecture.
-        state_dict: the weights, where they have been gathered already.
+    A TimmWrapper's weights and config are made such that timm and transformers both load what is saved: transformers
+    writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
     """
     timm_model: Any = getattr(student, "timm_model", None)
     if timm_model is None:
@@ -169,8 +156,8 @@ def _timm_data(processor) -> dict:
 def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     """Puts a checkpoint's weights into a student; ValueError for weights that are not in it.
 
-    Saving converts the key names of ViT, DeiT and Swin, and the trainer loads them as they are with strict=False,
-    which loses them without an error. Here they pass through the model's own from_pretrained.
+    Saving converts the key names of ViT, DeiT and Swin, and the trainer's loading with strict=False loses them without
+    an error. Here they pass through the model's own from_pretrained.
     """
     if isinstance(student, PreTrainedModel):
         options = {"config": copy.deepcopy(student.config), "ignore_mismatched_sizes": True}

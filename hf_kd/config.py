@@ -1,10 +1,8 @@
 """`DistillationConfig`: everything about a run that can be wrong is found here, before any download."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from transformers import TrainingArguments
@@ -32,8 +30,7 @@ def read_json(name: str, text: str) -> dict:
     return value
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with its help text for the command line."""
+def option(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -57,41 +54,36 @@ class DistillationConfig(TrainingArguments):
         output_dir: str  # None is replaced in __post_init__
 
     loss: str = option(
-        "uskd",
         f"What to train with: {', '.join(LOSSES)}, or a class of your own: package.module:Class or file.py:Class.",
+        "uskd",
     )
     loss_kwargs: JSONObject | None = option(
-        None, "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."
+        "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."
     )
     augment: str = option(
-        "",
         f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, resized_crop "
         "ImageNet's, deit adds RandAugment and random erasing. Default: resized_crop.",
+        "",
     )
-    mixup_alpha: float = option(0.0, "Alpha of mixup; 0: off. DeiT uses 0.8.")
-    cutmix_alpha: float = option(0.0, "Alpha of cutmix; 0: off. DeiT uses 1.0.")
+    mixup_alpha: float = option("Alpha of mixup; 0: off. DeiT uses 0.8.", 0.0)
+    cutmix_alpha: float = option("Alpha of cutmix; 0: off. DeiT uses 1.0.", 0.0)
     train_image_size: int | None = option(
-        None,
         "Side in pixels to which every training image is brought, the same for all runs of a comparison. Default: the "
-        "largest of student, teacher and evaluation teacher.",
+        "largest of student, teacher and evaluation teacher."
     )
-    image_column: str | None = option(None, "Column of the images. Default: found by type.")
-    label_column: str | None = option(None, "Column of the labels. Default: found by type.")
+    image_column: str | None = option("Column of the images. Default: found by type.")
+    label_column: str | None = option("Column of the labels. Default: found by type.")
     lr_step_epochs: list[float] | None = option(
-        None, "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
+        "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
     )
-    lr_step_factor: float = option(0.1, "See lr_step_epochs. The CIFAR standard is 0.2.")
-    max_skipped_fraction: float = option(0.01, "Stop when more than this share of the images can't be decoded.")
-    feature_module: str | None = option(None, "USKD: module of the student whose output feeds the auxiliary head.")
-    teacher_dtype: str | None = option(
-        None, "Compute type of the teacher: fp32, bf16 or fp16. Default: that of the student's training."
-    )
-    teacher_check_batches: int = option(
-        4, "Batches on which the teacher's top-1 is checked before training; 0: no check."
-    )
-    remove_unused_columns: bool = option(False, "Not supported: it would remove the image column.")
-    logging_nan_inf_filter: bool = option(False, "Show an earlier loss in the place of a NaN. Hides failures; off.")
-    hub_strategy: str = option("end", "Only 'end' is supported: the student is pushed once, after it is saved.")
+    lr_step_factor: float = option("See lr_step_epochs. The CIFAR standard is 0.2.", 0.1)
+    max_skipped_fraction: float = option("Stop when more than this share of the images can't be decoded.", 0.01)
+    feature_module: str | None = option("USKD: module of the student whose output feeds the auxiliary head.")
+    teacher_dtype: str | None = option("Compute type of the teacher: fp32, bf16 or fp16. Default: as the student's.")
+    teacher_check_batches: int = option("Batches to check the teacher's top-1 on before training; 0: no check.", 4)
+    remove_unused_columns: bool = option("Not supported: it would remove the image column.", False)
+    logging_nan_inf_filter: bool = option("Show an earlier loss in the place of a NaN. Hides failures; off.", False)
+    hub_strategy: str = option("Only 'end' is supported: the student is pushed once, after it is saved.", "end")
 
     def __post_init__(self):
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
@@ -131,7 +123,6 @@ class DistillationConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
 
     def loss_class(self) -> type[DistillationLoss]:
-        """The class of the loss, which `loss` names."""
         return loss_class(self.loss) if self._loss is None else type(self._loss)
 
     def build_loss(self) -> DistillationLoss:
@@ -143,7 +134,7 @@ class DistillationConfig(TrainingArguments):
             numbers.setdefault("label_smoothing", self.label_smoothing_factor)
         return get_loss(self.loss, **numbers)
 
-    def with_loss(self, loss: DistillationLoss) -> DistillationConfig:
+    def with_loss(self, loss: DistillationLoss) -> Self:
         """A copy whose `build_loss` gives this loss, and which names it in `loss` and `loss_kwargs`.
 
         Raises:
@@ -193,6 +184,4 @@ def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
     if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
         raise ValueError("mixup_alpha and cutmix_alpha need the trainer's own collator: drop them or data_collator=.")
     if compute_loss_func is not None:
-        raise ValueError(
-            "compute_loss_func= would not be called: pass loss=, a DistillationLoss (README, Your own loss)."
-        )
+        raise ValueError("compute_loss_func= would not be called: pass loss=, a loss of your own (see README).")

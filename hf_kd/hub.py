@@ -1,7 +1,5 @@
 """The Hub: which commit an id is, and what its errors, those of the network and of a full disk mean."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import os
@@ -31,11 +29,9 @@ _BROKEN = {"RemoteProtocolError", "ReadError", "ReadTimeout"}  # of httpx, of wh
 
 
 def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model") -> ResolvedRevision:
-    """The commit that a branch, tag or commit stands for now.
+    """The commit that a branch, tag or commit stands for now: the attribute `resolved` of the text that is returned.
 
-    Returns:
-        A string equal to the revision, with the commit (40 hex digits) as its attribute `resolved`. Passed on as the
-        revision, it makes all files of a load be of one commit, and serves those that are cached from there.
+    That text equals the revision. Passed on in its place, it makes all files of a load be of one commit, also cached.
     """
     try:
         return resolve_revision(repo_id, repo_type=repo_type, revision=revision)
@@ -51,8 +47,7 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
 def user_message(error: BaseException) -> str | None:
     """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
 
-    Looks through the errors that transformers and datasets have wrapped around it. For an id that is not there, it
-    asks the Hub for the nearest ones.
+    Looks through the errors that were wrapped around it, and asks the Hub which ids are near one that is not there.
     """
     chain = list(_chain(error))
     for each in chain:

@@ -1,7 +1,5 @@
 """Class names and class mappings: of which classes of one list each class of another is made."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -12,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,22 +46,18 @@ class ClassMapping:
     target_names: tuple[str, ...]
 
     @classmethod
-    def between(cls, source, target, class_map=None) -> ClassMapping:
-        """The mapping from the source's classes to the target's.
+    def between(cls, source, target, class_map=None) -> Self:
+        """The mapping from the source's classes to the target's, each given as names in label order or as an id2label.
 
         Without `class_map`, and for what a dict leaves out, classes are matched by name: the whole name, else the
         WordNet id (known for ImageNet's classes in their usual order, whatever they are called), else one of the
         synonyms that ImageNet's names list, if one class alone has it. Case, underscores and hyphens do not count.
 
-        Args:
-            source, target: class names in label order, or an id2label.
-            class_map: `"by_index"` (the i-th is the i-th), a list with an entry for each target class, a dict from
-                target names to entries, or what `read_class_map` reads these from. An entry is the name, the WordNet
-                id or the index of a source class, or a list of these, whose probabilities are added.
+        `class_map` is `"by_index"` (the i-th is the i-th), a list with an entry for each target class, a dict from
+        target names to entries, or what `read_class_map` reads these from. An entry is the name, the WordNet id or the
+        index of a source class, or a list of these, whose probabilities are added.
 
-        Raises:
-            ValueError: classes that are not found, are found several times, or would be used twice; with their names
-                and a `class_map` that can be typed.
+        ValueError for classes that are missing, ambiguous or used twice, with a `class_map` that can be typed.
         """
         source, target = (tuple(label_maps(names)["id2label"].values()) for names in (source, target))
         class_map, counts_differ = read_class_map(class_map), ""
@@ -109,8 +103,8 @@ class ClassMapping:
     def apply(self, logits: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `(B, targets)` from the source's `(B, sources)`; `index` is `self.index` on their device.
 
-        Of a permutation they are the very same numbers. Else they are log-probabilities at temperature 1, that of a
-        class the logsumexp of its members'; softmax renormalises them over the classes that are kept.
+        Of a permutation they are the same numbers. Else they are log-probabilities at temperature 1, of a class the
+        logsumexp of its members'; softmax renormalises them over the classes that are kept.
         """
         index = self.index.to(logits.device) if index is None else index
         if self.kind in ("identity", "permutation"):
@@ -133,11 +127,7 @@ class ClassMapping:
 
 
 def read_class_map(value):
-    """A class map as `ClassMapping.between` takes it: None, `"by_index"`, a list or a dict.
-
-    `value` is one of these, the JSON text of a list or dict, or the path of a JSON or YAML file with one; ValueError
-    if it is none of these.
-    """
+    """A class map (None, "by_index", list or dict) from itself, its JSON text, or the path of a JSON or YAML file."""
     if value is None or value == "by_index" or not isinstance(value, (str, os.PathLike)):
         return value
     import yaml
@@ -161,8 +151,7 @@ def read_class_map(value):
 def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
     """The row of a checkpoint's head for each class of the data (None if the head must be new), and how many are new.
 
-    A class that the checkpoint knows keeps its row. Where it does not know all and the counts are equal, the other
-    classes take the other rows in order, under their new names.
+    Where it does not know all classes and the counts are equal, the others take the remaining rows in order.
     """
     source, target = (list(label_maps(x)["id2label"].values()) for x in (own, names))
     if source == [f"LABEL_{i}" for i in range(len(source))]:  # transformers' names for a model that has none
@@ -188,9 +177,7 @@ def check_class_order(data: list[str], student: dict[int, str]) -> None:
         problem = "data and student have the same classes in another order"
     else:
         return
-    raise ValueError(
-        f"{problem}: load the student with load_student(..., id2label=names), names in the order of the data."
-    )
+    raise ValueError(f"{problem}: load the student with load_student(..., id2label=names in the order of the data).")
 
 
 def _key(name) -> str:

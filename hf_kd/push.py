@@ -1,7 +1,5 @@
 """Pushing a student: whether it is allowed, and what of a run's folder goes; and the record that goes with it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -39,8 +37,7 @@ def check_push(
         The full "owner/name".
 
     Raises:
-        ValueError: no token, or one that may not write there; a name that can't be one; a public repository where a
-            private one is asked for; or a Hub that can't be asked. With what to change.
+        ValueError: it would not be allowed, or can't be asked; with the reason and what to change.
     """
     repo_id = repo_id or Path(folder).resolve().name
     try:
@@ -73,9 +70,7 @@ def _check_may_create(me: dict, repo_id: str) -> None:
     owner, user, tokens_page = repo_id.split("/")[0], me["name"], f"{constants.ENDPOINT}/settings/tokens"
     token = (me.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise ValueError(
-            f"{user}'s token may only read: log in with one that may write ({LOGIN}; make it on {tokens_page})."
-        )
+        raise ValueError(f"{user}'s token may only read: log in ({LOGIN}) with one that may write ({tokens_page}).")
     refused = ("read", "no_access")
     allowed = [user, *(org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") not in refused)]
     if owner not in allowed:
@@ -103,9 +98,7 @@ def push(
 
     Args:
         folder: where the run was saved.
-        repo_id: "owner/name", or "name" in the user's own namespace; made if there is none.
-        token: default: the one of `hf auth login` or HF_TOKEN.
-        private: whether a new repository is private; default: as the owner's settings have it.
+        repo_id, token, private: as of `check_push`; the repository is made if there is none.
         revision: branch; made if there is none. Default: main.
         message: of the commit.
 
@@ -158,10 +151,7 @@ def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
 
 
 def add_missing_record(trainer) -> None:
-    """On all ranks: writes run.json, curves and card where run.json is missing or of an earlier state of the training.
-
-    It takes an evaluation; without one evaluation set and a processor, none can be made.
-    """
+    """On all ranks: writes run.json, curves and card where run.json is missing or behind the training."""
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
     from .reporting.collect import make_record, write_record

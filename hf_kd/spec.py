@@ -3,15 +3,13 @@
 A field marked `resumable` may differ between a run and its continuation: it does not change what is learned.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .reporting.record import plain
 
@@ -37,7 +35,6 @@ def options(source: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def resumable(default: Any = None) -> Any:
-    """A field in which a continuation may differ from its run."""
     return field(default=default, metadata={"resumable": True})
 
 
@@ -138,7 +135,6 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """How the run is called among those of its comparison."""
         return f"{self.name}, seed {self.seed}"
 
     def arguments(self) -> dict[str, Any]:
@@ -173,32 +169,24 @@ class Experiment:
     schema_version: int = SCHEMA_VERSION
 
     def folder(self, run: RunSpec) -> Path:
-        """Where a run's results go."""
         return Path(self.output_dir) / run.folder
 
-    def of(self, run: RunSpec) -> Experiment:
+    def of(self, run: RunSpec) -> Self:
         """The plan of one of the runs alone, in its own folder."""
         return dataclasses.replace(
             self, output_dir=str(self.folder(run)), runs=(dataclasses.replace(run, folder="."),)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON types."""
         return plain(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Experiment:
-        """The plan that `to_dict` described.
-
-        Raises:
-            ValueError: it was written by a version of hf_kd with another schema.
-        """
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The plan that `to_dict` described; ValueError if its schema is another."""
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}: go on with the hf_kd "
-                "of the plan's `versions`."
-            )
+            versions = f"{PLAN_FILE} has schema version {version}, this hf_kd reads {SCHEMA_VERSION}"
+            raise ValueError(f"{versions}: go on with the hf_kd of the plan's `versions`.")
         fields = {
             "student": ModelSource(**values["student"]),
             "teacher": values["teacher"] and ModelSource(**values["teacher"]),
@@ -214,13 +202,10 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
 
 
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
-    """The spec of a run with these arguments, a `DistillationConfig`. Its name is by default that of the loss.
-
-    `folder` is that of its results, within the experiment's; `loss_source` is what `hf_kd.losses.loss_source` gives.
-    """
+    """The spec of a run with these arguments, a `DistillationConfig`; `folder` is within the experiment's."""
     left_out = {"local_rank", "loss_kwargs"}
-    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
-    values = plain(values)
+    given = config.to_dict().items()
+    values = plain({key: value for key, value in given if key not in left_out and not key.endswith("token")})
     return RunSpec(
         name=name or config.loss_class().name,
         seed=values.pop("seed"),
@@ -235,10 +220,9 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The fields that are not resumable and differ, each as "field (old value there, new value here)".
+    """The fields of two specs that are not resumable and differ, each as "field (old value there, new value here)".
 
-    Args:
-        old, new: specs of one class. Of experiments, the runs of one folder are compared; others may be added.
+    Of experiments, the runs of one folder are compared; others may be added.
     """
     found: list[str] = []
     for f in dataclasses.fields(old):
@@ -281,12 +265,7 @@ def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> No
 
 
 def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
-    """Refuses to go on from a checkpoint of another run.
-
-    Raises:
-        ValueError: the folder of the checkpoint has no plan, or another one, with what differs; or the checkpoint is
-            further than the plan goes.
-    """
+    """Refuses to go on from a checkpoint without a plan beside it, of another plan, or beyond this plan's end."""
     folder = Path(checkpoint).absolute().parent
     old = read_plan(folder)
     if old is None:
@@ -305,11 +284,7 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
 
 
 def read_plan(folder: str | os.PathLike) -> Experiment | None:
-    """The plan in a folder, with that folder as its `output_dir`; None if there is none.
-
-    Raises:
-        ValueError: plan.json can't be read.
-    """
+    """The plan in a folder, with that folder as its `output_dir`; None if there is none."""
     file = Path(folder) / PLAN_FILE
     try:
         values = json.loads(file.read_text("utf-8"))

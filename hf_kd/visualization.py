@@ -1,7 +1,7 @@
 """Figures of images and predictions: soft labels, confusions, calibration.
 
-Every plot takes tensors or arrays and returns a matplotlib Figure without global state: a notebook shows it
-if it is the last value of a cell (after `%matplotlib inline`), and `figure.savefig(path)` writes it.
+Every plot takes tensors or arrays and returns a matplotlib Figure. A notebook shows it as the last value of a cell
+(after `%matplotlib inline`), and `figure.savefig(path)` writes it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RIGHT, GAP, GREY = "#3f90da", "#bd1f01", "#555555"
-
 __all__ = ["plot_confusions", "plot_reliability", "plot_soft_labels", "show_images", "uskd_soft_labels"]
 
 
@@ -41,38 +39,28 @@ def show_images(images: Any, titles: Sequence[str] | None = None, columns: int =
     Raises:
         ValueError: no image, another number of titles, or an image that can't be decoded.
     """
-    shown = [_pixels(image) for image in images]
-    titles = [""] * len(shown) if titles is None else titles
-    if not shown or len(titles) != len(shown):
-        raise ValueError(f"{len(shown)} images and {len(titles)} titles: pass one or more, and a title for each")
-    columns = min(columns, len(shown))
-    rows = math.ceil(len(shown) / columns)
+    images = list(images)
+    titles = [""] * len(images) if titles is None else titles
+    if not images or len(titles) != len(images):
+        raise ValueError(f"{len(images)} images and {len(titles)} titles: pass one or more, and a title for each")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
     lines = max(len(title.splitlines()) for title in titles)
     figure = _figure(columns * side, rows * (side + 0.17 * lines))
-    for i, (image, title) in enumerate(zip(shown, titles, strict=True)):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(image)
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=8)
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        _show(figure.add_subplot(rows, columns, i + 1), image, title, fontsize=8)
     return figure
 
 
 def uskd_soft_labels(
     student_logits: Tensor, weak_logits: Tensor, labels: Tensor, target_in_rank: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The soft labels that USKD builds for a batch instead of a teacher's (arXiv 2303.13005); see `uskd_loss`.
+    """The soft labels that USKD builds for a batch instead of a teacher's (arXiv 2303.13005).
 
-    Args:
-        student_logits, weak_logits: (B, C), of the student and of its auxiliary head.
-        labels: int64 (B,) in [0, C).
-        target_in_rank: as in `uskd_loss`.
+    Args and errors as of `uskd_loss`, with integer labels.
 
     Returns:
-        `(target, non_target)`: P (B,), the weight of the target's -log S_t, which is V_t = 1 plus S_t^2 less its mean
-        over this batch; and Z (B, C), 0 at the target, Zipf's 1 / rank elsewhere, each row's sum 1.
-
-    Raises:
-        ValueError: shapes, types or values that do not fit.
+        `(target, non_target)`: P (B,), the weight of the target's -log S_t; and N(Z) (B, C), 0 at the target.
     """
     check_inputs(student_logits, labels, weak_logits=weak_logits)
     student, weak = student_logits.detach().float(), weak_logits.detach().float()
@@ -89,12 +77,10 @@ def plot_soft_labels(
 
     Args:
         soft_labels: (C,), at least 0, or a dict of several by name, drawn side by side and ordered by the first: a
-            teacher's probabilities and the student's, or USKD's Zipf labels and the rankings that they come from.
+            teacher's probabilities and the student's, say.
         names: of the C classes.
         label: the true class; always among the bars.
         image: as in `show_images`, shown on the left.
-        k: number of classes.
-        title: above the figure.
 
     Raises:
         ValueError: no soft labels, values that are negative or not finite, or that do not fit the names.
@@ -120,9 +106,7 @@ def plot_soft_labels(
         axes = figure.subplots()
     else:
         left, axes = figure.subplots(1, 2, width_ratios=[1, 2.2])
-        left.imshow(_pixels(image))
-        left.set_axis_off()
-        left.set_title("" if label is None else names[label], fontsize=10)
+        _show(left, image, "" if label is None else names[label], fontsize=10)
     height, colours = 0.8 / len(values), color_sequences["petroff10"]
     for i, (name, weights) in enumerate(zip(by_name, shown, strict=True)):
         at = np.arange(len(order)) + (i - (len(values) - 1) / 2) * height
@@ -147,8 +131,7 @@ def plot_confusions(
 ) -> Figure:
     """Confusion matrices side by side, and of exactly two (teacher and student) the difference.
 
-    A cell is the share, in % of its row's class, of the images that were taken for its column's class. The colours
-    are those of the errors; the diagonal, the share that is right, is grey.
+    A cell is the share, in % of its row's class, of the images that were taken for its column's class.
 
     Args:
         labels: (N,), integers in [0, C), or -100 for an image that is left out.
@@ -179,26 +162,32 @@ def plot_confusions(
         flat = np.ravel_multi_index(pairs, (classes, classes))
         counts[name] = np.bincount(flat, minlength=classes**2).reshape(classes, classes)
     chosen = _most_confused(np.sum([*counts.values()], axis=0), max_classes)
-    images = np.maximum(np.bincount(labels[kept].astype(int), minlength=classes), 1)[:, None]
-    shares = {name: (100 * count / images)[np.ix_(chosen, chosen)] for name, count in counts.items()}
-    panels = dict(shares)
+    shares = {}
+    for name, count in counts.items():
+        share = 100 * count / np.maximum(count.sum(1, keepdims=True), 1)
+        shares[name] = share[np.ix_(chosen, chosen)]
+    differences = {}
     if len(shares) == 2:
         (first, a), (second, b) = shares.items()
-        panels[f"{second} − {first}, points"] = b - a
+        differences[f"{second} − {first}, points"] = b - a
 
     side = 1.3 + 0.3 * len(chosen)
+    panels = shares | differences
     figure = _figure(side * len(panels) + 0.8, side + 0.6)
-    off = ~np.eye(len(chosen), dtype=bool)
-    top = max(1.0, *(share[off].max(initial=0) for share in shares.values()))
+    ticks = {"ticks": range(len(chosen)), "labels": [names[c] for c in chosen], "fontsize": 8}
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    ticks = {"ticks": range(len(chosen)), "labels": [names[c] for c in chosen], "fontsize": 7}
     for axes, (name, panel) in zip(row, panels.items(), strict=True):
-        _draw_matrix(axes, panel, top, difference=name not in shares)
+        if name in shares:
+            _draw_matrix(axes, panel, "Blues", 0, 100, "{:.0f}")
+        else:
+            largest = max(1, np.abs(panel).max())
+            _draw_matrix(axes, panel, "PuOr", -largest, largest, "{:+.0f}")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(**ticks, rotation=90)
         axes.set_yticks(**ticks)
+        axes.tick_params(length=0)
         axes.set_xlabel("predicted class")
-    figure.axes[0].set_ylabel("true class")
+    row[0].set_ylabel("true class")
     which = "" if len(chosen) == len(names) else f", the {len(chosen)} most confused of {len(names)} classes"
     figure.suptitle(f"% of each true class{which} ({kept.sum()} images)", fontsize=11)
     return figure
@@ -209,15 +198,7 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
 
     A blue bar is the accuracy of the images whose confidence (largest probability) lies in its bin, and the hatched
     one goes from there to their mean confidence: the expected calibration error is the mean length of the hatched
-    bars, weighted by the histogram.
-
-    Args:
-        logits: by name, (N, C).
-        labels: (N,), integers in [0, C), or -100 for an image that is left out.
-        n_bins: as in `expected_calibration_error`.
-
-    Raises:
-        ValueError: shapes that do not fit, n_bins < 1, or no labelled image.
+    bars, weighted by the histogram. `logits` are by name; the rest is as of `expected_calibration_error`.
     """
     labels = torch.as_tensor(_array(labels))
     kept = labels != IGNORED_LABEL
@@ -235,13 +216,13 @@ def plot_reliability(logits: Mapping[str, Any], labels: Any, n_bins: int = 15) -
         gap = np.bincount(bins, confidence.numpy(), n_bins) / np.maximum(count, 1) - accuracy
         x, width = (np.arange(n_bins) + 0.5) / n_bins, 1 / n_bins
         above = figure.add_subplot(grid[0, i])
-        above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-        above.bar(x, accuracy, width, color=RIGHT, edgecolor="white", label="accuracy")
-        above.bar(x, gap, width, accuracy, color="none", hatch="////", edgecolor=GAP, label="to confidence")
+        above.plot([0, 1], [0, 1], color="dimgrey", linestyle="--", linewidth=1)
+        above.bar(x, accuracy, width, color="cornflowerblue", edgecolor="white", label="accuracy")
+        above.bar(x, gap, width, accuracy, color="none", hatch="////", edgecolor="tab:red", label="to confidence")
         above.set_title(f"{name}\ntop-1 {100 * hit.mean():.2f} %, ECE {100 * ece:.2f} %", fontsize=10)
         above.set_ylim(0, 1)
         below = figure.add_subplot(grid[1, i], sharex=above)
-        below.bar(x, 100 * count / count.sum(), width, color=GREY, edgecolor="white")
+        below.bar(x, 100 * count / count.sum(), width, color="dimgrey", edgecolor="white")
         below.set_xlim(0, 1)
         below.set_xlabel("confidence")
         _bare(above)
@@ -265,8 +246,10 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _pixels(image: Any) -> np.ndarray:
-    return decode_rgb(image).permute(1, 2, 0).numpy()
+def _show(axes: Axes, image: Any, title: str, fontsize: int) -> None:
+    axes.imshow(decode_rgb(image).permute(1, 2, 0).numpy())
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=fontsize)
 
 
 def _array(value: Any) -> np.ndarray:
@@ -285,18 +268,10 @@ def _most_confused(counts: np.ndarray, limit: int) -> list[int]:
     return sorted(list(dict.fromkeys(classes))[:limit])
 
 
-def _draw_matrix(axes: Axes, values: np.ndarray, top: float, difference: bool) -> None:
-    """Cells with their rounded values; `top` ends the colour scale of errors, a difference has its own."""
-    diagonal = np.eye(len(values), dtype=bool)
-    if difference:
-        top = max(1.0, np.abs(values).max())
-        axes.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top)
-    else:
-        axes.imshow(np.where(diagonal, np.nan, values), cmap="Reds", vmin=0, vmax=top)
-        axes.imshow(np.where(diagonal, values, np.nan), cmap="Greys", vmin=0, vmax=200)
+def _draw_matrix(axes: Axes, values: np.ndarray, cmap: str, low: float, high: float, form: str) -> None:
+    """Coloured cells with their values, where these do not round to 0."""
+    axes.imshow(values, cmap=cmap, vmin=low, vmax=high)
     for row, column in np.argwhere(np.abs(values.round()) >= 1):
         value = values[row, column]
-        dark = abs(value) > 0.6 * top and (difference or not diagonal[row, column])
-        text = f"{value:{'+' if difference else ''}.0f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    axes.tick_params(length=0)
+        color = "white" if abs(value) > 0.6 * high else "black"
+        axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=color)

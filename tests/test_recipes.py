@@ -126,13 +126,11 @@ def test_the_papers_numbers(tmp_path):
     assert recipes.published_hyperparameters("nkd", "cnn_scratch_cifar")[0] == {"temperature": 3.0, "gamma": 3.5}
     assert recipes.published_hyperparameters("uskd", "vit_scratch")[0] == {"alpha": 1.0, "beta": 0.1, "mu": 0.005}
     assert recipes.published_hyperparameters("uskd", "cnn_scratch_cifar")[0] == {"alpha": 0.1, "beta": 0.1, "mu": 0.1}
-    assert recipes.published_hyperparameters("uskd", "imagenet_deit")[1] == "imagenet"  # one set for all models
+    assert recipes.published_hyperparameters("uskd", "vit_finetune")[1] == "imagenet"  # one set for all models
     (tmp_path / "mine.py").write_text(
         "from hf_kd.losses import CELoss\n\n\nclass Mine(CELoss):\n    name, published = 'mine', {}\n"
     )
-    assert recipes.published_hyperparameters(f"{tmp_path / 'mine.py'}:Mine", "cifar100") == ({}, None)
-    with pytest.raises(ValueError, match="cifar10 is unknown; there are: cifar100, imagenet, imagenet_deit"):
-        recipes.published_hyperparameters("nkd", "cifar10")
+    assert recipes.published_hyperparameters(f"{tmp_path / 'mine.py'}:Mine", "cnn_scratch_cifar") == ({}, None)
     vit, cnn, cifar = (recipes.load(name) for name in ("vit_scratch", "cnn_scratch", "cnn_scratch_cifar"))
     assert [recipe.global_batch_size for recipe in (vit, cnn, cifar)] == [1024, 256, 128]
     for recipe, epochs, decay in ((cnn, [30, 60, 90, 100], 1e-4), (cifar, [60, 120, 160, 200], 5e-4)):
@@ -214,12 +212,13 @@ def test_a_recipe_has_settings_and_no_hyperparameters_of_losses():
     for recipe in map(recipes.load, recipes.names()):
         assert set(recipe.settings) <= set(DistillationConfig.__dataclass_fields__) - LOSS_KWARGS - {"loss_kwargs"}
         assert set(recipe.student) <= {"image_size", "image_mean", "image_std"}
+        assert any(recipe.benchmark in loss.published for loss in LOSSES.values())
     with pytest.raises(ValueError, match="--preset cnn is unknown; there are: cnn_finetune, cnn_scratch"):
         recipes.load("cnn")
 
 
 @pytest.mark.parametrize("file", SHIPPED)
-def test_shipped_configs_that_name_a_recipe_or_a_benchmark_mean_what_they_meant_in_full(file):
+def test_shipped_configs_mean_what_they_meant_in_full(file):
     path = CONFIGS / f"{file}.yaml"
     settings, arguments, losses = SHIPPED[file]
     script, config = parse(["--config", str(path), "--use_cpu"])
@@ -244,16 +243,12 @@ def test_shipped_configs_that_name_a_recipe_or_a_benchmark_mean_what_they_meant_
         assert same == []
 
 
-def test_a_benchmark_gives_the_published_hyperparameters_and_yours_win():
+def test_a_recipe_gives_the_published_hyperparameters_and_yours_win():
     argv = ["--student", "x", "--teacher", "y", "--use_cpu", "--loss", "nkd", "--loss_kwargs", '{"gamma": 9}']
-    script, config = parse([*argv, "--preset", "none", "--benchmark", "cifar100"])
+    script, config = parse([*argv, "--preset", "cnn_scratch_cifar"])
     script.check(config)
-    assert run_configs(script, config, None)[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
-    script, config = parse([*argv, "--preset", "cnn_finetune", "--benchmark", "cifar100"])  # over the preset's own
-    assert run_configs(script, config, "cnn_finetune")[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
-    script, config = parse([*argv, "--benchmark", "cifar"])
-    with pytest.raises(ValueError, match="--benchmark cifar is unknown"):
-        script.check(config)
+    assert run_configs(script, config, "cnn_scratch_cifar")[0][2].loss_kwargs == {"temperature": 3.0, "gamma": 9}
+    assert run_configs(script, config, None)[0][2].loss_kwargs == {"gamma": 9}
 
 
 def test_where_each_setting_came_from():

@@ -1,7 +1,5 @@
 """The console command `hf-kd`."""
 
-from __future__ import annotations
-
 import sys
 
 USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd distill --help` lists the arguments.
@@ -11,11 +9,7 @@ USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd dist
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C.
-
-    Args:
-        argv: the arguments, the subcommand first; default: those of the process.
-    """
+    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         from .. import __version__

@@ -1,71 +1,61 @@
 """The command line's arguments: the script's own, those of `DistillationConfig`, and a YAML file below both."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import DistillationConfig
+from ..config import DistillationConfig, option
 from ..labels import read_class_map
-from ..recipes import EVERY_EPOCH, names, published_hyperparameters
-
-
-def _option(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
+from ..recipes import EVERY_EPOCH, names
 
 
 @dataclass
 class ScriptArguments:
     """What to distil, from what, on which images."""
 
-    student: str | None = _option("Student: a Hub id, timm/NAME, or a local folder with a model or its config.")
-    teacher: str | None = _option("Teacher: a Hub id, timm/NAME, or a local folder.")
-    dataset: str = _option(
+    student: str | None = option("Student: a Hub id, timm/NAME, or a local folder with a model or its config.")
+    teacher: str | None = option("Teacher: a Hub id, timm/NAME, or a local folder.")
+    dataset: str = option(
         "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"
     )
-    preset: str | None = _option(
+    preset: str | None = option(
         f"Settings for what you do not set: {', '.join(names())}, auto (by the student's family), or none. Default: "
         "auto; with a --config file that names no preset: none."
     )
-    benchmark: str | None = _option(
-        "Start from the hyperparameters that were published for a loss on imagenet, imagenet_deit or cifar100. "
-        "Default: the preset's benchmark."
-    )
-    from_scratch: bool = _option("Give the student random weights, not its pretrained ones.", False)
-    compare: dict | str | None = _option(
+    from_scratch: bool = option("Give the student random weights, not its pretrained ones.", False)
+    compare: dict | str | None = option(
         "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', or JSON with "
         'their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
     )
-    verdict: bool = _option(
+    verdict: bool = option(
         "Say whether --loss helped: train the student without it too (and for uskd with twice the cross entropy) from "
         "the same weights and order of data, with each of --seeds, and test the paired differences.",
         False,
     )
-    seeds: list[int] | None = _option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
-    image_size: int | None = _option("Side of the student's square input, in pixels.")
-    image_mean: list[float] | None = _option("Channel means of the pixels, in [0, 1].")
-    image_std: list[float] | None = _option("Channel standard deviations, in [0, 1].")
-    class_map: str | None = _option(
+    seeds: list[int] | None = option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
+    image_size: int | None = option("Side of the student's square input, in pixels.")
+    image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
+    image_std: list[float] | None = option("Channel standard deviations, in [0, 1].")
+    class_map: str | None = option(
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
     )
-    dataset_config: str | None = _option("Configuration of a dataset on the Hub.")
-    train_split: str | None = _option("Split to train on. Default: train.")
-    eval_split: str | None = _option("Split to evaluate on. Default: validation or test.")
-    eval_fraction: float = _option("Share of train to hold out where there is no such split.", 0.1)
-    max_train_samples: int | None = _option("Train on at most so many images, chosen by their content, not a seed.")
-    max_eval_samples: int | None = _option("Evaluate on at most so many images, chosen by their content.")
-    student_revision: str | None = _option("Branch, tag or commit of the student.")
-    teacher_revision: str | None = _option("Branch, tag or commit of the teacher.")
-    dataset_revision: str | None = _option("Branch, tag or commit of the dataset.")
-    trust_remote_code: bool = _option("Run code from the models' repositories.", False)
-    dry_run: bool = _option("Print the plan (runs, steps, sizes, disk) and stop.", False)
-    traceback: bool = _option("Show Python's traceback of an error.", False)
+    dataset_config: str | None = option("Configuration of a dataset on the Hub.")
+    train_split: str | None = option("Split to train on. Default: train.")
+    eval_split: str | None = option("Split to evaluate on. Default: validation or test.")
+    eval_fraction: float = option("Share of train to hold out where there is no such split.", 0.1)
+    max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
+    max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
+    student_revision: str | None = option("Branch, tag or commit of the student.")
+    teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
+    dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
+    trust_remote_code: bool = option("Run code from the models' repositories.", False)
+    dry_run: bool = option("Print the plan (runs, steps, sizes, disk) and stop.", False)
+    traceback: bool = option("Show Python's traceback of an error.", False)
 
     explicit: ClassVar[set[str]] = set()  # names of the arguments that the user has set; no field, thus no argument
 
@@ -75,10 +65,7 @@ class ScriptArguments:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
-        if self.benchmark:
-            published_hyperparameters(config.loss, self.benchmark)
-        if isinstance(self.class_map, str):
-            self.class_map = read_class_map(self.class_map)
+        self.class_map = read_class_map(self.class_map)
         seeds = self.seeds or []
         for seed in seeds:
             if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -168,11 +155,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
-    """Arguments from the command line over those of `--config FILE` over the defaults.
-
-    Raises:
-        ValueError: for a config file that can't be read or has keys that are no arguments; with the nearest ones.
-    """
+    """Arguments from the command line over those of `--config FILE` over the defaults."""
     parser = make_parser(help_all="--help_all" in argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")

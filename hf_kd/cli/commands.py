@@ -1,7 +1,5 @@
 """The subcommands: parse, plan, run, print. Imported when one is run; `hf-kd --help` needs none of it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -9,22 +9,7 @@ from .splits import overlap
 from .transforms import AUGMENTS, Mixer, augment_image, build_transform
 
 __all__ = [
-    "AUGMENTS",
-    "EvaluationCollator",
-    "ImageData",
-    "ImageDataset",
-    "Mixer",
-    "TrainingCollator",
-    "UndecodableImage",
-    "as_image_dataset",
-    "augment_image",
-    "augmentation_of",
-    "build_transform",
-    "class_names",
-    "decode_rgb",
-    "decode_row",
-    "find_columns",
-    "load_data",
-    "overlap",
-    "read_item",
-]
+    "AUGMENTS", "EvaluationCollator", "ImageData", "ImageDataset", "Mixer", "TrainingCollator", "UndecodableImage",
+    "as_image_dataset", "augment_image", "augmentation_of", "build_transform", "class_names", "decode_rgb",
+    "decode_row", "find_columns", "load_data", "overlap", "read_item",
+]  # fmt: skip

@@ -35,8 +35,8 @@ class TrainingCollator:
             batch, or come from torch's global generator where items have no key.
         interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
 
-    Raises:
-        ValueError: on a call: nothing left of a batch, no label or image, or several shapes without a size.
+    A call raises ValueError if nothing is left of a batch, an item has no label or image, or shapes differ without a
+    size.
     """
 
     size: int | None = None
@@ -66,13 +66,8 @@ class TrainingCollator:
 class EvaluationCollator:
     """An evaluation batch, with a black image and label -100 for each that cannot be decoded: ranks must agree on B.
 
-    Args:
-        resize_and_crop: a model's `Preprocessing.resize_and_crop`, a list of uint8 (3, H, W) to uint8 (B, 3, h, w).
-            None: images are stacked and must have one shape.
-        teacher_resize_and_crop: the same for an additional "teacher_pixels".
-
-    Raises:
-        ValueError: on a call: no label or image; without `resize_and_crop` also several shapes, or nothing decoded.
+    `resize_and_crop` is a model's `Preprocessing.resize_and_crop`; None: images are stacked and must have one shape.
+    `teacher_resize_and_crop` is the same for an additional "teacher_pixels". Errors as of `TrainingCollator`.
     """
 
     resize_and_crop: Stack | None = None

@@ -13,12 +13,8 @@ INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row nu
 def find_columns(features: Any, image_column: str | None = None, label_column: str | None = None) -> tuple[str, str]:
     """The names of the image and the label column, of `datasets.Features` or a dataset that has them.
 
-    Args:
-        image_column: its name, or None: the column of images ("image" or "img" if there are several).
-        label_column: its name, or None: "labels", "label" or "fine_label", else the only ClassLabel column.
-
-    Raises:
-        ValueError: a named column does not exist, or there are none or several to choose from; lists the columns.
+    Without a name, `image_column` is the column of images ("image" or "img" if there are several), and `label_column`
+    is "labels", "label" or "fine_label", else the only ClassLabel column. ValueError if there is none, or several.
     """
     features = getattr(features, "features", features) or {}
     # A struct with bytes is what parquet files written without datasets' metadata give.
@@ -57,7 +53,7 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
 def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
     """The splits with `label_column` a ClassLabel of the same names in all of them, every label of it checked.
 
-    A ClassLabel stays as it is; texts become classes in sorted order; integers become the classes "0" to the largest.
+    Texts become classes in sorted order; integers become the classes "0" to the largest.
     """
     feature = next(iter(splits.values())).features[label_column]
     if any(data.features[label_column] != feature for data in splits.values()):
@@ -85,8 +81,8 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
             raise ValueError(
                 f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
                 f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
-                "often published without labels: choose another --eval_split (the training split itself, to hold out "
-                "a part of it), or another --label_column"
+                "often published without labels: pass another --eval_split (or the training split, of which a part is "
+                "held out), or another --label_column"
             )
     if isinstance(feature, datasets.ClassLabel):
         return splits

@@ -55,8 +55,8 @@ class ImageDataset(Dataset):
     """Images and labels of a map-style dataset, decoded and augmented: the items are what `read_item` gives.
 
     What the transform or the dataset itself draws from the global generators of torch, random and numpy depends on
-    seed, epoch and sample key alone, not on workers, order or what ran before; the caller's generators are left as
-    they were. The key is the row number that `load_data` has noted, else the position in `dataset`.
+    seed, epoch and sample key alone; the caller's generators are left as they were. The key is the row number that
+    `load_data` has noted, else the position in `dataset`.
 
     Args:
         dataset: a `datasets.Dataset` with an image column, read undecoded whatever its format is; or any other dataset
@@ -64,9 +64,8 @@ class ImageDataset(Dataset):
         image_column, label_column, transform: see `find_columns` and `read_item`.
         seed: not negative.
 
-    Attributes:
-        replacement: True, for training: in a batch without one image that can be decoded, the next in the dataset that
-            can be replaces it, so that every process has a batch.
+    With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
+    can be, so that every process has a batch.
     """
 
     replacement = False
@@ -132,7 +131,6 @@ class ImageDataset(Dataset):
             return [read_item(row, key, *options) for key, row in self._rows(indices)]
 
     def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Sample keys and rows."""
         keys = [index % len(self) if self._keys is None else int(self._keys[index]) for index in indices]
         if self._undecoded:
             yield from zip(keys, self.dataset.__getitems__(indices), strict=True)
@@ -155,7 +153,7 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
     """The `ImageDataset` of a map-style dataset, or of each in a dict; a name or None stays as it is.
 
     Args:
-        id2label: the student's class names; None: not known, and not checked.
+        id2label: the student's class names, with which those of the data must agree; None: not known.
         args: for `image_column`, `label_column` and `data_seed`.
         wrap: False, for a data_collator of the user's own: only a `datasets.Dataset` with an image column is decoded.
 
@@ -184,10 +182,7 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:
-    """`args.augment` if it applies to a training dataset as `as_image_dataset` gives it.
-
-    Else None, or a ValueError if it was asked for.
-    """
+    """`args.augment` if it applies to a training dataset; else None, or a ValueError if it was asked for."""
     if not isinstance(dataset, ImageDataset):
         reason = "your data_collator receives its items unchanged"
     elif dataset.transform or (isinstance(dataset._source, ImageDataset) and dataset._source.transform):

@@ -70,15 +70,12 @@ def _file_hashes(paths: list[str]) -> list[int]:
 
 
 def sort_rows(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The one order by which images are chosen: evaluation takes from its front, training from its end.
+    """The rows, int64 (n,), in the one order by which images are chosen, and their positions, float64 (n,) in [0, 1].
 
-    An image's position is i / n if its hash is the i-th smallest (from 0) of its class's n different ones: those below
-    a fraction f are the ⌈f·n⌉ smallest of each class. The last of each class has 1, so that no class is held out as a
-    whole. Equal images of several classes have the smallest of their positions, so that none is on both sides.
-    Training must not take from the front: a teacher could not be measured on what a larger fraction holds out.
-
-    From hashes, uint64 (n,), and labels, integers (n,), it gives the rows in that order, ties by hash, int64 (n,); and
-    the position of each row, float64 (n,) in [0, 1].
+    Evaluation takes from the front, training from the end: a teacher could not be measured on what a larger fraction
+    holds out, if training took from the front. An image's position is i / n if its hash (uint64) is the i-th smallest
+    (from 0) of its class's n different ones, but 1 for the last, so that no class is held out as a whole. Equal images
+    of several classes have the smallest of their positions, so that none is on both sides. Ties go by hash.
     """
     pairs = np.stack([labels.astype(np.uint64), hashes], axis=1)
     pairs, pair_of_row = np.unique(pairs, axis=0, return_inverse=True)
@@ -106,7 +103,7 @@ def fingerprint(*parts: str | None) -> str:
 def overlap(ours: dict[str, Any], theirs: dict[str, Any]) -> int | None:
     """How many of our evaluation images a teacher was trained on, by `ImageData.describe()` or the "data" of a record.
 
-    By the order of `sort_rows` it follows from the sizes. None: another dataset, or a record without fingerprints.
+    It follows from the sizes (see `sort_rows`). None: another dataset, or a record without fingerprints.
     """
     our_prints, their_prints = (data.get("split_fingerprints") or {} for data in (ours, theirs))
     if not set(our_prints.values()) & set(their_prints.values()):

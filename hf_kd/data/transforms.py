@@ -96,16 +96,13 @@ class Mixer:
     """Mixup and CutMix of a batch; with both on, each batch gets one of them with equal probability.
 
     Called with pixels, uint8 (B, 3, H, W) or float, and labels, int64 (B,) in [0, C) or float (B, C), it gives float32
-    pixels (uint8 is scaled to [0, 1]) and float32 labels (B, C) whose rows sum to 1. It draws from torch's global
-    generator alone. Each image is mixed with its neighbour in the batch.
+    pixels in [0, 1] and float32 labels (B, C) whose rows sum to 1. It draws from torch's global generator alone. Each
+    image is mixed with its neighbour in the batch.
 
     Args:
         num_classes: C.
         mixup_alpha: of Beta(α, α), from which mixup draws its weight (arXiv 1710.09412); 0 turns it off.
-        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899).
-
-    Raises:
-        ValueError: a negative alpha, or both 0.
+        cutmix_alpha: the same for the area that CutMix keeps (arXiv 1905.04899). Not both are 0.
     """
 
     def __init__(self, num_classes: int, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:

@@ -1,7 +1,5 @@
 """The output folder of an experiment: its plan, which runs are finished, and the room on its disk."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -12,17 +10,12 @@ from ..reporting.record import RUN_FILE, redact, write_json
 from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, differences, read_plan
 from .lock import RunLock
 
-GIGABYTE = 1e9
-
 
 def open_folder(experiment: Experiment, resume: bool) -> None:
     """Writes plan.json into the output folder, or holds the plan against the one that is there.
 
     A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
     what is resumable.
-
-    Raises:
-        ValueError: the folder holds something else, or nothing is left in it to be started.
     """
     folder = Path(experiment.output_dir)
     old = earlier_plan(folder, resume) or _create_plan(experiment)
@@ -58,11 +51,7 @@ def continues(folder: str | os.PathLike, resume: bool | str) -> bool:
 
 
 def earlier_plan(folder: str | os.PathLike, resume: bool) -> Experiment | None:
-    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`.
-
-    Raises:
-        ValueError: the folder is in use and has no plan, or there is nothing in it to resume.
-    """
+    """The plan that is in an output folder already; None where the folder is empty or missing, if not to `resume`."""
     folder = Path(folder)
     old = read_plan(folder)
     if old is None and folder.is_dir() and any(folder.iterdir()):
@@ -111,6 +100,6 @@ def check_disk(experiment: Experiment) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{needed / GIGABYTE:.1f} GB are needed in {experiment.output_dir} and {free / GIGABYTE:.1f} GB are free: "
+            f"{needed / 1e9:.1f} GB are needed in {experiment.output_dir} and {free / 1e9:.1f} GB are free: "
             "choose another --output_dir, or keep fewer checkpoints with --save_total_limit 1 or --save_strategy no."
         )

@@ -1,7 +1,5 @@
 """How this process was launched, and whether as many processes run as were asked for."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -14,9 +12,7 @@ from ..config import DistillationConfig
 def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[str]:
     """A command line that starts hf_kd with these arguments in the way in which this process was started.
 
-    Args:
-        arguments: of hf_kd, the subcommand first.
-        module: True: through `-m hf_kd`, where a script takes no subcommand but `distill`.
+    With `module` through `-m hf_kd`, where a script takes no subcommand but `distill`.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     script = ["-m", "hf_kd", *arguments] if module else [sys.argv[0], *arguments[1:]]
@@ -37,7 +33,7 @@ def _by_accelerate() -> bool:
 
 
 def _asked_of_accelerate() -> int | None:
-    """The number of processes that `accelerate launch` was asked for where it started only one; None: one, or unknown.
+    """How many processes `accelerate launch` was asked for where it started only one; None: one, or unknown.
 
     It leaves no number in the environment then, but sets MASTER_ADDR.
     """
@@ -55,11 +51,7 @@ def _asked_of_accelerate() -> int | None:
 
 
 def check_processes(config: DistillationConfig) -> None:
-    """Refuses to train with another number of processes than the launcher was asked for.
-
-    Raises:
-        ValueError: with the command that starts them.
-    """
+    """Refuses to train with another number of processes than the launcher was asked for."""
     asked = _asked_of_accelerate() or int(os.environ.get("WORLD_SIZE", 1))
     if asked == config.world_size:
         return

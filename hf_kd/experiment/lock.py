@@ -1,7 +1,5 @@
 """Who trains a run: a lock in its folder, so that no two processes write into one."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -21,10 +19,9 @@ LOCK_FILE = "run.lock"
 class RunLock:
     """The right to train one run, held by one process until `release` or its end.
 
-    The lock file holds process id and host and stays behind, as the mark that somebody started the run. The lock
-    itself is POSIX's (`fcntl.lockf`): it ends with the process, and the workers of a data loader do not inherit it, so
-    that a killed run can be resumed at once. It also holds between machines on NFS. Where the file system has no such
-    locks, a lock is stale if its process is gone from this host; one of another host must be removed by hand.
+    The file holds process id and host, and stays as the mark that the run was started. The lock itself is POSIX's: it
+    ends with the process, is not inherited by the workers of a data loader, and holds between machines on NFS. Where
+    there are no such locks, one is stale if its process is gone from this host; another host's is removed by hand.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -33,7 +30,6 @@ class RunLock:
 
     @property
     def started(self) -> bool:
-        """Whether somebody has started this run, now or earlier."""
         return self.file.exists()
 
     def acquire(self, new: bool) -> bool:

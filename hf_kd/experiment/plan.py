@@ -1,7 +1,5 @@
 """From the parsed arguments to a frozen plan. Nothing is written, and no weights are loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -37,13 +35,7 @@ logger = logging.get_logger(__name__)
 def plan(script, config: DistillationConfig, command: str | None = None) -> Experiment:
     """Resolves what the arguments ask for: commits, recipe, runs, data, sizes and the disk space that it takes.
 
-    Args:
-        script: the `ScriptArguments` of the command line: what to distil.
-        config: how to train.
-        command: the command line, kept for the record.
-
-    Raises:
-        ValueError: arguments that do not fit together, or a model or dataset that can't be used.
+    `script` (`ScriptArguments`) says what to distil, `config` how, and `command` is kept for the record.
     """
     check_processes(config)
     script.check(config)
@@ -64,7 +56,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         config, changed = recipes.apply(recipe, config, script.explicit)
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
-    preset = recipes.describe(recipe, changed, losses, script.benchmark) if recipe else None
+    preset = recipes.describe(recipe, changed, losses) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)
@@ -169,24 +161,22 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
 
 def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
     """The student's number of parameters, without memory for them, and the side of its input."""
-    hub_options = student.hub
-    config = student_config(student.id, student.from_scratch, student.image_size, hub_options)
+    config = student_config(student.id, student.from_scratch, student.image_size, student.hub)
     config.num_labels = len(names)
     with torch.device("meta"):
         model = build(config, student.trust_remote_code)
-    return sum(p.numel() for p in model.parameters()), _input_side(student, config, hub_options)
+    return sum(p.numel() for p in model.parameters()), _input_side(student, config)
 
 
 def _check_teacher(teacher: ModelSource, names: list[str]) -> int:
     """The side of the teacher's input. Raises ValueError for classes that are not those of the data."""
-    hub_options = teacher.hub
-    config = load_config(teacher.id, hub_options)
+    config = load_config(teacher.id, teacher.hub)
     ClassMapping.between(config.id2label, names, teacher.class_map)
-    return _input_side(teacher, config, hub_options)
+    return _input_side(teacher, config)
 
 
-def _input_side(source: ModelSource, config, hub_options: dict[str, Any]) -> int:
-    processor = processor_for(SimpleNamespace(config=config), source.id, hub_options)
+def _input_side(source: ModelSource, config) -> int:
+    processor = processor_for(SimpleNamespace(config=config), source.id, source.hub)
     return max(Preprocessing(adjust_processor(processor, source.image_size, source.image_mean, source.image_std)).size)
 
 

@@ -1,7 +1,5 @@
 """Carrying out a plan, or going on with one: the runs that are to be trained, the comparison, cards and push."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -39,17 +37,8 @@ logger = logging.get_logger(__name__)
 def run(experiment: Experiment, resume: bool | str = False, token: str | None = None) -> list[dict]:
     """Trains the runs of a plan, and writes models, records, curves and cards; pushes if the plan says so.
 
-    Args:
-        experiment: the plan.
-        resume: True: go on with each run from its newest complete checkpoint; a path: with the only run from that
-            checkpoint; False: train the runs that nobody has started.
-        token: for the Hub; default: the one that is logged in.
-
-    Returns:
-        The records of the finished runs, as far as they are known to this process.
-
-    Raises:
-        ValueError: the folder holds another experiment, or nothing is left to do in it.
+    `resume` goes on with each run from its newest complete checkpoint (True), or with the only run from a path's;
+    False trains the runs that nobody has started. Returns the records of the finished runs that this process knows.
     """
     configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
     state = PartialState()
@@ -86,20 +75,13 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     return list(records.values())
 
 
-def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
-    """`run` for every run that is not finished of the experiment whose plan.json is in a folder.
-
-    Raises:
-        ValueError: there is no plan, or it is run with another number of processes.
-    """
+def resume(folder: str | os.PathLike) -> list[dict]:
+    """`run` for every unfinished run of the experiment whose plan.json is in a folder."""
     experiment = read_plan(folder)
     if experiment is None:
-        raise ValueError(
-            f"there is no {PLAN_FILE} in {os.fspath(folder)}: give the --output_dir of an experiment of hf_kd, as in "
-            "`hf-kd resume outputs/quickstart`."
-        )
+        raise ValueError(f"there is no {PLAN_FILE} in {folder}: give the --output_dir of an experiment of hf_kd.")
     first = experiment.runs[0]
-    config = _config(experiment, first, token)
+    config = _config(experiment, first, None)
     check_processes(config)
     if config.world_size != first.processes:
         raise ValueError(
@@ -107,11 +89,11 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
             f"would differ. Launch as many, as in: accelerate launch --num_processes {first.processes} -m hf_kd "
             f"resume {folder}"
         )
-    return run(experiment, resume=True, token=token)
+    return run(experiment, resume=True)
 
 
 def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:
-    """The arguments of a run. If its loss is the user's own, its file must be the one that the plan was made with."""
+    """The arguments of a run. A loss of the user's own must be in the file that the plan was made with."""
     source = spec.loss.source
     if source and (now := loss_source(spec.loss.name)) != source:  # before the loss is imported
         raise ValueError(

@@ -1,16 +1,14 @@
 """A plan in words, for the terminal."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from ..spec import DataSource, Experiment, ModelSource
-from .folder import GIGABYTE
 
 
 def introduction(experiment: Experiment) -> str:
     """What is printed before training: the recipe in use and where its values come from."""
-    return _recipe(experiment) or f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
+    without = f"{len(experiment.runs)} run(s), see plan.json in {experiment.output_dir}"
+    return (experiment.preset or {}).get("text", without)
 
 
 def summary(experiment: Experiment) -> str:
@@ -30,13 +28,13 @@ def summary(experiment: Experiment) -> str:
         f"images    {experiment.train_image_size} px in training",
         f"training  {needs.get('steps', 0):,} steps a run of {batch * first.processes} images, "
         f"{first.processes} process(es)",
-        f"output    {experiment.output_dir}, up to {needs.get('disk_bytes', 0) / GIGABYTE:.2f} GB",
+        f"output    {experiment.output_dir}, up to {needs.get('disk_bytes', 0) / 1e9:.2f} GB",
         f"runs      {len(experiment.runs)}",
     ]
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {run.folder}")
-    lines += [*_provenance(experiment), _recipe(experiment), "dry run: nothing was written."]
+    lines += [*_provenance(experiment), (experiment.preset or {}).get("text", ""), "dry run: nothing was written."]
     return "\n".join(filter(None, lines))
 
 
@@ -49,10 +47,6 @@ def _provenance(experiment: Experiment) -> list[str]:
         if key in values:
             by_source.setdefault(source, []).append(f"{key} {values[key]}")
     return [f"set by {source}: {', '.join(settings)}" for source, settings in sorted(by_source.items())]
-
-
-def _recipe(experiment: Experiment) -> str:
-    return (experiment.preset or {}).get("text", "")
 
 
 def _source(source: ModelSource | DataSource) -> str:

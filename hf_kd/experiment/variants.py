@@ -1,7 +1,5 @@
 """Which runs the arguments ask for: each loss of a comparison with each seed."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 
@@ -12,11 +10,7 @@ from ..reporting.significance import BASELINE
 
 
 def variants(script, config: DistillationConfig) -> dict[str, dict]:
-    """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss".
-
-    Raises:
-        ValueError: `--compare` that can't be read; naming what is wrong.
-    """
+    """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss"."""
     numbers = config.loss_kwargs or {}
     single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:
@@ -47,11 +41,8 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
 
 
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:
-    """Name, folder (within the experiment's) and arguments of each run, seed by seed.
-
-    The losses start from the hyperparameters published for `script.benchmark`, by default that of the recipe.
-    """
-    losses, benchmark = variants(script, config), script.benchmark or recipe
+    """Name, folder (within the experiment's) and arguments of each run, seed by seed."""
+    losses = variants(script, config)
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
     runs = []
     for seed in seeds:  # the outer loop, so that a comparison that is cut off has whole pairs
@@ -59,8 +50,8 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             values = dict(values)
             loss = values.pop("loss", name)
             name = loss_class(loss).name if name == loss else name  # of a class of the user's own
-            if benchmark:
-                values = published_hyperparameters(loss, benchmark)[0] | values
+            if recipe:
+                values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
             run = replace(
                 config,

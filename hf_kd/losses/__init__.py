@@ -8,18 +8,6 @@ from .nkd import NKDLoss, nkd_loss
 from .uskd import USKDLoss, uskd_loss
 
 __all__ = [
-    "LOSSES",
-    "CELoss",
-    "DistillationLoss",
-    "KDLoss",
-    "NKDLoss",
-    "Progress",
-    "USKDLoss",
-    "ce_loss",
-    "get_loss",
-    "kd_loss",
-    "loss_class",
-    "loss_source",
-    "nkd_loss",
-    "uskd_loss",
-]
+    "LOSSES", "CELoss", "DistillationLoss", "KDLoss", "NKDLoss", "Progress", "USKDLoss", "ce_loss", "get_loss",
+    "kd_loss", "loss_class", "loss_source", "nkd_loss", "uskd_loss",
+]  # fmt: skip

@@ -19,10 +19,8 @@ INPUTS = {
 class Progress(NamedTuple):
     """How far the training is when a loss is called. The micro-batches of one optimizer step have the same.
 
-    Attributes:
-        step: optimizer steps done, in [0, max_steps).
-        max_steps: optimizer steps of the whole training.
-        epoch: epochs done, with a fraction: exactly 1.0 in the first step of the second epoch.
+    step is the number of optimizer steps done, in [0, max_steps); epoch has a fraction, and is exactly 1.0 in the
+    first step of the second epoch.
     """
 
     step: float = 0.0
@@ -110,8 +108,7 @@ class DistillationLoss(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor arguments: what `get_loss(name, **hyperparameters)` makes the same loss of.
 
-        Raises:
-            ValueError: the loss does not keep one of them.
+        ValueError if the loss does not keep one of them.
         """
         names = list(inspect.signature(type(self)).parameters)
         if missing := [name for name in names if not hasattr(self, name)]:
@@ -131,11 +128,7 @@ class DistillationLoss(nn.Module):
 
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-        """What records keep of a loss, so that cards and verdicts need not import it.
-
-        Args:
-            hyperparameters: of this run, where the formula depends on which are given.
-        """
+        """What records keep of a loss with these hyperparameters, so that cards and verdicts need not import it."""
         return {
             "title": cls.title,
             "formula": cls.formula,

@@ -12,16 +12,12 @@ def ce_loss(
     """Cross entropy, weight * mean_batch(-sum_i V_i log S_i).
 
     Args:
-        student_logits: (B, C), any floating dtype; computed in float32.
-        labels: int64 (B,) in [0, C), or floating point (B, C), V as it stands.
+        student_logits, labels: as of `nkd_loss`; V are the labels as they stand.
         weight: >= 0.
         label_smoothing: e in [0, 1]; V becomes (1 - e) V + e / C (Szegedy et al. 2016), soft labels too.
 
     Returns:
-        {"ce"}: a scalar in nats.
-
-    Raises:
-        ValueError: wrong shapes, dtypes, numbers, or (on CPU) values.
+        {"ce"}: a scalar in nats. Errors as of `nkd_loss`.
     """
     check_number("weight", weight, 0)
     check_number("label_smoothing", label_smoothing, 0, 1)

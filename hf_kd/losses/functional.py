@@ -27,8 +27,8 @@ class Targets(NamedTuple):
 def top_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
     """Read integer labels (B,) or soft labels (B, C) as at most two targets per row.
 
-    The largest label value is a target. The second-largest is one iff it is strictly larger than the third-largest
-    (with C = 2: larger than 0), so that the uniform background of label smoothing is not a target.
+    The largest value is a target; the second-largest if it exceeds the third (with C = 2: 0), which label smoothing's
+    uniform background does not.
     """
     if labels.ndim == 1:
         index = labels[:, None]
@@ -70,22 +70,14 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
 def check_inputs(
     student_logits: Tensor, labels: Tensor | None = None, force_values: bool = False, **logits: Tensor
 ) -> None:
-    """Check shapes and dtypes always, values where that is free of a device sync.
-
-    Values are checked on CPU tensors, and on other devices only with `force_values`; never while compiling.
-
-    Raises:
-        ValueError: says which argument, which value, and what to change.
-    """
+    """Check shapes and dtypes, and values where that needs no device sync (on the CPU) or with `force_values`."""
     shape = tuple(student_logits.shape)
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2 or not student_logits.is_floating_point():
         raise _unexpected("student_logits", student_logits, "floating point of shape (B, C) with B >= 1 and C >= 2")
     for name, other in logits.items():
         if other.ndim == 2 and other.shape[0] == shape[0] and other.shape[1] != shape[1]:
-            raise ValueError(
-                f"{name} has {other.shape[1]} classes, student_logits has {shape[1]}: "
-                "bring both to the same classes in the same order first"
-            )
+            problem = f"{name} has {other.shape[1]} classes, student_logits has {shape[1]}"
+            raise ValueError(f"{problem}: bring both to the same classes in the same order first")
         if tuple(other.shape) != shape or not other.is_floating_point():
             raise _unexpected(name, other, f"floating point of the student_logits' shape {shape}")
     if labels is not None:
@@ -109,10 +101,8 @@ def _check_label_values(labels: Tensor, classes: int) -> None:
     if labels.ndim == 2:
         _check_finite("labels", labels)
         if labels.min() < 0:
-            raise ValueError(
-                f"labels hold {(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}: "
-                "soft labels are probabilities"
-            )
+            negative = f"{(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}"
+            raise ValueError(f"labels hold {negative}: soft labels are probabilities")
         return
     bad = labels[(labels < 0) | (labels >= classes)]
     if bad.numel():

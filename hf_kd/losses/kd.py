@@ -16,16 +16,12 @@ def kd_loss(
     """weight * t^2 * KL(softmax(teacher / t) || softmax(student / t)), mean over the batch (arXiv 1503.02531).
 
     Args:
-        student_logits: (B, C), any floating dtype; computed in float32.
-        teacher_logits: (B, C), same classes in the same order; gets no gradient.
+        student_logits, teacher_logits: as of `nkd_loss`.
         temperature: t > 0; t^2 keeps the gradient's size independent of it.
         weight: >= 0.
 
     Returns:
-        {"kd"}: a scalar in nats, without the cross entropy.
-
-    Raises:
-        ValueError: wrong shapes, dtypes, numbers, or (on CPU) values.
+        {"kd"}: a scalar in nats, without the cross entropy. Errors as of `nkd_loss`.
     """
     check_number("temperature", temperature, 0, above=True)
     check_number("weight", weight, 0)

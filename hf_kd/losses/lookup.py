@@ -1,7 +1,4 @@
-"""Which loss a name stands for: one of `LOSSES`, or a class of your own, `package.module:Class` or `file.py:Class`.
-
-A class of your own is imported when you name it. Readers of records look in `LOSSES` alone and import nothing.
-"""
+"""Which loss a name stands for: one of `LOSSES`, or a class of your own."""
 
 import difflib
 import hashlib
@@ -24,10 +21,9 @@ LOSSES: dict[str, type[DistillationLoss]] = {"ce": CELoss, "kd": KDLoss, "nkd": 
 
 
 def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
-    """The class of a loss.
+    """The class of a loss: a key of `LOSSES`, `package.module:Class`, `file.py:Class`, or a class, which is checked.
 
-    Args:
-        name: a key of `LOSSES`, `package.module:Class`, `file.py:Class`, or a class, which is checked and returned.
+    A class of your own is imported when you name it. Readers of records look in `LOSSES` alone and import nothing.
 
     Raises:
         ValueError: unknown name (the nearest are named), a file or module that cannot be imported, or a class that is
@@ -50,18 +46,13 @@ def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_loss(value)]
         near = ", ".join(difflib.get_close_matches(attribute, classes, n=3, cutoff=0))
-        raise ValueError(
-            f"loss {name!r}: {origin} has no class {attribute}; it has {near or 'no subclass of DistillationLoss'}"
-        )
+        near = near or "no subclass of DistillationLoss"
+        raise ValueError(f"loss {name!r}: {origin} has no class {attribute}; it has {near}")
     return _checked(found, name)
 
 
 def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
-    """Build the loss `name` (see `loss_class`) with its constructor's arguments.
-
-    Raises:
-        ValueError: unknown name, unknown argument, or a number out of its range.
-    """
+    """Build the loss `name` (see `loss_class`) with its constructor's arguments; ValueError for wrong ones."""
     cls = loss_class(name)
     accepted = inspect.signature(cls).parameters
     for key, value in kwargs.items():
@@ -73,8 +64,7 @@ def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
 def loss_source(loss: str | type[DistillationLoss]) -> dict[str, str] | None:
     """Where the code of a loss of your own is: its file's `path` and `sha256`. The loss itself is not imported.
 
-    Returns:
-        None for hf_kd's own losses, and for a class that no file holds, as in a notebook.
+    None for hf_kd's own losses, and for a class that no file holds, as in a notebook.
     """
     if loss in LOSSES or loss in LOSSES.values():
         return None

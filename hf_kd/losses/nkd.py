@@ -5,14 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss
-from .functional import (
-    at_least_float32,
-    check_inputs,
-    check_number,
-    mask_targets,
-    top_targets,
-    warn_if_no_non_target,
-)
+from .functional import at_least_float32, check_inputs, check_number, mask_targets, top_targets, warn_if_no_non_target
 
 SOFT_LABELS = ("two_hot", "argmax")
 
@@ -108,11 +101,7 @@ class NKDLoss(DistillationLoss):
     }
 
     def __init__(
-        self,
-        temperature: float = 1.0,
-        gamma: float = 1.5,
-        soft_labels: str = "two_hot",
-        label_smoothing: float = 0.0,
+        self, temperature: float = 1.0, gamma: float = 1.5, soft_labels: str = "two_hot", label_smoothing: float = 0.0
     ) -> None:
         super().__init__(label_smoothing)
         _check_numbers(temperature, gamma, soft_labels)

@@ -37,20 +37,16 @@ def uskd_loss(
         non_target  -beta sum_i N(Z)_i log N(S)_i  Z_i = 1 / position of class i by falling N(W)_i + N(S)_i
         weak        -mu sum_i V'_i log W_i         V' = 0.9 V + 0.1 / C
 
-    S and W are the student's and the auxiliary head's probabilities; N renormalises over the non-target classes. P and
-    Z carry no gradient, so the auxiliary head learns from its own term only. The ranking adds probabilities, not logs.
-    With C = 2 (or C = 3 and two targets) non_target is exactly 0, which is warned of once.
+    S and W are the student's and the auxiliary head's probabilities; N and the targets are those of `nkd_loss` with
+    soft_labels="two_hot". P and Z carry no gradient, so the auxiliary head learns from its own term only.
 
     mean_batch is a batch statistic: the loss of an image changes with batch size, gradient accumulation and number of
-    ranks. With integer labels P has batch mean 1, so that ce + target is close to twice the cross entropy: compare
-    with a run at doubled cross entropy too.
+    ranks. Of the second target it is over the rows that have one. With integer labels P has batch mean 1, so that
+    ce + target is close to twice the cross entropy: compare with a run at doubled cross entropy too.
 
     Args:
-        student_logits: (B, C), any floating dtype; computed in float32.
+        student_logits, labels: as of `nkd_loss`.
         weak_logits: (B, C), of a linear head on the student's pooled intermediate feature; trained by this loss.
-        labels: int64 (B,) in [0, C), or floating point (B, C). One-hot rows equal integers. Of soft labels the largest
-            value is a target, and so is the second-largest if it exceeds the third; the mean of the second target's
-            S_k^2 is over the rows that have one.
         alpha, beta, mu: >= 0, weights of the three terms.
         target_in_rank: True, as the official code does: all C classes are ranked, so a target in first place leaves 2
             as the best non-target's position. False: only non-targets take positions.
@@ -59,10 +55,7 @@ def uskd_loss(
             with the same kind of labels.
 
     Returns:
-        {"target", "non_target", "weak"}: scalars in nats.
-
-    Raises:
-        ValueError: wrong shapes, dtypes, numbers, or (on CPU) values.
+        {"target", "non_target", "weak"}: scalars in nats. Errors as of `nkd_loss`.
     """
     _check_numbers(alpha=alpha, beta=beta, mu=mu)
     check_inputs(student_logits, labels, weak_logits=weak_logits)

@@ -15,14 +15,9 @@ from .classification import (
 )
 
 __all__ = [
-    "ClassificationMeter",
-    "agreement",
-    "expected_calibration_error",
-    "module_path",
-    "sample_statistics",
-    "teacher_kl",
+    "ClassificationMeter", "agreement", "expected_calibration_error", "module_path", "sample_statistics", "teacher_kl",
     "top_k_accuracy",
-]
+]  # fmt: skip
 
 
 def module_path(name: str) -> str:
@@ -32,9 +27,6 @@ def module_path(name: str) -> str:
         name: "top_k_accuracy" (`k=` for `load` or `compute`) or "expected_calibration_error" (`n_bins=`), whose
             references are labels (N,); "teacher_agreement" or "teacher_kl", whose references are the teacher's
             logits. The results have the names that the trainer gives them: top1, ece, agreement, kl.
-
-    Raises:
-        ValueError: no such module; the message lists them.
     """
     folder = Path(__file__).parent / "evaluate_modules"
     known = sorted(path.parent.name for path in folder.glob("*/*.py"))

@@ -1,7 +1,6 @@
 """Top-k accuracy, calibration error, and agreement with a teacher, whole or streamed.
 
-An evaluation over several ranks gathers `sample_statistics` (a few numbers per image, not C logits per image) and
-feeds them to a `ClassificationMeter`, whose memory does not grow with the dataset.
+An evaluation over several ranks gathers `sample_statistics` and feeds them to a `ClassificationMeter`.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ from ..losses.functional import at_least_float32
 IGNORED_LABEL = -100
 """An image with this label counts nowhere (padding of the last batch, unlabelled images)."""
 
-COLUMNS = ("weight", "ce", "top1", "top5", "confidence")
+COLUMNS = ("weight", "loss", "top1", "top5", "confidence")
 TEACHER_COLUMNS = ("agreement", "kl", "teacher_top1")
 
 
@@ -38,18 +37,14 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
 def agreement(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Share of the images, in [0, 1], for which student and teacher predict the same class (Stanton et al. 2021).
 
-    Args:
-        student_logits, teacher_logits: (B, C), the same class order in both.
-
-    Raises:
-        ValueError: the shapes differ, or B is 0.
+    Both logits are (B, C) with the same class order; ValueError if the shapes differ or B is 0.
     """
     student, teacher = _checked_pair(student_logits, teacher_logits)
     return _mean(student.argmax(-1) == teacher.argmax(-1))
 
 
 def teacher_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
-    """Mean over the images of KL(teacher || student) at temperature 1, in nats, at least 0 (Kullback, Leibler 1951).
+    """Mean over the images of KL(teacher || student) at temperature 1, in nats (Kullback, Leibler 1951).
 
     Args and errors as of `agreement`.
     """
@@ -60,14 +55,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15)
     """Expected calibration error in [0, 1] (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
 
     ECE = sum_b n_b / n · |accuracy_b − confidence_b| over the bins (b/M, (b+1)/M], b = 0 … M−1, of the largest softmax
-    probability. The figure depends on M: compare only with the same `n_bins`.
-
-    Args:
-        logits, labels: as of `top_k_accuracy`.
-        n_bins: M, at least 1.
-
-    Raises:
-        ValueError: the shapes do not fit, n_bins < 1, or no image has a label.
+    probability. The figure depends on M, which is `n_bins`, at least 1. The rest is as of `top_k_accuracy`.
     """
     meter = ClassificationMeter(n_bins)
     meter.update(sample_statistics(logits, labels))
@@ -111,10 +99,8 @@ class ClassificationMeter:
     """Streams rows of `sample_statistics` into the metrics of a whole dataset.
 
     `update` stays on the rows' device, never waits for it, and keeps two short vectors however many images come. Sums
-    are float64 (on mps float32), so the order of the batches does not matter.
-
-    Args:
-        n_bins: bins of the expected calibration error (Guo et al. 2017), at least 1.
+    are float64 (on mps float32), so the order of the batches does not matter. `n_bins` is that of
+    `expected_calibration_error`.
     """
 
     def __init__(self, n_bins: int = 15):
@@ -128,8 +114,7 @@ class ClassificationMeter:
     def update(self, stats: Tensor) -> None:
         """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
 
-        Raises:
-            ValueError: another number of columns, or not the number of the first update.
+        ValueError for another number of columns than before.
         """
         columns = {len(COLUMNS), len(COLUMNS + TEACHER_COLUMNS)} if self._sums is None else {len(self._sums)}
         if stats.ndim != 2 or stats.shape[1] not in columns:
@@ -146,22 +131,18 @@ class ClassificationMeter:
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
 
     def compute(self) -> dict[str, float]:
-        """The metrics of all rows so far.
+        """The metrics of all rows so far; ValueError if none has a positive weight.
 
         Returns:
             loss (mean cross-entropy, nats), top1, top5, ece (all in [0, 1]), n (images counted); if the rows came with
             a teacher, also agreement (in [0, 1]), kl (nats) and teacher_top1 (in [0, 1]).
-
-        Raises:
-            ValueError: no row of positive weight was seen.
         """
         if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
         n, *sums = self._sums.tolist()
-        mean = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
-        metrics = {"loss": mean["ce"], "top1": mean["top1"], "top5": mean["top5"]}
-        metrics |= {"ece": self._gaps.abs().sum().item() / n, "n": n}
-        return metrics | {name: mean[name] for name in TEACHER_COLUMNS if name in mean}
+        metrics = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
+        del metrics["confidence"]
+        return metrics | {"ece": self._gaps.abs().sum().item() / n, "n": n}
 
 
 def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:

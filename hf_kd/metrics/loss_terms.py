@@ -14,20 +14,14 @@ class LossTerms:
         self._first_step = 0
 
     def add(self, terms: dict[str, Tensor], step: int) -> None:
-        """Adds the terms of a micro-batch, scalars that are each its share of the mean over its optimizer step.
-
-        `step` is the number of optimizer steps done before this one.
-        """
+        """Adds a micro-batch's terms, shares of the mean over its optimizer step, with `step` of these done before."""
         if not self._sums:
             self._first_step = step
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term.detach()
 
     def means(self, step: int, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
-        """The mean of every term over the optimizer steps since the last call; {} if nothing was added.
-
-        `step` is the number of optimizer steps done; `reduce` averages over the ranks, as `Accelerator.reduce`.
-        """
+        """The mean of every term over the optimizer steps since the last call, up to `step`; {} if there are none."""
         if not self._sums:
             return {}
         totals = torch.stack([total.float() for total in self._sums.values()])

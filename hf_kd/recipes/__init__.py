@@ -1,7 +1,6 @@
 """Recipes: settings for what the user does not set, one YAML file each.
 
-A recipe holds schedule and augmentation. The hyperparameters of a loss are not in it: they are the loss class's
-published ones for the recipe's benchmark.
+The hyperparameters of a loss are not in it: they are the loss class's published ones for the recipe's benchmark.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The names of all recipes, sorted."""
     return sorted(file.stem for file in Path(__file__).parent.glob("*.yaml"))
 
 
@@ -57,41 +55,25 @@ def choose(family: str, from_scratch: bool, dataset: str) -> str:
     return "cnn_scratch_cifar" if cifar else f"{family}_scratch"
 
 
-def published_hyperparameters(loss: str, benchmark: str) -> tuple[dict[str, Any], str | None]:
-    """A loss's published hyperparameters, and the benchmark that they were published for: {} and None without any.
+def published_hyperparameters(loss: str, recipe: str) -> tuple[dict[str, Any], str | None]:
+    """A loss's published hyperparameters for a recipe's benchmark, and which that is: {} and None without any.
 
-    Args:
-        loss: a name as for `hf_kd.losses.loss_class`.
-        benchmark: or the name of a recipe, whose benchmark it then is. "imagenet_deit" falls back to "imagenet", for
-            losses with one set for both.
-
-    Raises:
-        ValueError: no loss has hyperparameters for this benchmark; with those that there are.
+    "imagenet_deit" falls back to "imagenet", for losses with one set for both.
     """
-    from ..losses import LOSSES, loss_class
+    from ..losses import loss_class
 
-    published = loss_class(loss).published
-    known = sorted({key for cls in LOSSES.values() for key in cls.published})
-    wanted = load(benchmark).benchmark if benchmark in names() else benchmark
-    if wanted not in known:
-        raise ValueError(f"--benchmark {wanted} is unknown; there are: {', '.join(known)}.")
-    found = next((key for key in (wanted, wanted.split("_")[0]) if key in published), None)
-    return dict(published[found]) if found else {}, found
+    published, benchmark = loss_class(loss).published, load(recipe).benchmark
+    for key in (benchmark, benchmark.split("_")[0]):
+        if key in published:
+            return dict(published[key]), key
+    return {}, None
 
 
 def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[DistillationConfig, list[str]]:
-    """The config with a recipe's values for all settings that are not explicit, and which of the recipe's were.
+    """The config with a recipe's values for all that is not `explicit` (set by the user), and which of them were.
 
     The global batch size is reached by accumulating micro-batches of at most 128 images a process, or of the size or
     number that is explicit; USKD's batch statistic is that of a micro-batch.
-
-    Args:
-        name: of the recipe.
-        config: as the user has set it.
-        explicit: names of what the user has set, of the config and of the student.
-
-    Raises:
-        ValueError: an unknown recipe, or a batch size or number of accumulation steps below 1.
     """
     values = _settings(name, config, explicit)
     changed = sorted({*values, *load(name).student, "loss_kwargs"} & explicit)
@@ -129,20 +111,12 @@ def provenance(name: str | None, config: DistillationConfig, explicit: set[str])
     return {key: "you" if key in explicit else f"preset {name}" for key in sorted({*values, *explicit})}
 
 
-def describe(
-    name: str, changed: list[str], runs: dict[str, DistillationConfig], benchmark: str | None = None
-) -> dict[str, Any]:
-    """What plan and record say of a recipe, as a line of text too, which tells the published hyperparameters in use.
-
-    Args:
-        changed: see `apply`.
-        runs: arguments of a run with each loss.
-        benchmark: of the published hyperparameters; default: the recipe's.
-    """
+def describe(name: str, changed: list[str], runs: dict[str, DistillationConfig]) -> dict[str, Any]:
+    """What plan and record say of a recipe, from `changed` (see `apply`) and the arguments of a run with each loss."""
     source = load(name).source
     text = f"preset {name}: {source}."
     for run, config in runs.items():
-        published, found = published_hyperparameters(config.loss, benchmark or name)
+        published, found = published_hyperparameters(config.loss, name)
         values = config.loss_kwargs or {}
         kept = [f"{key} {value:g}" for key, value in values.items() if published.get(key) == value]
         if kept:

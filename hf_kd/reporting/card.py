@@ -27,12 +27,7 @@ SETTINGS = (
 
 
 def write_card(folder: str | os.PathLike) -> Path:
-    """Writes README.md from the run.json beside it, and returns its path.
-
-    Raises:
-        OSError: there is no run.json in `folder`, or README.md cannot be written.
-        ValueError: run.json is no record of one run.
-    """
+    """Writes README.md from the run.json beside it, and returns its path. Errors as of `model_card`, and OSError."""
     card = model_card(json.loads((Path(folder) / RUN_FILE).read_text("utf-8")))
     path = Path(folder) / CARD_FILE
     path.write_bytes(card.encode("utf-8", errors="replace"))  # of file names, run.json keeps bytes that are no UTF-8
@@ -43,10 +38,7 @@ def model_card(run: Mapping[str, Any]) -> str:
     """Markdown with YAML metadata, from a run record (see `hf_kd.reporting.record`) alone.
 
     What the record lacks shows as "–" or not at all. Rates are in percent, differences in points; a row of several
-    seeds has the mean ± standard deviation (n − 1).
-
-    Raises:
-        ValueError: the record is a comparison's, which is no model.
+    seeds has the mean ± standard deviation (n − 1). ValueError for the record of a comparison.
     """
     if "runs" in run:
         raise ValueError("this run.json compares several runs: take the one in the folder of one of them")
@@ -149,7 +141,6 @@ def link(entry: Mapping[str, Any], kind: str = "") -> str:
 
 
 def paper_link(paper: Any) -> str:
-    """From a paper's arXiv id or URL."""
     paper = one_line(paper)
     if re.fullmatch(r"[\w.-]+(/\d+)?", paper):
         return f"From [arXiv:{paper}](https://arxiv.org/abs/{paper})."

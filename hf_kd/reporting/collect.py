@@ -1,7 +1,5 @@
 """The record of one run, as run.json keeps it: everything the card and the tables say comes from here."""
 
-from __future__ import annotations
-
 import copy
 import datetime
 import os
@@ -28,9 +26,7 @@ FORWARDS = 30
 def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, int]) -> dict:
     """What a record says of a classifier, on any device: where it is from, what it is, its size and latency.
 
-    Args:
-        name: its Hub id or folder.
-        size: height and width of its input in pixels.
+    `name` is its Hub id or folder, `size` the height and width of its input in pixels.
     """
     own = [p for n, p in model.named_parameters() if not n.startswith(f"{HEAD}.")]
     config = getattr(model, "config", None)
@@ -65,7 +61,6 @@ def latency_ms(model: torch.nn.Module, size: tuple[int, int]) -> float:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -75,10 +70,6 @@ def cpu_name() -> str:
 
 def known_plan(trainer) -> Experiment:
     """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
-
-    def size(dataset) -> int | None:
-        return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
-
     model, teacher = trainer.model, trainer.eval_teacher
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or type(model).__name__
@@ -87,8 +78,8 @@ def known_plan(trainer) -> Experiment:
         student=ModelSource(name, commit=commit_of(model)),
         teacher=teacher and ModelSource(teacher.name, commit=commit_of(teacher.model)),
         data=DataSource(
-            train_size=size(trainer.train_dataset),
-            eval_size=size(trainer.eval_dataset),
+            train_size=_size(trainer.train_dataset),
+            eval_size=_size(trainer.eval_dataset),
             classes=config and [config.id2label[i] for i in sorted(config.id2label)],
         ),
         train_image_size=trainer.args.train_image_size,
@@ -96,6 +87,10 @@ def known_plan(trainer) -> Experiment:
         versions=records.collect_versions(),
     )
     return Experiment.from_dict(plan.to_dict())
+
+
+def _size(dataset) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
 
 
 def write_plan(trainer, checkpoint: str | None) -> None:

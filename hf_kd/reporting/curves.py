@@ -22,16 +22,12 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     """Writes a PNG: above, one panel per variant with its training loss terms; below, every run's evaluated top-1.
 
     A variant is all runs of one name, which differ in their seed; its panel, with a logarithmic scale of its own,
-    shows the first of them. Terms and variants keep their colours. Of several seeds every one is a thin line and their
-    mean a thick one. A legend shows each last value, of several seeds the mean ± standard deviation (n − 1). A dashed
-    line is the teacher's top-1 where a run's teacher_metrics have it.
+    shows the first of them. Of several seeds every one is a thin line and their mean a thick one. A legend shows each
+    last value, of several seeds the mean ± standard deviation (n − 1). A dashed line is the teacher's top-1.
 
     Args:
         runs: records (see `record`), at least one; only name is required.
         path: the file; missing folders are made.
-
-    Raises:
-        ValueError: no runs.
     """
     if not runs:
         raise ValueError("no runs to plot; pass at least one")

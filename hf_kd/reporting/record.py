@@ -7,8 +7,6 @@ or what `significance.verdicts` says of its loss, with the metrics of all `runs`
 is not hf_kd's).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform
@@ -44,18 +42,15 @@ def collect_versions() -> dict[str, str | None]:
 def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON-serialisable copy without secrets, of settings or of a whole run.
 
-    Drops every key that contains "token", "secret", "password" or "api_key" (hub_token, push_to_hub_token, …) except
-    numbers named ``*_tokens``, which are counts. Inside strings, Hub tokens and the value of an option that ends in
-    "token" become ``<redacted>``, and of an absolute path only the last part is kept.
+    Drops every key that contains "token", "secret", "password" or "api_key" (but not numbers named ``*_tokens``).
+    Inside strings, Hub tokens and the value of an option that ends in "token" become ``<redacted>``, and of an
+    absolute path only the last part is kept.
     """
     return plain(settings, redacted=True)
 
 
 def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What `DistillationLoss.describe` says of a run's loss: by the class of a loss of hf_kd, else by the record.
-
-    Nothing is imported because a record names it; {} for a loss that neither describes.
-    """
+    """`DistillationLoss.describe` of a run's loss, by the class or (not to import it) by the record; {} if unknown."""
     from ..losses import LOSSES  # torch, slow to import
 
     loss = run.get("loss") or {}
@@ -72,13 +67,7 @@ def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Writes strict JSON (indent 2; NaN and infinities become null), whole or not at all; makes missing folders.
-
-    Numpy and torch values become numbers and lists, paths and anything unknown their text.
-
-    Raises:
-        OSError: the folder cannot be written to; what stood at `path` before is untouched.
-    """
+    """Writes `plain(obj)` as strict JSON (indent 2), whole or not at all; makes missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is only atomic within a file system.
@@ -94,7 +83,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 
 
 def plain(obj: Any, redacted: bool = False) -> Any:
-    """A copy of only dict, list, str, int, bool, None and finite floats; `redacted` as in `redact`."""
+    """A copy of only dict, list, str, int, bool and finite floats (others: None); `redacted` as in `redact`."""
     if isinstance(obj, Enum):
         return plain(obj.value, redacted)
     if hasattr(obj, "tolist"):  # numpy and torch, scalars too: a numpy float64 is also a Python float

@@ -16,14 +16,9 @@ TEST = "paired t-test over seeds, two-sided, 95 %"
 
 
 def paired_test(differences: Sequence[float]) -> dict[str, Any]:
-    """Student's t-test of paired differences against 0 (Student, "The probable error of a mean", 1908).
+    """Student's t-test of one or more paired differences, in points, against 0.
 
-    Args:
-        differences: one for each seed, in points; at least one.
-
-    Returns:
-        differences, mean, half_width of the 95 % interval, p (two-sided), test. half_width and p are None where
-        nothing can be tested: with one seed, or if all differences are equal (a tiny evaluation set).
+    half_width of the 95 % interval and p (two-sided) are None with one seed, or if all differences are equal.
     """
     result = {"differences": list(differences), "mean": statistics.fmean(differences), "test": TEST}
     if len(differences) < 2 or math.isclose(min(differences), max(differences), abs_tol=1e-9):
@@ -49,24 +44,24 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
     return {"name": name, "against": against, "seeds": seeds, **test}
 
 
-def verdicts(runs: Sequence[Mapping[str, Any]], baseline: str = BASELINE) -> list[dict[str, Any]]:
-    """One verdict for each variant that distils, in the order of the runs; none without a baseline or several seeds.
+def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One verdict for each variant that distils, in the order of the runs; none without "ce" runs or several seeds.
 
-    A variant *helped* if the 95 % interval of its difference to the baseline is above 0, and also that of its
+    A variant *helped* if the 95 % interval of its difference to "ce" is above 0, and also that of its
     difference to each of its loss's `controls` among the runs: a gain that a control shows too is not due to the loss.
 
     Returns:
-        Dicts of loss (the variant's name), seeds, helped, sentence, and tests (see `paired_test`), one for each
-        variant that it is compared with.
+        Dicts of loss (the variant's name), seeds, helped, sentence, and tests: for each variant that it is compared
+        with differences, mean, half_width of the 95 % interval, and p of a paired t-test (the last two may be None).
     """
     variants = {run["name"]: run for run in runs}
     found = []
     for name, run in variants.items():
-        if (run.get("loss") or {}).get("name") == BASELINE or name == baseline:
+        if BASELINE in (name, (run.get("loss") or {}).get("name")):
             continue
-        others = [baseline, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
+        others = [BASELINE, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
         tests = [test for other in others if (test := compare(runs, name, other))]
-        if tests and tests[0]["against"] == baseline and len(tests[0]["seeds"]) > 1:
+        if tests and tests[0]["against"] == BASELINE and len(tests[0]["seeds"]) > 1:
             verdict = {"loss": name, "seeds": tests[0]["seeds"]}
             verdict["helped"] = len(tests) == len(others) and all(_above(test) for test in tests)
             found.append(verdict | {"sentence": _sentence(name, tests, verdict["helped"]), "tests": tests})

@@ -15,7 +15,7 @@ HEADER = ["student trained with", *RATES.values(), "seconds", "MB", "difference 
 
 
 def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The teacher's row for `comparison_table`: its metrics, id and size; None if the run has no teacher measured."""
+    """The teacher's row for `comparison_table`: its metrics, id and size; None if none was measured."""
     if not run.get("teacher_metrics"):
         return None
     return {**(run.get("teacher") or {}), **run["teacher_metrics"]}
@@ -26,15 +26,14 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    The runs should share student, data and settings, and differ in loss and seed. Those of one name are one row: the
-    mean over the seeds, with the standard deviation of top-1. Rates are percentages, "seconds" are those of training
-    without evaluations, "MB" is the saved model, and the last column is in top-1 points against the run named "ce" of
-    the same seed, with the half-width of the paired 95 % interval. What is missing or not finite shows as "–". The
-    sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927), not 0 if all images are right.
+    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages,
+    "seconds" are those of training without evaluations, "MB" is the saved model. The last column is in top-1 points
+    against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. What is missing or
+    not finite shows as "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
 
     Args:
-        runs: records (see `record`); only "name" is required.
-        teacher_row: top1, top5, ece (in [0, 1]), size_mb and id of the teacher (see `teacher_row_of`), as first row.
+        runs: records (see `record`) that share student, data and settings; only "name" is required.
+        teacher_row: what `teacher_row_of` gives, as first row.
         markdown: a GitHub table instead of aligned text.
     """
     variants = by_name(runs)
@@ -56,9 +55,9 @@ def _row(label: str, seeds: Sequence[Mapping[str, Any]], difference: str) -> lis
 
 
 def rate(values: Sequence[float | None], spread: bool = True) -> str:
-    """`33.34 ± 1.01`: the mean of rates in [0, 1] in percent and, of several, their standard deviation (n − 1).
+    """`33.34 ± 1.01`: the mean of rates in [0, 1] in percent and, if `spread`, their standard deviation (n − 1).
 
-    Without `spread` the mean alone; "–" if one of them is missing.
+    "–" if one of them is missing.
     """
     known = [value for value in values if value is not None]
     if len(known) < len(values):
