@@ -6,26 +6,32 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..reporting.record import RUN_FILE, redact, write_json
-from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, differences, read_plan
+from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, continue_plan, differences, read_plan
 from .lock import RunLock
 
 GIGABYTE = 1e9
 
 
-def open_folder(experiment: Experiment, resume: bool) -> None:
+def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str | None] = ()) -> None:
     """Writes plan.json into the output folder, or holds the plan against the one that is there.
 
     A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
-    what is resumable.
+    what is resumable. `checkpoints` are what the runs go on from: what is refused leaves the folder as it was.
 
     Raises:
         ValueError: the folder holds something else, or nothing is left in it to be started.
     """
     folder = Path(experiment.output_dir)
-    old = earlier_plan(folder, resume) or _create_plan(experiment)
+    old = earlier_plan(folder, resume)
+    check_same(old or experiment, experiment, folder)
+    for run, checkpoint in zip(experiment.runs, checkpoints, strict=False):
+        if checkpoint:
+            continue_plan(experiment.of(run), checkpoint)
+    old = old or _create_plan(experiment)
     if old is None:
         return
     check_same(old, experiment, folder)

@@ -18,9 +18,9 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
         arguments: of hf_kd, the subcommand first.
         module: True: through `-m hf_kd`, where a script takes no subcommand but `distill`.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    script = ["-m", "hf_kd", *arguments] if module else [sys.argv[0], *arguments[1:]]
-    if world == "1" and (module or not sys.argv[0].endswith(".py")) and not _by_accelerate():
+    world, file = os.environ.get("WORLD_SIZE", "1"), None if module else _script()
+    script = [file, *arguments[1:]] if file else ["-m", "hf_kd", *arguments]
+    if world == "1" and file is None and not _by_accelerate():
         return ["hf-kd", *arguments]
     if _by_accelerate():
         several = ["--num_processes", world] if world != "1" else []
@@ -30,6 +30,12 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
     if world != "1":
         return ["torchrun", "--nproc_per_node", world, *script]
     return ["python", *script]
+
+
+def _script() -> str | None:
+    """The script that was started, such as examples/run_distill.py; None for `hf-kd` and `python -m hf_kd`."""
+    file = sys.argv[0]
+    return file if file.endswith(".py") and os.path.basename(file) != "__main__.py" else None
 
 
 def _by_accelerate() -> bool:
@@ -64,7 +70,7 @@ def check_processes(config: DistillationConfig) -> None:
     if asked == config.world_size:
         return
     what = "runs one" if config.world_size == 1 else f"run {config.world_size}"
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "-m hf_kd distill"
+    script = _script() or "-m hf_kd distill"
     raise ValueError(
         f"{asked} processes were asked for, and this {what}. On a CPU several processes are started with: "
         f"accelerate launch --multi_gpu --num_processes {asked} {script} ... --use_cpu"

@@ -57,7 +57,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     if state.is_main_process:
         if not resume_here:
             check_disk(experiment)
-        open_folder(experiment, resume_here)
+        open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
     records: dict[str, dict] = {}
     data, teacher = None, None
     for spec in experiment.runs:
@@ -72,7 +72,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
             if data is None:
                 data, teacher = _load(experiment)
             try:
-                checkpoint = last_checkpoint(folder) if resume is True else resume or None
+                checkpoint = _checkpoint(experiment, spec, resume)
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
                 if resume and checkpoint is None:
                     logger.warning(f"no checkpoint in {folder}: starting from the beginning")
@@ -120,6 +120,11 @@ def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> Distill
         )
     here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
     return DistillationConfig(**{**spec.arguments(), **here})
+
+
+def _checkpoint(experiment: Experiment, spec: RunSpec, resume: bool | str) -> str | None:
+    """What a run goes on from; see `run`."""
+    return last_checkpoint(experiment.folder(spec)) if resume is True else resume or None
 
 
 def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | bool:
