@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .launcher import resume_command
 from .reporting.record import plain
 
 SCHEMA_VERSION = 1
@@ -221,12 +222,15 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
     left_out = {"local_rank", "loss_kwargs"}
     values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.endswith("token")}
     values = plain(values)
+    loss = values.pop("loss")
+    if loss_source and ".py:" in loss:  # absolute, to resume from anywhere
+        loss = f"{loss_source['path']}:{loss.rpartition(':')[2]}"
     return RunSpec(
         name=name or config.loss_class().name,
         seed=values.pop("seed"),
         data_seed=values.pop("data_seed"),
         processes=config.world_size,
-        loss=LossSpec(values.pop("loss"), plain(config.build_loss().hyperparameters()), loss_source),
+        loss=LossSpec(loss, plain(config.build_loss().hyperparameters()), loss_source),
         schedule=Schedule(**{key: values.pop(key) for key in Schedule.__dataclass_fields__}),
         execution={key: values.pop(key) for key in EXECUTION},
         settings=values,  # the remaining ones
@@ -276,7 +280,7 @@ def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> No
     if found:
         raise ValueError(
             f"{where} holds another experiment; different are: {'; '.join(found)}. Continue it as it is with "
-            f"`hf-kd resume {where}`, or choose another --output_dir."
+            f"`{resume_command(where)}`, or choose another --output_dir."
         )
 
 

@@ -18,9 +18,9 @@ from hf_kd import DistillationConfig
 from hf_kd.cli import main
 from hf_kd.cli.arguments import command_to_record, parse
 from hf_kd.experiment.folder import check_disk
-from hf_kd.experiment.launcher import check_processes, launch_command
 from hf_kd.experiment.lock import RunLock
 from hf_kd.experiment.plan import plan
+from hf_kd.launcher import check_processes, launch_command
 from hf_kd.spec import Experiment, check_same, differences, read_plan, run_spec
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -220,6 +220,28 @@ def test_a_plan_with_relative_paths_is_resumed_from_any_folder(things, tmp_path,
     assert main(["resume", "out"]) == 0
     assert run_json(tmp_path / "out")["metrics"] == before["metrics"]
     assert str(things) not in (tmp_path / "out" / "run.json").read_text()
+
+
+def test_runs_are_not_added_to_the_folder_of_a_single_run(things, tmp_path, capsys):
+    out, more = tmp_path / "out", ["--num_train_epochs", "1", "--output_dir", tmp_path / "out"]
+    assert distill(things, *more) == 0
+    before = run_json(out)
+    assert distill(things, *more, "--seeds", "1", "2", "--resume_from_checkpoint", "last") == 1
+    assert "is the folder of one run" in capsys.readouterr().err
+    assert run_json(out) == before and len(read_plan(out).runs) == 1
+
+
+def test_hints_name_the_launcher_that_was_used(monkeypatch):
+    plans = experiment(), experiment(seed=1)
+    with pytest.raises(ValueError, match="`hf-kd resume 'my out'`"):
+        check_same(*plans, "my out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    command = "accelerate launch --multi_gpu --num_processes 2 -m hf_kd resume out"
+    with pytest.raises(ValueError, match=f"`{command}`"):
+        check_same(*plans, "out")
+    with pytest.raises(ValueError, match=f": {command}$"):  # and not `distill`
+        check_processes(types.SimpleNamespace(world_size=1), "out")
 
 
 def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_path, capsys):

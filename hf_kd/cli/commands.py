@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from .. import hub
-from ..experiment.launcher import launch_command
 from ..experiment.plan import plan, resumes
 from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
+from ..launcher import launch_command, resume_command
 from ..push import check_push, publish
 from ..reporting.card import title
 from ..reporting.record import RUN_FILE
@@ -43,8 +43,7 @@ def run_command(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         if folder and Path(folder).is_dir():
-            again = launch_command(["resume", folder], module=True)
-            print(f"Resume with: {shlex.join(again)}", file=sys.stderr)
+            print(f"Resume with: {resume_command(folder)}", file=sys.stderr)
         return 130
     except Exception as error:
         message = hub.user_message(error)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..launcher import resume_command
 from ..reporting.record import RUN_FILE, redact, write_json
 from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, continue_plan, differences, read_plan
 from .lock import RunLock
@@ -44,6 +45,11 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
             )
     if resume:
         runs = tuple((there | here).values())
+        if len(runs) > 1 and any(run.folder == "." for run in runs):
+            raise ValueError(
+                f"{folder} itself is the folder of one run, and the records of others would replace its own: choose "
+                "another --output_dir for a comparison."
+            )
         write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=runs).to_dict())
         return
     if there.keys() != here.keys():
@@ -54,7 +60,7 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
     if all(RunLock(experiment.folder(run)).started for run in experiment.runs):
         raise ValueError(
             f"output_dir {folder} is in use: all of its {len(old.runs)} runs have been started. Continue those that "
-            f"were interrupted with `hf-kd resume {folder}`, choose another --output_dir, or remove it."
+            f"were interrupted with `{resume_command(folder)}`, choose another --output_dir, or remove it."
         )
 
 

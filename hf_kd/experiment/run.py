@@ -17,6 +17,7 @@ from .. import hub
 from ..checkpointing import last_checkpoint
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
+from ..launcher import check_processes, resume_command
 from ..losses import loss_source
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
@@ -30,7 +31,6 @@ from ..reporting.tables import comparison_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
-from .launcher import check_processes
 from .lock import RunLock
 
 logger = logging.get_logger(__name__)
@@ -100,12 +100,12 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
         )
     first = experiment.runs[0]
     config = _config(experiment, first, token)
-    check_processes(config)
+    check_processes(config, folder)
     if config.world_size != first.processes:
         raise ValueError(
             f"{folder} was started with {first.processes} processes and is resumed with {config.world_size}: batches "
-            f"would differ. Launch as many, as in: accelerate launch --num_processes {first.processes} -m hf_kd "
-            f"resume {folder}"
+            f"would differ. Launch as many, as in: accelerate launch --multi_gpu --num_processes {first.processes} -m "
+            f"hf_kd resume {shlex.quote(os.fspath(folder))}"
         )
     return run(experiment, resume=True, token=token)
 
@@ -227,7 +227,7 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
     if missing:
         print(
             f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
-            f"follows when they are; go on with interrupted ones with: hf-kd resume {experiment.output_dir}"
+            f"follows when they are; go on with interrupted ones with: {resume_command(experiment.output_dir)}"
         )
         return
     _report(experiment, [records[spec.key] for spec in experiment.runs])

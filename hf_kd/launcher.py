@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 
-from ..config import DistillationConfig
+if TYPE_CHECKING:
+    from .config import DistillationConfig
 
 
 def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[str]:
@@ -23,13 +26,17 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
     if world == "1" and file is None and not _by_accelerate():
         return ["hf-kd", *arguments]
     if _by_accelerate():
-        several = ["--num_processes", world] if world != "1" else []
-        if world != "1" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
-            several = ["--multi_gpu", *several]
+        # On a CPU it starts one process without --multi_gpu.
+        several = ["--multi_gpu", "--num_processes", world] if world != "1" else []
         return ["accelerate", "launch", *several, *script]
     if world != "1":
         return ["torchrun", "--nproc_per_node", world, *script]
     return ["python", *script]
+
+
+def resume_command(folder: str | os.PathLike) -> str:
+    """The command that goes on with the experiment in a folder, for messages."""
+    return shlex.join(launch_command(["resume", os.fspath(folder)], module=True))
 
 
 def _script() -> str | None:
@@ -60,8 +67,12 @@ def _asked_of_accelerate() -> int | None:
     return int(number) if number.isdigit() else 2
 
 
-def check_processes(config: DistillationConfig) -> None:
+def check_processes(config: DistillationConfig, resumed: str | os.PathLike | None = None) -> None:
     """Refuses to train with another number of processes than the launcher was asked for.
+
+    Args:
+        config: of the run.
+        resumed: the folder of the experiment that is gone on with, if any.
 
     Raises:
         ValueError: with the command that starts them.
@@ -70,8 +81,10 @@ def check_processes(config: DistillationConfig) -> None:
     if asked == config.world_size:
         return
     what = "runs one" if config.world_size == 1 else f"run {config.world_size}"
-    script = _script() or "-m hf_kd distill"
+    script = f"{_script() or '-m hf_kd distill'} ... --use_cpu"
+    if resumed:
+        script = shlex.join(["-m", "hf_kd", "resume", os.fspath(resumed)])
     raise ValueError(
         f"{asked} processes were asked for, and this {what}. On a CPU several processes are started with: "
-        f"accelerate launch --multi_gpu --num_processes {asked} {script} ... --use_cpu"
+        f"accelerate launch --multi_gpu --num_processes {asked} {script}"
     )
