@@ -18,6 +18,7 @@ from .reporting.record import plain
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
+PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer that was built in Python
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
 STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
 DATA_OPTIONS = (
@@ -278,9 +279,10 @@ def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> No
     """Refuses to continue one experiment as another: raises ValueError with every difference and both values."""
     found = differences(old, new)
     if found:
+        how = resume_command(where) if old.data.id else PYTHON_RESUME
         raise ValueError(
             f"{where} holds another experiment; different are: {'; '.join(found)}. Continue it as it is with "
-            f"`{resume_command(where)}`, or choose another --output_dir."
+            f"`{how}`, or choose another --output_dir."
         )
 
 
@@ -288,8 +290,8 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
     """Refuses to go on from a checkpoint of another run.
 
     Raises:
-        ValueError: the folder of the checkpoint has no plan, or another one, with what differs; or the checkpoint is
-            further than the plan goes.
+        ValueError: the folder of the checkpoint has no plan, or another one, with what differs; or the checkpoint has
+            no state of the optimizer, or is further than the plan goes.
     """
     folder = Path(checkpoint).absolute().parent
     old = read_plan(folder)
@@ -299,6 +301,11 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
             f"new run from its weights, load them: load_student({str(checkpoint)!r}), or --student {checkpoint}."
         )
     check_same(old, plan, folder)
+    if plan.runs[0].settings["save_only_model"]:
+        raise ValueError(
+            f"{checkpoint} was saved with save_only_model, without the state of the optimizer: training can't go on "
+            "from it as it was. Start again in another --output_dir."
+        )
     state, schedule = json.loads(Path(checkpoint, "trainer_state.json").read_text()), plan.runs[0].schedule
     key, done = "num_train_epochs", state["epoch"]
     if schedule.max_steps > 0:

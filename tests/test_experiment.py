@@ -21,7 +21,7 @@ from hf_kd.experiment.folder import check_disk
 from hf_kd.experiment.lock import RunLock
 from hf_kd.experiment.plan import plan
 from hf_kd.launcher import check_processes, launch_command
-from hf_kd.spec import Experiment, check_same, differences, read_plan, run_spec
+from hf_kd.spec import DataSource, Experiment, check_same, differences, read_plan, run_spec
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
@@ -232,7 +232,7 @@ def test_runs_are_not_added_to_the_folder_of_a_single_run(things, tmp_path, caps
 
 
 def test_hints_name_the_launcher_that_was_used(monkeypatch):
-    plans = experiment(), experiment(seed=1)
+    plans = [dataclasses.replace(experiment(seed=seed), data=DataSource("data")) for seed in (0, 1)]
     with pytest.raises(ValueError, match="`hf-kd resume 'my out'`"):
         check_same(*plans, "my out")
     monkeypatch.setenv("WORLD_SIZE", "2")

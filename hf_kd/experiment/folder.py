@@ -30,7 +30,7 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
     old = earlier_plan(folder, resume)
     check_same(old or experiment, experiment, folder)
     for run, checkpoint in zip(experiment.runs, checkpoints, strict=False):
-        if checkpoint:
+        if checkpoint and not finished_record(experiment, run):
             continue_plan(experiment.of(run), checkpoint)
     old = old or _create_plan(experiment)
     if old is None:

@@ -28,7 +28,7 @@ from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
-from ..spec import DATA_OPTIONS, PLAN_FILE, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
+from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .lock import RunLock
@@ -90,7 +90,8 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
     """`run` for every run that is not finished of the experiment whose plan.json is in a folder.
 
     Raises:
-        ValueError: there is no plan, or it is run with another number of processes.
+        ValueError: there is no plan, or that of a trainer built in Python, or it is run with another number of
+            processes.
     """
     experiment = read_plan(folder)
     if experiment is None:
@@ -98,6 +99,8 @@ def resume(folder: str | os.PathLike, token: str | None = None) -> list[dict]:
             f"there is no {PLAN_FILE} in {os.fspath(folder)}: give the --output_dir of an experiment of hf_kd, as in "
             "`hf-kd resume outputs/quickstart`."
         )
+    if not experiment.data.id:
+        raise ValueError(f"{folder} was trained by a trainer built in Python: go on with {PYTHON_RESUME} there.")
     first = experiment.runs[0]
     config = _config(experiment, first, token)
     check_processes(config, folder)
