@@ -270,6 +270,9 @@ def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_
     assert main(shlex.split(hint)[1:]) == 0
     runs = run_json(out)["runs"]
     assert [run["name"] for run in runs] == ["a", "b"] and runs[0]["metrics"] == runs[1]["metrics"]
+    capsys.readouterr()
+    assert main(["push", str(out)]) == 1  # and no checkpoint is named as a student
+    assert f"such as {out / 'a'}, {out / 'b'}." in capsys.readouterr().err
 
 
 def hold(folder):

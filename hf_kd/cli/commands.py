@@ -75,7 +75,7 @@ def _push(argv: list[str]) -> None:
     file = Path(arguments.folder) / RUN_FILE
     record = json.loads(file.read_text()) if file.is_file() else {}
     if "runs" in record:
-        folders = {str(path.parent) for path in Path(arguments.folder).rglob("model.safetensors")}
+        folders = {str(path.parent) for path in Path(arguments.folder).rglob(RUN_FILE) if path != file}
         some = ", ".join(sorted(folders)[:9])
         raise ValueError(f"{arguments.folder} holds a comparison: push one of its students, such as {some}.")
     name = arguments.repo_id or record.get("repo_id") or (title(record) if record else None)
