@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from .launcher import resume_command
 from .reporting.record import plain
 
 SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
+PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer that was built in Python
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
 STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
 DATA_OPTIONS = (
@@ -204,14 +206,17 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
 def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
     """The spec of a run with these arguments, a `DistillationConfig`; `folder` is within the experiment's."""
     left_out = {"local_rank", "loss_kwargs"}
-    given = config.to_dict().items()
-    values = plain({key: value for key, value in given if key not in left_out and not key.endswith("token")})
+    values = {key: v for key, v in config.to_dict().items() if key not in left_out and not key.endswith("token")}
+    values = plain(values)
+    loss = values.pop("loss")
+    if loss_source and ".py:" in loss:  # absolute, to resume from anywhere
+        loss = f"{loss_source['path']}:{loss.rpartition(':')[2]}"
     return RunSpec(
         name=name or config.loss_class().name,
         seed=values.pop("seed"),
         data_seed=values.pop("data_seed"),
         processes=config.world_size,
-        loss=LossSpec(values.pop("loss"), plain(config.build_loss().hyperparameters()), loss_source),
+        loss=LossSpec(loss, plain(config.build_loss().hyperparameters()), loss_source),
         schedule=Schedule(**{key: values.pop(key) for key in Schedule.__dataclass_fields__}),
         execution={key: values.pop(key) for key in EXECUTION},
         settings=values,  # the remaining ones
@@ -258,14 +263,15 @@ def check_same(old: Experiment, new: Experiment, where: str | os.PathLike) -> No
     """Refuses to continue one experiment as another: raises ValueError with every difference and both values."""
     found = differences(old, new)
     if found:
+        how = resume_command(where) if old.data.id else PYTHON_RESUME
         raise ValueError(
             f"{where} holds another experiment; different are: {'; '.join(found)}. Continue it as it is with "
-            f"`hf-kd resume {where}`, or choose another --output_dir."
+            f"`{how}`, or choose another --output_dir."
         )
 
 
 def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
-    """Refuses to go on from a checkpoint without a plan beside it, of another plan, or beyond this plan's end."""
+    """Refuses to go on from a checkpoint of another plan or none, without an optimizer's state, or beyond the end."""
     folder = Path(checkpoint).absolute().parent
     old = read_plan(folder)
     if old is None:
@@ -274,6 +280,11 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
             f"new run from its weights, load them: load_student({str(checkpoint)!r}), or --student {checkpoint}."
         )
     check_same(old, plan, folder)
+    if plan.runs[0].settings["save_only_model"]:
+        raise ValueError(
+            f"{checkpoint} was saved with save_only_model, without the state of the optimizer: training can't go on "
+            "from it as it was. Start again in another --output_dir."
+        )
     state, schedule = json.loads(Path(checkpoint, "trainer_state.json").read_text()), plan.runs[0].schedule
     key, done = "num_train_epochs", state["epoch"]
     if schedule.max_steps > 0:

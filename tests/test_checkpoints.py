@@ -12,6 +12,8 @@ from trainer_helpers import NAMES, rows, trainer_for
 from transformers import TrainerCallback
 
 from hf_kd.checkpointing import ABANDONED, STAGING, last_checkpoint
+from hf_kd.cli import main
+from hf_kd.spec import read_plan
 from hf_kd.trainer import DistillationTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -40,6 +42,17 @@ def saving(folder, max_steps, stop=None, **settings):
 
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_what_would_not_go_on_as_it_was_is_refused(tmp_path, capsys):
+    saving(tmp_path, 4, stop=2, save_only_model=True).train()
+    with pytest.raises(ValueError, match="without the state of the optimizer"):
+        saving(tmp_path, 4, save_only_model=True).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"`trainer.train\(resume_from_checkpoint=True\)`"):
+        saving(tmp_path, 4, learning_rate=0.5).train(resume_from_checkpoint=True)
+    assert main(["resume", str(tmp_path)]) == 1
+    assert "by a trainer built in Python" in capsys.readouterr().err
+    assert read_plan(tmp_path).train_image_size == saving(tmp_path, 4).train_image_size
 
 
 def test_going_back_and_on_resumes_from_there(tmp_path, caplog):

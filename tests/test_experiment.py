@@ -18,10 +18,10 @@ from hf_kd import DistillationConfig
 from hf_kd.cli import main
 from hf_kd.cli.arguments import command_to_record, parse
 from hf_kd.experiment.folder import check_disk
-from hf_kd.experiment.launcher import check_processes
 from hf_kd.experiment.lock import RunLock
 from hf_kd.experiment.plan import plan
-from hf_kd.spec import Experiment, check_same, differences, read_plan, run_spec
+from hf_kd.launcher import check_processes, launch_command
+from hf_kd.spec import DataSource, Experiment, check_same, differences, read_plan, run_spec
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
@@ -185,6 +185,20 @@ def test_an_unfinished_run_is_continued_as_what_it_was(things, tmp_path, capsys)
     assert "there is no plan.json" in capsys.readouterr().err
 
 
+def test_a_refused_continuation_leaves_the_folder_as_it_was(things, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    more = ["--lr_scheduler_type", "constant", "--num_train_epochs"]
+    assert distill(things, *more, 2, "--output_dir", out) == 0
+    before = (out / "plan.json").read_text()
+    assert distill(things, *more, 1, "--output_dir", out, "--resume_from_checkpoint", "last") == 1
+    assert "beyond num_train_epochs=1" in capsys.readouterr().err
+    assert (out / "plan.json").read_text() == before and main(["resume", str(out)]) == 0
+    checkpoint = ["--resume_from_checkpoint", out / "checkpoint-3"]
+    assert distill(things, *more, 2, "--output_dir", other, "--learning_rate", "1", *checkpoint) == 1
+    assert "learning_rate (0.001 there, 1.0 here)" in capsys.readouterr().err
+    assert not other.exists()
+
+
 def test_the_record_has_the_plan_without_paths(things, tmp_path):
     out = tmp_path / "out"
     assert distill(things, "--output_dir", out) == 0
@@ -206,6 +220,28 @@ def test_a_plan_with_relative_paths_is_resumed_from_any_folder(things, tmp_path,
     assert main(["resume", "out"]) == 0
     assert run_json(tmp_path / "out")["metrics"] == before["metrics"]
     assert str(things) not in (tmp_path / "out" / "run.json").read_text()
+
+
+def test_runs_are_not_added_to_the_folder_of_a_single_run(things, tmp_path, capsys):
+    out, more = tmp_path / "out", ["--num_train_epochs", "1", "--output_dir", tmp_path / "out"]
+    assert distill(things, *more) == 0
+    before = run_json(out)
+    assert distill(things, *more, "--seeds", "1", "2", "--resume_from_checkpoint", "last") == 1
+    assert "is the folder of one run" in capsys.readouterr().err
+    assert run_json(out) == before and len(read_plan(out).runs) == 1
+
+
+def test_hints_name_the_launcher_that_was_used(monkeypatch):
+    plans = [dataclasses.replace(experiment(seed=seed), data=DataSource("data")) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="`hf-kd resume 'my out'`"):
+        check_same(*plans, "my out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    command = "accelerate launch --multi_gpu --num_processes 2 -m hf_kd resume out"
+    with pytest.raises(ValueError, match=f"`{command}`"):
+        check_same(*plans, "out")
+    with pytest.raises(ValueError, match=f": {command}$"):  # and not `distill`
+        check_processes(types.SimpleNamespace(world_size=1), "out")
 
 
 def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_path, capsys):
@@ -234,6 +270,9 @@ def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_
     assert main(shlex.split(hint)[1:]) == 0
     runs = run_json(out)["runs"]
     assert [run["name"] for run in runs] == ["a", "b"] and runs[0]["metrics"] == runs[1]["metrics"]
+    capsys.readouterr()
+    assert main(["push", str(out)]) == 1  # and no checkpoint is named as a student
+    assert f"such as {out / 'a'}, {out / 'b'}." in capsys.readouterr().err
 
 
 def hold(folder):
@@ -288,6 +327,17 @@ def test_another_number_of_processes_than_asked_for_is_refused(monkeypatch):
         ValueError, match=r"2 processes were asked for, and this runs one.*--multi_gpu --num_processes 2"
     ):
         check_processes(types.SimpleNamespace(world_size=1))
+
+
+def test_the_command_of_a_module_names_its_subcommand(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/anywhere/hf_kd/__main__.py"])
+    assert launch_command(["distill", "--loss", "ce"]) == ["hf-kd", "distill", "--loss", "ce"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launch_command(["distill", "--loss", "ce"])[-5:] == ["-m", "hf_kd", "distill", "--loss", "ce"]
+    with pytest.raises(ValueError, match="--num_processes 2 -m hf_kd distill"):
+        check_processes(types.SimpleNamespace(world_size=1))
+    monkeypatch.setattr(sys, "argv", ["examples/run_distill.py"])
+    assert launch_command(["distill", "--loss", "ce"])[-3:] == ["examples/run_distill.py", "--loss", "ce"]
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_is_refused(things, tmp_path):

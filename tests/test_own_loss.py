@@ -278,6 +278,16 @@ def test_a_verdict_on_a_loss_of_a_file(folders, tmp_path, capsys, monkeypatch):
     assert Both.formula in card and "against `3xce`" in card and "control `3xce`" in card and "did not help" in card
 
 
+def test_a_loss_of_a_file_is_resumed_from_any_folder(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    assert distill(folders, tmp_path / "out", "--loss", "test_own_loss.py:Both") == 0
+    (tmp_path / "out" / "run.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", "out"]) == 0
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert settings["loss"] == "test_own_loss.py:Both"
+
+
 def test_readme_s_own_loss_runs_as_it_stands(folders, tmp_path):
     section = (ROOT / "README.md").read_text().split("## Your own loss")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)

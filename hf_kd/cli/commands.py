@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from .. import hub
-from ..experiment.launcher import launch_command
 from ..experiment.plan import plan, resumes
 from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
+from ..launcher import launch_command, resume_command
 from ..push import check_push, publish
 from ..reporting.card import title
 from ..reporting.record import RUN_FILE
@@ -41,8 +41,7 @@ def run_command(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         if folder and Path(folder).is_dir():
-            again = launch_command(["resume", folder], module=True)
-            print(f"Resume with: {shlex.join(again)}", file=sys.stderr)
+            print(f"Resume with: {resume_command(folder)}", file=sys.stderr)
         return 130
     except Exception as error:
         message = hub.user_message(error)
@@ -74,7 +73,7 @@ def _push(argv: list[str]) -> None:
     file = Path(arguments.folder) / RUN_FILE
     record = json.loads(file.read_text()) if file.is_file() else {}
     if "runs" in record:
-        folders = {str(path.parent) for path in Path(arguments.folder).rglob("model.safetensors")}
+        folders = {str(path.parent) for path in Path(arguments.folder).rglob(RUN_FILE) if path != file}
         some = ", ".join(sorted(folders)[:9])
         raise ValueError(f"{arguments.folder} holds a comparison: push one of its students, such as {some}.")
     name = arguments.repo_id or record.get("repo_id") or (title(record) if record else None)

@@ -4,21 +4,28 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..launcher import resume_command
 from ..reporting.record import RUN_FILE, redact, write_json
-from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, differences, read_plan
+from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, continue_plan, differences, read_plan
 from .lock import RunLock
 
 
-def open_folder(experiment: Experiment, resume: bool) -> None:
+def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str | None] = ()) -> None:
     """Writes plan.json into the output folder, or holds the plan against the one that is there.
 
     A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
-    what is resumable.
+    what is resumable. `checkpoints` are what the runs go on from: what is refused leaves the folder as it was.
     """
     folder = Path(experiment.output_dir)
-    old = earlier_plan(folder, resume) or _create_plan(experiment)
+    old = earlier_plan(folder, resume)
+    check_same(old or experiment, experiment, folder)
+    for run, checkpoint in zip(experiment.runs, checkpoints, strict=False):
+        if checkpoint and not finished_record(experiment, run):
+            continue_plan(experiment.of(run), checkpoint)
+    old = old or _create_plan(experiment)
     if old is None:
         return
     check_same(old, experiment, folder)
@@ -31,6 +38,11 @@ def open_folder(experiment: Experiment, resume: bool) -> None:
             )
     if resume:
         runs = tuple((there | here).values())
+        if len(runs) > 1 and any(run.folder == "." for run in runs):
+            raise ValueError(
+                f"{folder} itself is the folder of one run, and the records of others would replace its own: choose "
+                "another --output_dir for a comparison."
+            )
         write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=runs).to_dict())
         return
     if there.keys() != here.keys():
@@ -41,7 +53,7 @@ def open_folder(experiment: Experiment, resume: bool) -> None:
     if all(RunLock(experiment.folder(run)).started for run in experiment.runs):
         raise ValueError(
             f"output_dir {folder} is in use: all of its {len(old.runs)} runs have been started. Continue those that "
-            f"were interrupted with `hf-kd resume {folder}`, choose another --output_dir, or remove it."
+            f"were interrupted with `{resume_command(folder)}`, choose another --output_dir, or remove it."
         )
 
 

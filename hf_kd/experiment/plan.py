@@ -17,6 +17,7 @@ from .. import hub, recipes
 from ..config import DistillationConfig
 from ..data import ImageData, load_data, overlap
 from ..labels import ClassMapping
+from ..launcher import check_processes
 from ..losses import loss_source
 from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
@@ -26,7 +27,6 @@ from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
 from .folder import continues, earlier_plan
-from .launcher import check_processes
 from .variants import run_configs
 
 logger = logging.get_logger(__name__)

@@ -15,6 +15,7 @@ from .. import hub
 from ..checkpointing import last_checkpoint
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
+from ..launcher import check_processes, resume_command
 from ..losses import loss_source
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
@@ -25,10 +26,9 @@ from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
-from ..spec import DATA_OPTIONS, PLAN_FILE, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
+from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
-from .launcher import check_processes
 from .lock import RunLock
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
     if state.is_main_process:
         if not resume_here:
             check_disk(experiment)
-        open_folder(experiment, resume_here)
+        open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
     records: dict[str, dict] = {}
     data, teacher = None, None
     for spec in experiment.runs:
@@ -61,7 +61,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
             if data is None:
                 data, teacher = _load(experiment)
             try:
-                checkpoint = last_checkpoint(folder) if resume is True else resume or None
+                checkpoint = _checkpoint(experiment, spec, resume)
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
                 if resume and checkpoint is None:
                     logger.warning(f"no checkpoint in {folder}: starting from the beginning")
@@ -80,14 +80,16 @@ def resume(folder: str | os.PathLike) -> list[dict]:
     experiment = read_plan(folder)
     if experiment is None:
         raise ValueError(f"there is no {PLAN_FILE} in {folder}: give the --output_dir of an experiment of hf_kd.")
+    if not experiment.data.id:
+        raise ValueError(f"{folder} was trained by a trainer built in Python: go on with {PYTHON_RESUME} there.")
     first = experiment.runs[0]
     config = _config(experiment, first, None)
-    check_processes(config)
+    check_processes(config, folder)
     if config.world_size != first.processes:
         raise ValueError(
             f"{folder} was started with {first.processes} processes and is resumed with {config.world_size}: batches "
-            f"would differ. Launch as many, as in: accelerate launch --num_processes {first.processes} -m hf_kd "
-            f"resume {folder}"
+            f"would differ. Launch as many, as in: accelerate launch --multi_gpu --num_processes {first.processes} -m "
+            f"hf_kd resume {shlex.quote(os.fspath(folder))}"
         )
     return run(experiment, resume=True)
 
@@ -102,6 +104,11 @@ def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> Distill
         )
     here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
     return DistillationConfig(**{**spec.arguments(), **here})
+
+
+def _checkpoint(experiment: Experiment, spec: RunSpec, resume: bool | str) -> str | None:
+    """What a run goes on from; see `run`."""
+    return last_checkpoint(experiment.folder(spec)) if resume is True else resume or None
 
 
 def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | bool:
@@ -212,7 +219,7 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
     if missing:
         print(
             f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
-            f"follows when they are; go on with interrupted ones with: hf-kd resume {experiment.output_dir}"
+            f"follows when they are; go on with interrupted ones with: {resume_command(experiment.output_dir)}"
         )
         return
     _report(experiment, [records[spec.key] for spec in experiment.runs])

@@ -82,7 +82,7 @@ def known_plan(trainer) -> Experiment:
             eval_size=_size(trainer.eval_dataset),
             classes=config and [config.id2label[i] for i in sorted(config.id2label)],
         ),
-        train_image_size=trainer.args.train_image_size,
+        train_image_size=trainer.train_image_size,
         runs=(run_spec(trainer.args, loss_source=loss_source(type(trainer.train_loss))),),
         versions=records.collect_versions(),
     )

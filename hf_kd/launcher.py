@@ -1,12 +1,17 @@
 """How this process was launched, and whether as many processes run as were asked for."""
 
+from __future__ import annotations
+
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import psutil
 
-from ..config import DistillationConfig
+if TYPE_CHECKING:
+    from .config import DistillationConfig
 
 
 def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[str]:
@@ -14,18 +19,28 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
 
     With `module` through `-m hf_kd`, where a script takes no subcommand but `distill`.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    script = ["-m", "hf_kd", *arguments] if module else [sys.argv[0], *arguments[1:]]
-    if world == "1" and (module or not sys.argv[0].endswith(".py")) and not _by_accelerate():
+    world, file = os.environ.get("WORLD_SIZE", "1"), None if module else _script()
+    script = [file, *arguments[1:]] if file else ["-m", "hf_kd", *arguments]
+    if world == "1" and file is None and not _by_accelerate():
         return ["hf-kd", *arguments]
     if _by_accelerate():
-        several = ["--num_processes", world] if world != "1" else []
-        if world != "1" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
-            several = ["--multi_gpu", *several]
+        # On a CPU it starts one process without --multi_gpu.
+        several = ["--multi_gpu", "--num_processes", world] if world != "1" else []
         return ["accelerate", "launch", *several, *script]
     if world != "1":
         return ["torchrun", "--nproc_per_node", world, *script]
     return ["python", *script]
+
+
+def resume_command(folder: str | os.PathLike) -> str:
+    """The command that goes on with the experiment in a folder, for messages."""
+    return shlex.join(launch_command(["resume", os.fspath(folder)], module=True))
+
+
+def _script() -> str | None:
+    """The script that was started, such as examples/run_distill.py; None for `hf-kd` and `python -m hf_kd`."""
+    file = sys.argv[0]
+    return file if file.endswith(".py") and os.path.basename(file) != "__main__.py" else None
 
 
 def _by_accelerate() -> bool:
@@ -50,14 +65,19 @@ def _asked_of_accelerate() -> int | None:
     return int(number) if number.isdigit() else 2
 
 
-def check_processes(config: DistillationConfig) -> None:
-    """Refuses to train with another number of processes than the launcher was asked for."""
+def check_processes(config: DistillationConfig, resumed: str | os.PathLike | None = None) -> None:
+    """Refuses to train with another number of processes than the launcher was asked for.
+
+    `resumed` is the folder of the experiment that is gone on with, if any.
+    """
     asked = _asked_of_accelerate() or int(os.environ.get("WORLD_SIZE", 1))
     if asked == config.world_size:
         return
     what = "runs one" if config.world_size == 1 else f"run {config.world_size}"
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "-m hf_kd distill"
+    script = f"{_script() or '-m hf_kd distill'} ... --use_cpu"
+    if resumed:
+        script = shlex.join(["-m", "hf_kd", "resume", os.fspath(resumed)])
     raise ValueError(
         f"{asked} processes were asked for, and this {what}. On a CPU several processes are started with: "
-        f"accelerate launch --multi_gpu --num_processes {asked} {script} ... --use_cpu"
+        f"accelerate launch --multi_gpu --num_processes {asked} {script}"
     )
