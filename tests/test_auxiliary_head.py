@@ -110,7 +110,7 @@ class Unknown(nn.Module):
 
 def test_a_model_of_no_known_family_is_traced_too():
     assert find_feature_layer(Unknown(), (32, 32)).name == "body.1"
-    with pytest.raises(ValueError, match=r"no module named 'body\.9' gives one.*feature_module.*body \(16 × 16 × 16"):
+    with pytest.raises(ValueError, match=r"no module named 'body\.9' gives one.*feature_module.*body \(16 × 4 × 4"):
         add_auxiliary_head(Unknown(), 6, (32, 32), feature_module="body.9")
     model, values = Unknown(), torch.rand(2, 3, 32, 32)
     head = add_auxiliary_head(model, 6, (32, 32), feature_module="body.0")

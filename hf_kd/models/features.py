@@ -78,7 +78,7 @@ def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module
     if name is None:
         seen = _larger_trace(student, size) or trace
         found = _middle_block(student, seen) or _end_of_the_last_but_one_stage(student, seen)
-        name = found and found.layer.name
+        name = found.layer.name if found is not None else None
     if name in trace.outputs:
         return trace.outputs[name].layer
     what = f"no module named {name!r} gives one" if name else f"no single module of {type(student).__name__} gives it"
