@@ -24,7 +24,7 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
         samples: measure on so many images, evenly spaced; default: on all, and keep it as `teacher_metrics`.
         teacher: default: `eval_teacher`.
     """
-    teacher = teacher or trainer.eval_teacher
+    teacher, eval_teacher = teacher or trainer.eval_teacher, trainer.eval_teacher
     source = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     source = next(iter(source.values())) if isinstance(source, dict) else source
     if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
@@ -32,10 +32,13 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
     meter, dropped = ClassificationMeter(), torch.zeros(())
     with torch.random.fork_rng(devices=[]):  # the run draws the same numbers with and without the measurement
         batch_size, sampler = trainer.args.eval_batch_size, trainer._get_eval_sampler
-        for inputs in trainer._get_dataloader(source, "Teacher", batch_size, sampler):
+        trainer.eval_teacher = teacher  # for whose preprocessing images are resized and cropped
+        try:
+            loader = trainer._get_dataloader(source, "Teacher", batch_size, sampler)
+        finally:
+            trainer.eval_teacher = eval_teacher
+        for inputs in loader:
             inputs.pop("skipped", None)
-            if teacher is not trainer.eval_teacher:  # whose frame they are
-                inputs.pop("teacher_pixels", None)
             inputs = trainer._prepare_inputs(inputs)
             logits = trainer._teacher_logits(teacher, inputs)
             statistics = sample_statistics(logits, hard_labels(inputs["labels"]))

@@ -6,11 +6,13 @@ import functools
 import math
 import sys
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
 from . import checkpointing, push
@@ -178,7 +180,12 @@ class DistillationTrainer(Trainer):
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -211,7 +218,8 @@ class DistillationTrainer(Trainer):
         if args.lr_step_epochs and self.lr_scheduler is None:
             steps = [round(epoch * num_training_steps / args.num_train_epochs) for epoch in args.lr_step_epochs]
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, args.lr_step_factor)
+            # Not MultiStepLR, which starts from the decayed rate in a second training.
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: args.lr_step_factor ** bisect_right(steps, step))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -113,6 +113,7 @@ def changed(tensor, value, at=(2, 1)):
         ({"labels": changed(INTEGERS, -100, (slice(1, 3),))}, r"2 value\(s\) outside \[0, 7\).*-100.*ignore index"),
         ({"labels": changed(INTEGERS, 7, (0,))}, r"1 value\(s\) outside \[0, 7\), the first is 7"),
         ({"labels": changed(SOFT, -0.25)}, r"1 negative value\(s\).*-0.25"),
+        ({"labels": 2 * SOFT}, "rows that sum to 1.*multi-label.*divide each row"),
         ({"labels": changed(SOFT, torch.nan)}, r"labels holds 1 NaN or infinite value\(s\) of 42.*row 2"),
         ({"student_logits": changed(logits(0), torch.nan)}, "student_logits holds 1 NaN .*row 2"),
         ({"student_logits": changed(logits(0), -torch.inf)}, "student_logits holds 1 NaN .*row 2"),

@@ -412,3 +412,21 @@ def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
     assert state["global_step"] == (3 if name == "SIGINT" else 1)
     a, b = train_killed(tmp_path / "whole"), train_killed(tmp_path / "cut", every=every, resume=True)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_evaluation_drops_no_image(tmp_path):
+    trainer = trainer_for(
+        tmp_path, evaluation=rows(19, seed=1), dataloader_drop_last=True, per_device_eval_batch_size=10
+    )
+    whole = trainer_for(tmp_path, evaluation=rows(19, seed=1), per_device_eval_batch_size=19)
+    assert trainer.evaluate()["eval_top1"] == pytest.approx(whole.evaluate()["eval_top1"])
+    assert trainer.args.dataloader_drop_last and trainer.get_train_dataloader().drop_last
+
+
+def test_a_second_training_starts_from_the_same_rate(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=-1, num_train_epochs=2, lr_step_epochs=[1], lr_step_factor=0.1)
+    rates = []
+    for _ in range(2):
+        trainer.train()
+        rates.append([entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry])
+    assert rates[0] == rates[1] and rates[0][0] == pytest.approx(10 * rates[0][-1])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import tiny
 from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
+from transformers import CLIPImageProcessor
 from transformers.utils import logging
 
 from hf_kd import DistillationTrainer, load_student, load_teacher
@@ -100,3 +101,16 @@ def test_the_record_has_the_mapping(tmp_path):
     mapping = record["teacher"]["class_mapping"]
     assert mapping["kind"] == "subset" and mapping["source_classes"] == 8
     assert mapping["classes"][3] == ["class 3", {"4": "class 3"}]
+
+
+def test_another_teacher_is_measured_as_its_own_preprocessing_wants_it(tmp_path):
+    """It crops another part out of the images than the student and the evaluation teacher see."""
+    module, _ = tiny("resnet", seed=3, names=NAMES)
+    cropping = CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 24, "width": 24})
+    other = load_teacher(module, processor=cropping)
+    data = rows(24)
+    expected = trainer_for(tmp_path / "own", loss="nkd", teacher=other, evaluation=data).measure_teacher()
+    trainer = trainer_for(tmp_path / "other", loss="nkd", evaluation=data)
+    before = trainer.eval_teacher
+    assert trainer.measure_teacher(teacher=other.aligned()) == pytest.approx(expected)
+    assert trainer.eval_teacher is before and "eval_agreement" in trainer.evaluate()

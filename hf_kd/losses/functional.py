@@ -103,6 +103,13 @@ def _check_label_values(labels: Tensor, classes: int) -> None:
         if labels.min() < 0:
             negative = f"{(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}"
             raise ValueError(f"labels hold {negative}: soft labels are probabilities")
+        sums = labels.sum(1, dtype=torch.float32)
+        if ((sums - 1).abs() > 0.01).any():
+            worst = sums[(sums - 1).abs().argmax()].item()
+            raise ValueError(
+                f"labels of shape (B, C) must have rows that sum to 1, one sums to {worst:g}: images of several "
+                "classes at once (multi-label) are not supported; divide each row by its sum if you mean a mix"
+            )
         return
     bad = labels[(labels < 0) | (labels >= classes)]
     if bad.numel():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .features import HEAD, FeatureLayer, find_feature_layer
-from .forward import logits_of, tensor_of
+from .forward import logits_of
 
 
 @dataclass
@@ -35,11 +35,13 @@ class AuxiliaryHead(nn.Module):
         self._logits: torch.Tensor | None = None
 
     def forward(self, output) -> torch.Tensor:
-        feature, pooling = tensor_of(output), self.layer.pooling
+        feature, pooling = _part(output, self.layer.item), self.layer.pooling
         if pooling == "class_token":
             feature = feature[:, 0]
+        elif pooling == "mean_token":
+            feature = feature[:, self.layer.skipped :].mean(1)
         elif pooling != "none":
-            feature = feature.mean({"mean_token": (1,), "nchw": (2, 3), "nhwc": (1, 2)}[pooling])
+            feature = feature.mean((2, 3) if pooling == "nchw" else (1, 2))
         return self.fc(feature)
 
     def __getstate__(self) -> dict:
@@ -61,6 +63,12 @@ class AuxiliaryHead(nn.Module):
                 f"block with feature_module= (--feature_module): {self.layer.name}.N."
             )
         return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
+
+
+def _part(output, item: int | None) -> torch.Tensor:
+    if item is None:
+        return output
+    return (output.to_tuple() if isinstance(output, ModelOutput) else output)[item]
 
 
 def add_auxiliary_head(

@@ -1,119 +1,232 @@
-"""The intermediate layer whose output feeds the auxiliary head of USKD."""
+"""The intermediate layer whose output feeds the auxiliary head of USKD, found by tracing the student."""
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from .forward import dry_run, tensor_of
+from .forward import in_eval_mode, logits_of
 
 HEAD = "aux_head"
 
-# Module names by model_type, counted from 0: `{half}` is block L/2 (the 6th of 12), `{stage}` the last stage but one,
-# `{block}` the last block of that. Swin's stages themselves give what comes after patch merging.
-_LAYERS = {
-    "vit": ("vit.layers.{half}", "class_token"),
-    "deit": ("deit.layers.{half}", "class_token"),
-    "beit": ("beit.layers.{half}", "class_token"),
-    "dinov2": ("dinov2.encoder.layer.{half}", "class_token"),
-    "swin": ("swin.encoder.layers.{stage}.blocks.{block}", "mean_token"),
-    "swinv2": ("swinv2.encoder.layers.{stage}.blocks.{block}", "mean_token"),
-    "resnet": ("resnet.encoder.stages.{stage}", "nchw"),
-    "regnet": ("regnet.encoder.stages.{stage}", "nchw"),
-    "convnext": ("convnext.encoder.stages.{stage}", "nchw"),
-    "convnextv2": ("convnextv2.encoder.stages.{stage}", "nchw"),
-}
+# Where the paper taps another layer than the last-but-one stage: the module, by how the architecture's name begins.
+# Of MobileNetV2 it is the last inverted residual block (320 channels at width 1), in timm and in transformers.
+EXCEPTIONS = {"mobilenetv2": "blocks.6", "mobilenet_v2": "mobilenet_v2.layer.15"}
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_BATCH, _MOST_TOKENS = 2, 16  # images in the trace; tokens before those of the grid
 
 
 @dataclass(frozen=True)
 class FeatureLayer:
     """Where USKD taps the student.
 
-    `pooling` is how the output of the module becomes (B, channels): "class_token" (the first of (B, N, D)),
-    "mean_token", "nchw" or "nhwc" (the mean over positions of a feature map), "none" (it is (B, D) already).
+    Attributes:
+        name: the module whose output is the feature.
+        channels: D, the size of the pooled feature.
+        pooling: how the output becomes (B, D): "class_token" (the first of (B, N, D)), "mean_token" (the mean of
+            those after the first `skipped`), "nchw" or "nhwc" (the mean over positions of a feature map), "none" (it
+            is (B, D) already).
+        shape: of the output for one image, without the batch dimension.
+        skipped: how many tokens come first that stand for no position of the image (class token, registers).
+        item: which part of the module's output it is, where that is a tuple.
     """
 
     name: str
     channels: int
     pooling: str
+    shape: tuple[int, ...] = ()
+    skipped: int = 0
+    item: int | None = None
+
+    def __str__(self) -> str:
+        pooled = {"class_token": "its class token", "none": "as it is"}.get(self.pooling, "its mean over positions")
+        return f"{self.name} ({' × '.join(map(str, self.shape))}, {pooled})"
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a module gave for images: the feature, and its number of positions."""
+
+    layer: FeatureLayer
+    positions: int
+    nodes: frozenset  # of autograd's graph, for all tensors of the output
+    is_layer: bool  # a single one, or without weights: no block
+
+    @property
+    def tokens(self) -> bool:
+        return len(self.layer.shape) == 2
 
 
 def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module: str | None = None) -> FeatureLayer:
     """The layer that the paper taps: CNNs the output of the last-but-one stage, ViTs the class token after block L/2.
 
-    One forward of a blank image of `size` (height and width) finds the feature's shape. `feature_module` names the
-    module to tap instead, as in `student.named_modules()`. ValueError, with the candidates, if there is no such
-    module, or no rule for this kind of model.
+    The student is traced with blank images of `size` (height and width). A module can be tapped if all that the
+    logits learn of the image passes through its output. If the blocks have several resolutions, it is the last such
+    module at the second-lowest; if they all have one (ViT, Mixer), it is the block in the middle, the 6th of 12.
+    `feature_module` names the module to tap instead, as in `student.named_modules()`.
+
+    Raises:
+        ValueError: there is no such module, or no single one is found; with the candidates.
     """
-    name, kind = (feature_module, None) if feature_module else _known_layer(student)
-    if name is None or name not in dict(student.named_modules()):
-        model_type = getattr(getattr(student, "config", None), "model_type", None)
-        what = f"model_type {model_type!r}" if model_type else type(student).__name__
-        what = f"no module is named {name!r}" if name else f"there is no rule for {what}"
-        raise ValueError(
-            f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module) "
-            f"with one of: {', '.join(_candidates(student, size))}."
-        )
-    shape = _trace(student, size, [name])[name]
-    kind = kind or _pooling(student, shape)
-    return FeatureLayer(name, shape[1] if kind in ("nchw", "none") else shape[-1], kind)
+    trace, name = _Trace(student, size), feature_module or _exception(student)
+    if name is None:
+        seen = _larger_trace(student, size) or trace
+        found = _middle_block(student, seen) or _end_of_the_last_but_one_stage(student, seen)
+        name = found.layer.name if found is not None else None
+    if name in trace.outputs:
+        return trace.outputs[name].layer
+    what = f"no module named {name!r} gives one" if name else f"no single module of {type(student).__name__} gives it"
+    inner = [output for output in trace.outputs.values() if not output.is_layer and output.positions > 1]
+    blocks = [str(output.layer) for output in inner if output.layer.name[-1].isdigit()]
+    raise ValueError(
+        f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module), the "
+        f"name of one of: {'; '.join((blocks or [str(output.layer) for output in inner])[-40:])}."
+    )
 
 
-def _known_layer(student: nn.Module) -> tuple[str | None, str | None]:
-    config = getattr(student, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type in _LAYERS:
-        name, kind = _LAYERS[model_type]
-        half = (getattr(config, "num_hidden_layers", None) or 0) // 2 - 1
-        depths = [0, 0, *(getattr(config, "depths", None) or ())]
-        return name.format(half=half, stage=len(depths) - 4, block=depths[-2] - 1), kind
+def _exception(student: nn.Module) -> str | None:
+    config: Any = getattr(student, "config", None)
+    timm_config = getattr(student, "default_cfg", None) or {}
+    names = [
+        getattr(config, "model_type", ""),
+        getattr(config, "architecture", ""),
+        timm_config.get("architecture", ""),
+    ]
+    for beginning, module in EXCEPTIONS.items():
+        if any(name.startswith(beginning) for name in names):
+            return f"timm_model.{module}" if hasattr(student, "timm_model") else module
+    return None
+
+
+def _middle_block(student: nn.Module, trace: _Trace) -> _Output | None:
+    """Block L/2 of a network whose blocks all have one resolution. Convolutions before tokens do not count."""
+    lists: list[list[_Output]] = []
+    for name, module in student.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            blocks = [trace.outputs.get(f"{name}.{i}") for i, _ in module.named_children()]
+            whole = [block for block in blocks if block is not None and not block.is_layer and block.positions > 1]
+            if len({type(child) for child in module.children()}) == 1 and len(whole) == len(module):
+                lists += [whole] if all(map(trace.is_cut, whole)) else []
+    if any(each[-1].tokens for each in lists):
+        lists = [each for each in lists if each[-1].tokens]
+    longest = max(lists, key=len, default=[])
+    isotropic = {block.positions for each in lists for block in each} == {trace.last and trace.last.positions}
+    return longest[len(longest) // 2 - 1] if isotropic else None
+
+
+def _end_of_the_last_but_one_stage(student: nn.Module, trace: _Trace) -> _Output | None:
+    last = trace.last
+    earlier = [output for output in trace.maps if last is not None and output.positions > last.positions]
+    first = next(filter(trace.is_cut, earlier), None)
+    if last is None or first is None:
+        return None
+    # Padding may make a map a little larger. And not what the next stage begins with: its normalization, or the first
+    # layers of its first block.
+    stage = [output for output in earlier if last.positions < output.positions < 1.5 * first.positions]
+    whole = [o for o in stage if not o.is_layer and not _is_part_of_a_block(student, o, trace.outputs)]
+    found = next(filter(trace.is_cut, whole), first)
+    # Where timm lists stages, it knows their resolutions: of branches that run side by side none is a cut.
     model: Any = getattr(student, "timm_model", student)
-    prefix = "" if model is student else "timm_model."
-    if hasattr(model, "num_prefix_tokens") and hasattr(model, "blocks"):  # timm's vision transformers
-        return f"{prefix}blocks.{len(model.blocks) // 2 - 1}", None
-    stages: Any = getattr(model, "feature_info", None)  # timm: a list of dicts, or an object with one
-    stages = getattr(stages, "info", stages) or ()
-    return (prefix + stages[-2]["module"] if len(stages) > 1 else None), None
+    stages: Any = getattr(model, "feature_info", None)
+    reductions = sorted({each["reduction"] for each in getattr(stages, "info", stages) or () if "reduction" in each})
+    wanted = (reductions[-1] / reductions[-2]) ** 2 if len(reductions) > 1 else math.inf
+    return found if found.positions < 1.5 * wanted * last.positions else None
 
 
-def _trace(student: nn.Module, size: tuple[int, int], names) -> dict[str, tuple[int, ...]]:
-    """Output shapes of the named modules for one blank image, in the order in which they run."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _is_part_of_a_block(student: nn.Module, output: _Output, outputs: dict[str, _Output]) -> bool:
+    """Whether the module around it is no list of blocks and ends at a lower resolution."""
+    name = output.layer.name.rpartition(".")[0]
+    around = outputs.get(name)
+    is_list = isinstance(student.get_submodule(name), (nn.ModuleList, nn.Sequential))
+    return not is_list and around is not None and 1 < around.positions < output.positions
 
-    def note(module, args, output, name):
-        with contextlib.suppress(TypeError, IndexError, KeyError):  # no tensor in it: not a feature
-            shapes[name] = tuple(tensor_of(output).shape)
 
-    handles = [student.get_submodule(name).register_forward_hook(partial(note, name=name)) for name in names]
+def _larger_trace(student: nn.Module, size: tuple[int, int]) -> _Trace | None:
+    """Of a CNN with an input below 128 px: at 32 px the last stages of one for ImageNet have a single position."""
+    scale = math.ceil(128 / min(size))
     try:
-        dry_run(student, size)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
+        trace = _Trace(student, (scale * size[0], scale * size[1])) if scale > 1 else None
+    except (AssertionError, RuntimeError, ValueError):  # it takes images of its own size only
+        return None
+    return None if trace is None or any(output.tokens for output in trace.outputs.values()) else trace
 
 
-def _pooling(student: nn.Module, shape: tuple[int, ...]) -> str:
-    if len(shape) == 2:
-        return "none"
-    model = getattr(student, "timm_model", student)
-    if len(shape) == 3:
-        has_token = any(name.split(".")[-1] in ("cls_token", "class_token") for name, _ in model.named_parameters())
-        late = hasattr(model, "blocks_token_only") or hasattr(model, "cls_attn_blocks")  # timm's CaiT and XCiT
-        return "class_token" if has_token and not late else "mean_token"
-    if len(shape) == 4:
-        # Channels last in timm's Swin; elsewhere the odd one out is taken for the channels of a square map.
-        last = getattr(model, "output_fmt", None) == "NHWC" or shape[1] == shape[2] != shape[3]
-        return "nhwc" if last else "nchw"
-    raise ValueError(f"a feature of shape {shape} can't be pooled: choose a module with 2 to 4 dimensions.")
+class _Trace:
+    """The outputs of all modules that run once, in the order in which they end."""
+
+    def __init__(self, student: nn.Module, size: tuple[int, int]):
+        self.outputs: dict[str, _Output] = {}
+        has_class_token = any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in student.named_parameters())
+        calls: Counter[str] = Counter()
+
+        def note(module: nn.Module, args, output, name: str) -> None:
+            calls[name] += 1
+            parts = [output] if isinstance(output, torch.Tensor) else _parts(output)
+            found = {i: each for i, part in enumerate(parts) if (each := _feature(name, part, size, has_class_token))}
+            if len({positions for _, positions in found.values()}) == 1:  # else none, or several branches
+                item, (layer, positions) = next(iter(found.items()))
+                layer = layer if isinstance(output, torch.Tensor) else replace(layer, item=item)
+                nodes = frozenset(part.grad_fn for part in parts if isinstance(part, torch.Tensor))
+                is_layer = not any(module.children()) or all(p.ndim < 2 for p in module.parameters())
+                self.outputs[name] = _Output(layer, positions, nodes, is_layer)
+
+        modules = {name: module for name, module in student.named_modules() if name and not name.startswith(HEAD)}
+        handles = [module.register_forward_hook(partial(note, name=name)) for name, module in modules.items()]
+        like = next(student.parameters())
+        try:
+            with in_eval_mode(student), torch.enable_grad():
+                self.image = torch.zeros(_BATCH, 3, *size, device=like.device, dtype=like.dtype, requires_grad=True)
+                self.logits = logits_of(student(self.image))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.outputs = {name: output for name, output in self.outputs.items() if calls[name] == 1}
+        self.maps = [output for output in reversed(self.outputs.values()) if output.positions > 1]
+        self.last = next(filter(self.is_cut, self.maps), None)
+
+    def is_cut(self, output: _Output) -> bool:
+        """Whether every way from the image to the logits, in autograd's graph, passes through this output."""
+        seen, left = set(output.nodes), [self.logits.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if getattr(node, "variable", None) is self.image:
+                return False
+            left += [following for following, _ in node.next_functions]
+        return True
 
 
-def _candidates(student: nn.Module, size: tuple[int, int]) -> list[str]:
-    names = [n for n, _ in student.named_modules() if n and n.count(".") <= 3 and not n.startswith(HEAD)]
-    shapes = _trace(student, size, names)
-    blocks = [n for n in shapes if n.rsplit(".", 1)[-1].isdigit() and len(shapes[n]) > 2]
-    return [f"{n} {shapes[n]}" for n in (blocks or [n for n in shapes if len(shapes[n]) > 2])][:40]
+def _parts(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return [*output.values()]
+    return [*output] if isinstance(output, (tuple, list)) else []
+
+
+def _feature(name: str, part: Any, size: tuple[int, int], has_class_token: bool) -> tuple[FeatureLayer, int] | None:
+    """How a tensor is pooled, and its number of positions; None if it is no feature of each image."""
+    if not isinstance(part, torch.Tensor) or part.ndim < 2 or part.shape[0] != _BATCH:
+        return None
+    shape = tuple(part.shape[1:])
+    if part.ndim == 2:
+        return FeatureLayer(name, shape[0], "none", shape), 1
+    if part.ndim == 3 and shape[1] > 1:
+        strides = range(1, max(size) + 1)
+        grids = [round_(size[0] / s) * round_(size[1] / s) for s in strides for round_ in (math.floor, math.ceil)]
+        grid = max((positions for positions in grids if positions <= shape[0]), default=0)
+        skipped = shape[0] - grid if shape[0] - grid <= _MOST_TOKENS else 0
+        pooling = "class_token" if skipped and has_class_token else "mean_token"
+        return FeatureLayer(name, shape[1], pooling, shape, skipped), shape[0] - skipped
+    if part.ndim == 4:
+        for first, channels, pooling in ((1, 0, "nchw"), (0, 2, "nhwc")):
+            rows, columns = shape[first : first + 2]
+            if abs(rows - columns * size[0] / size[1]) <= 1:  # else heads of attention, say
+                return FeatureLayer(name, shape[channels], pooling, shape), rows * columns
+    return None

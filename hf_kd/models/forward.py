@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import nn
 
 
-@torch.no_grad()
-def dry_run(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
-    """The logits (1, C) of an image of stripes in eval mode; every module's mode is left as it was."""
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module):
+    """Every module is in eval mode within, and in the mode in which it was afterwards."""
     modes = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters())
     try:
-        image = torch.linspace(-2, 2, size[1]).sin().repeat(1, 3, size[0], 1)
-        return logits_of(model.eval()(image.to(device=parameter.device, dtype=parameter.dtype)))
+        yield model.eval()
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@torch.no_grad()
+def dry_run(model: nn.Module, size: tuple[int, int]) -> torch.Tensor:
+    """The logits (1, C) of an image of stripes in eval mode; every module's mode is left as it was."""
+    parameter = next(model.parameters())
+    image = torch.linspace(-2, 2, size[1]).sin().repeat(1, 3, size[0], 1)
+    with in_eval_mode(model):
+        return logits_of(model(image.to(device=parameter.device, dtype=parameter.dtype)))
 
 
 def tensor_of(output) -> torch.Tensor:

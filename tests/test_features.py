@@ -1,0 +1,113 @@
+"""The layer that feeds the auxiliary head, found by tracing: in the paper's own models, and where rules go wrong."""
+
+import re
+
+import pytest
+import timm
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from hf_kd.models.features import find_feature_layer
+
+TOKEN, MEAN = "class_token", "mean_token"
+# Module, shape of its output and pooling. The first eight are the paper's.
+TIMM = {
+    "resnet18": ("layer3", (256, 14, 14), "nchw"),
+    "resnet50": ("layer3", (1024, 14, 14), "nchw"),
+    "mobilenetv1_100": ("blocks.3", (512, 14, 14), "nchw"),
+    "mobilenetv2_100": ("blocks.6", (320, 7, 7), "nchw"),
+    "regnetx_016": ("s3", (408, 14, 14), "nchw"),
+    "swin_tiny_patch4_window7_224": ("layers.2", (14, 14, 384), "nhwc"),
+    "deit_tiny_patch16_224": ("blocks.5", (197, 192), TOKEN),
+    "deit_tiny_distilled_patch16_224": ("blocks.5", (198, 192), TOKEN),
+    "convit_tiny": ("blocks.5", (196, 192), MEAN),  # its class token comes later
+    "cait_xxs24_224": ("blocks.11", (196, 192), MEAN),
+    "pvt_v2_b0": ("stages.2", (160, 14, 14), "nchw"),
+    "ghostnet_100": ("blocks.6", (112, 14, 14), "nchw"),
+    "mixer_s32_224": ("blocks.3", (49, 512), MEAN),
+    "resmlp_12_224": ("blocks.5", (196, 384), MEAN),
+    "samvit_base_patch16_224": ("blocks.5", (14, 14, 768), "nhwc"),
+    "tnt_s_patch16_224": ("blocks.5", (197, 384), TOKEN),
+    "densenet121": ("features.denseblock3", (1024, 14, 14), "nchw"),
+    "convnext_atto": ("stages.2", (160, 14, 14), "nchw"),
+    "efficientnet_b0": ("blocks.4", (112, 14, 14), "nchw"),
+    "inception_v3": ("Mixed_6e", (768, 17, 17), "nchw"),
+    "naflexvit_base_patch16_gap": ("blocks.5", (580, 768), MEAN),
+}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+TRANSFORMERS = {
+    "vit": (SMALL, "vit.layers.1", (197, 32), TOKEN),
+    "beit": (SMALL, "beit.layers.1", (197, 32), TOKEN),
+    "data2vec-vision": (SMALL, "data2vec_vision.encoder.layer.1", (197, 32), TOKEN),
+    "dinov2_with_registers": (SMALL, "dinov2_with_registers.encoder.layer.1", (201, 32), TOKEN),
+    "vit_msn": (SMALL, "vit.layers.1", (197, 32), TOKEN),
+    "ijepa": (SMALL, "ijepa.layers.1", (196, 32), MEAN),
+    "clip": ({"vision_config": SMALL}, "vision_model.encoder.layers.1", (50, 32), TOKEN),
+    "siglip": ({"vision_config": SMALL}, "vision_model.encoder.layers.1", (196, 32), MEAN),
+    "mobilenet_v1": ({}, "mobilenet_v1.layer.21", (512, 14, 14), "nchw"),
+    "mobilenet_v2": ({}, "mobilenet_v2.layer.15", (320, 7, 7), "nchw"),
+    "efficientnet": ({}, "efficientnet.encoder.blocks.37", (224, 37, 37), "nchw"),
+    "swin": ({}, "swin.encoder.layers.2.blocks.5", (196, 384), MEAN),
+    "swinv2": ({}, "swinv2.encoder.layers.2.blocks.5", (196, 384), MEAN),
+    "hiera": ({}, "hiera.encoder.stages.2", (196, 384), MEAN),
+    "segformer": ({}, "segformer.stages.2", (160, 14, 14), "nchw"),
+    "pvt": ({}, "pvt.encoder.block.2.1", (196, 320), MEAN),
+    "pvt_v2": ({}, "pvt_v2.encoder.layers.2.blocks.1", (196, 160), MEAN),
+    "focalnet": ({}, "focalnet.encoder.stages.2.layers.5", (196, 384), MEAN),
+    "bit": ({}, "bit.encoder.stages.2", (1024, 14, 14), "nchw"),
+    "hgnet_v2": ({}, "encoder.stages.2", (1024, 14, 14), "nchw"),
+    "levit": ({}, "levit.encoder.stages.1.layers.7", (49, 256), MEAN),
+    "mobilevit": ({}, "mobilevit.encoder.layer.3", (128, 16, 16), "nchw"),
+    "mobilevitv2": ({}, "mobilevitv2.encoder.layer.3", (384, 16, 16), "nchw"),
+    "poolformer": ({}, "poolformer.encoder.block.2.5", (320, 14, 14), "nchw"),
+    "swiftformer": ({}, "swiftformer.encoder.network.4", (112, 14, 14), "nchw"),
+    "cvt": ({}, "cvt.encoder.stages.1", (192, 28, 28), "nchw"),
+    "resnet": ({}, "resnet.encoder.stages.2", (1024, 14, 14), "nchw"),
+    "regnet": ({}, "regnet.encoder.stages.2", (512, 14, 14), "nchw"),
+    "convnextv2": ({}, "convnextv2.encoder.stages.2", (384, 14, 14), "nchw"),
+}
+
+
+@pytest.mark.parametrize("architecture", TIMM)
+def test_layers_of_timm(architecture):
+    with torch.device("meta"):  # shapes and autograd's graph are all that is needed
+        model = timm.create_model(architecture)
+    layer = find_feature_layer(model, model.default_cfg["input_size"][1:])
+    assert (layer.name, layer.shape, layer.pooling) == TIMM[architecture]
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS)
+def test_layers_of_transformers(model_type):
+    settings, *expected = TRANSFORMERS[model_type]
+    config = CONFIG_MAPPING[model_type](**settings)
+    cls = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = (cls[0] if isinstance(cls, tuple) else cls)(config)
+    size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+    layer = find_feature_layer(model, (size, size) if isinstance(size, int) else tuple(size))
+    assert (layer.name, layer.shape, layer.pooling) == tuple(expected)
+
+
+@pytest.mark.parametrize("architecture", ["hrnet_w18_small", "crossvit_9_240"])
+def test_branches_side_by_side_need_feature_module(architecture):
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    size = model.default_cfg["input_size"][1:]
+    with pytest.raises(ValueError, match="no single module of .* gives it.*feature_module") as error:
+        find_feature_layer(model, size)
+    name = re.search(r"one of: ([\w.]+) \(", str(error.value))[1]
+    assert find_feature_layer(model, size, name).name == name
+
+
+def test_small_images_of_a_network_for_large_ones():
+    """At 32 px the last two stages have 1 and 4 positions; the layer is the same one."""
+    with torch.device("meta"):
+        layer = find_feature_layer(timm.create_model("resnet18"), (32, 32))
+    assert (layer.name, layer.shape) == ("layer3", (256, 2, 2))
+
+
+def test_registers_are_left_out_of_the_mean():
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_siglip_gap_224", class_token=False, reg_tokens=4)
+    layer = find_feature_layer(model, (224, 224))
+    assert (layer.pooling, layer.skipped, layer.shape) == (MEAN, 4, (200, 768))
