@@ -79,6 +79,10 @@ def test_verdict_trains_the_controls_over_seeds_and_tests_pairs(things, tmp_path
         assert first["2xce", seed] == pytest.approx(2 * first["ce", seed], rel=1e-5)
     assert first["ce", 5] != pytest.approx(first["ce", 6], rel=1e-3)
 
+    assert printed.count("auxiliary head on vit.layers.1 (17 × 32, its class token)") == 2
+    layer = runs["uskd", 5]["student"]["feature_layer"]
+    assert (layer["name"], layer["shape"], layer["pooling"]) == ("vit.layers.1", [17, 32], "class_token")
+    assert "feature_layer" not in runs["ce", 5]["student"]
     (verdict,) = comparison["verdicts"]
     assert verdict["sentence"] in printed
     ce, uskd = ([100 * runs[name, seed]["metrics"]["top1"] for seed in (5, 6)] for name in ("ce", "uskd"))

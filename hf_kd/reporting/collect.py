@@ -135,10 +135,11 @@ def make_record(
     if loss.name not in LOSSES:
         known.setdefault("loss_description", loss.describe(loss.hyperparameters()))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
+    head = getattr(model, HEAD, None)
     record = {
         "name": loss.name,
         "loss": {"name": loss.name, **loss.hyperparameters()},
-        "student": {**student_entry, **(student or {})},
+        "student": {**student_entry, **({"feature_layer": vars(head.layer)} if head else {}), **(student or {})},
         "data": {
             "id": data_entry.pop("name"),
             **data_entry,
