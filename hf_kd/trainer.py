@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
 import time
 from bisect import bisect_right
@@ -32,6 +33,8 @@ from .models.teacher import Teacher, aligned_teacher
 from .reporting.collect import write_plan
 from .spec import Experiment
 from .teacher_check import measure_teacher, warn_near_chance
+
+_NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
 
 
 class DistillationTrainer(Trainer):
@@ -211,6 +214,10 @@ class DistillationTrainer(Trainer):
         if self.args.world_size == 1:
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device, dtype=torch.float32), "sum")
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those of transformers without class tokens and position embeddings, as in the paper's code."""
+        return [name for name in super().get_decay_parameter_names(model) if not _NOT_DECAYED.search(name)]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Adds the step schedule of `lr_step_epochs`, which the CNN settings of the paper use."""

@@ -415,12 +415,11 @@ def test_a_killed_run_resumes_bit_identically(name, every, tmp_path):
 
 
 def test_an_evaluation_drops_no_image(tmp_path):
-    trainer = trainer_for(
-        tmp_path, evaluation=rows(19, seed=1), dataloader_drop_last=True, per_device_eval_batch_size=10
-    )
+    sizes = {"per_device_train_batch_size": 10, "per_device_eval_batch_size": 10}
+    trainer = trainer_for(tmp_path, evaluation=rows(19, seed=1), dataloader_drop_last=True, **sizes)
     whole = trainer_for(tmp_path, evaluation=rows(19, seed=1), per_device_eval_batch_size=19)
     assert trainer.evaluate()["eval_top1"] == pytest.approx(whole.evaluate()["eval_top1"])
-    assert trainer.args.dataloader_drop_last and trainer.get_train_dataloader().drop_last
+    assert trainer.args.dataloader_drop_last and len(trainer.get_train_dataloader()) == 24 // 10
 
 
 def test_a_second_training_starts_from_the_same_rate(tmp_path):
@@ -430,3 +429,15 @@ def test_a_second_training_starts_from_the_same_rate(tmp_path):
         trainer.train()
         rates.append([entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry])
     assert rates[0] == rates[1] and rates[0][0] == pytest.approx(10 * rates[0][-1])
+
+
+@pytest.mark.parametrize("kind", ["deit", "timm_vit", "resnet"])
+def test_tokens_and_positions_are_not_decayed(kind, tmp_path):
+    trainer = trainer_for(tmp_path, kind)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    free = {name for name, _ in trainer.model.named_parameters()} - decayed
+    assert all("token" in n or "position" in n or "pos_embed" in n or "bias" in n or "norm" in n for n in free)
+    if kind != "resnet":
+        assert sum("token" in name for name in free) == (2 if kind == "deit" else 1)
+        assert sum("position_embeddings" in name or "pos_embed" in name for name in free) == 1
+    assert any("patch_embed" in name or "convolution" in name or "projection" in name for name in decayed)
