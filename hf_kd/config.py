@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from .losses import LOSSES, DistillationLoss, get_loss, loss_class
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
+MAX_IMAGE_PIXELS = 178_956_970  # where Pillow raises
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,6 +79,7 @@ class DistillationConfig(TrainingArguments):
     )
     lr_step_factor: float = option("See lr_step_epochs. The CIFAR standard is 0.2.", 0.1)
     max_skipped_fraction: float = option("Stop when more than this share of the images can't be decoded.", 0.01)
+    max_image_pixels: int = option("Images of more pixels are skipped like broken ones.", MAX_IMAGE_PIXELS)
     feature_module: str | None = option("USKD: module of the student whose output feeds the auxiliary head.")
     teacher_dtype: str | None = option("Compute type of the teacher: fp32, bf16 or fp16. Default: as the student's.")
     teacher_check_batches: int = option("Batches to check the teacher's top-1 on before training; 0: no check.", 4)
@@ -104,6 +106,8 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
+        if self.max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels={self.max_image_pixels} must be at least 1.")
         if self.lr_step_epochs and (self.max_steps > 0 or self.warmup_steps):
             raise ValueError("lr_step_epochs goes with num_train_epochs, not with max_steps or warmup_steps.")
         if self.train_image_size is not None and self.train_image_size < 1:

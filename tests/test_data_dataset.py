@@ -18,6 +18,7 @@ from data_helpers import pytestmark as pytestmark
 
 from hf_kd.data import (
     AUGMENTS,
+    ImageDataset,
     Mixer,
     UndecodableImage,
     build_transform,
@@ -263,3 +264,21 @@ def test_mixer_repeats_with_the_seed_and_keeps_its_inputs():
     for alphas in ((0, 0), (-1, 1)):
         with pytest.raises(ValueError, match="mixup_alpha"):
             Mixer(8, *alphas)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(kind):
+    data = encode(np.zeros((40, 50, 3), np.uint8), kind)
+    assert decode_rgb(data, max_pixels=2000).shape == (3, 40, 50)
+    with pytest.raises(UndecodableImage, match="50 × 40 pixels are more than max_image_pixels=1999"):
+        decode_rgb(data, max_pixels=1999)
+
+
+def test_a_small_file_of_many_pixels_costs_nothing():
+    """Its header says 30,000 × 30,000; nothing that long is ever allocated, and Pillow's own limit stays."""
+    data = bytearray(encode(np.zeros((8, 8, 3), np.uint8), "PNG"))
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    dataset = ImageDataset([{"image": bytes(data), "label": 0}])
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    assert dataset[0]["skipped"].endswith("30000 × 30000 pixels are more than max_image_pixels=178956970")
+    assert PIL.Image.MAX_IMAGE_PIXELS == before

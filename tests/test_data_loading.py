@@ -422,3 +422,12 @@ def test_labels_beyond_the_names(tmp_path):
     table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=features))
     with pytest.raises(ValueError, match=r"1 of the 3 labels.*\[7\]"):
         encode_labels({"train": table}, "label")
+
+
+def test_a_test_class_without_training_images_is_refused(tmp_path):
+    for path in ("train/cat", "train/dog", "test/cat", "test/ferret"):
+        (tmp_path / path).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / path / f"{i}.png").write_bytes(encode(np.full((4, 4, 3), 40 * i + len(path), np.uint8)))
+    with pytest.raises(ValueError, match="'train' has no image of 1 classes that split 'test' has: ferret.*Rename"):
+        load_data(str(tmp_path))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..config import DistillationConfig
+from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
 from .columns import INDEX_COLUMN, find_columns
 from .decode import UndecodableImage, decode_row
@@ -25,11 +25,12 @@ def read_item(
     seed: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict[str, Any]:
     """One item from one row, decoded and, if it is an image, augmented; within `forked_rng` if there is a transform.
 
     Args:
-        row, image_column, label_column: see `decode_row`.
+        row, image_column, label_column, max_pixels: see `decode_row`.
         key: of the sample: its row number in the split in file order, before hold-out, subset and shuffling.
         transform: uint8 (3, H, W) to uint8 (3, h, w). What it draws depends on seed, epoch and key alone.
 
@@ -41,7 +42,7 @@ def read_item(
     if isinstance(row, dict) and "skipped" in row:
         return row | keys
     try:
-        item = decode_row(row, image_column, label_column)
+        item = decode_row(row, image_column, label_column, max_pixels)
     except UndecodableImage as error:
         source = row.get(image_column) if isinstance(row, dict) else None
         path = source.get("path") if isinstance(source, dict) else None
@@ -61,7 +62,7 @@ class ImageDataset(Dataset):
     Args:
         dataset: a `datasets.Dataset` with an image column, read undecoded whatever its format is; or any other dataset
             (a Subset, torchvision's, your own, one `with_transform`) whose items are what `decode_row` takes.
-        image_column, label_column, transform: see `find_columns` and `read_item`.
+        image_column, label_column, transform, max_pixels: see `find_columns` and `read_item`.
         seed: not negative.
 
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
@@ -77,6 +78,7 @@ class ImageDataset(Dataset):
         label_column: str | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         self._undecoded, self._keys = _has_image_rows(dataset), None
         if isinstance(dataset, datasets.Dataset) and INDEX_COLUMN in dataset.column_names:
@@ -86,7 +88,7 @@ class ImageDataset(Dataset):
             dataset = dataset.with_format(None).select_columns([image_column, label_column])
             dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.max_pixels = transform, seed, max_pixels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,7 +128,7 @@ class ImageDataset(Dataset):
         return items
 
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
-        options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column)
+        options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column, self.max_pixels)
         with forked_rng():
             return [read_item(row, key, *options) for key, row in self._rows(indices)]
 
@@ -170,7 +172,8 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
         raise ValueError("the dataset is empty.")
     if not wrap and not _has_image_rows(dataset):
         return dataset
-    images = ImageDataset(dataset, args.image_column, args.label_column, seed=args.data_seed or 0)
+    columns, seed = (args.image_column, args.label_column), args.data_seed or 0
+    images = ImageDataset(dataset, *columns, seed=seed, max_pixels=args.max_image_pixels)
     if images._undecoded:
         feature = dataset.features[images.label_column]
         if getattr(feature, "dtype", "") == "string":

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ..config import MAX_IMAGE_PIXELS
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 
 class UndecodableImage(ValueError):
     """The image is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
 
 
-def decode_rgb(source: Any) -> Tensor:
+def decode_rgb(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     """Decodes an image as Pillow does (open, `exif_transpose`, convert to RGB).
 
     But 16-bit greys are scaled to 8 bits where Pillow clips them. Transparency is dropped, not blended.
@@ -26,6 +30,7 @@ def decode_rgb(source: Any) -> Tensor:
         source: encoded bytes (any format Pillow reads), a dict with "bytes" or "path" as `Image(decode=False)` of
             datasets gives, a path, a PIL image, a numpy array (H, W[, C]) of uint8, or of uint16 if grey, or a
             tensor (C, H, W) with C of 1, 3 or 4, uint8 or float in [0, 1].
+        max_pixels: a file of more pixels is not decoded, however small it is.
 
     Returns:
         uint8 tensor (3, H, W), which need not be contiguous.
@@ -41,10 +46,11 @@ def decode_rgb(source: Any) -> Tensor:
         source = read_file(str(source))
     try:
         if isinstance(source, bytes | bytearray | memoryview):
-            return _from_bytes(bytes(source))
+            return _from_bytes(bytes(source), max_pixels)
         if isinstance(source, np.ndarray):
             source = PIL.Image.fromarray(source.squeeze(2) if source.ndim == 3 and source.shape[2] == 1 else source)
         if isinstance(source, PIL.Image.Image):
+            _check_size(source.width, source.height, max_pixels)
             return _from_pil(source)
     except UndecodableImage:
         raise
@@ -53,13 +59,19 @@ def decode_rgb(source: Any) -> Tensor:
     raise UndecodableImage(f"no image in a value of type {type(source).__name__}")
 
 
-def decode_row(row: Any, image_column: str | None = None, label_column: str | None = None) -> dict[str, Any]:
+def decode_row(
+    row: Any,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> dict[str, Any]:
     """The image and the label of one row of any dataset.
 
     Args:
         row: a dict, or a pair (image, label) as torchvision's datasets give. The image is anything that `decode_rgb`
             takes, under `image_column`, "pixels", "image" or "img"; or is normalised, under "pixel_values". The label
             is under `label_column`, "labels" or "label".
+        max_pixels: see `decode_rgb`.
 
     Returns:
         {"pixels": uint8 (3, H, W), or "pixel_values": float (3, H, W) as they are; "labels": the label as it is}.
@@ -79,7 +91,7 @@ def decode_row(row: Any, image_column: str | None = None, label_column: str | No
         raise ValueError(f"an item with the keys {', '.join(row)} has no {missing}")
     if image == "pixel_values":
         return {"pixel_values": torch.as_tensor(row[image]), "labels": row[label]}
-    return {"pixels": decode_rgb(row[image]), "labels": row[label]}
+    return {"pixels": decode_rgb(row[image], max_pixels), "labels": row[label]}
 
 
 def read_file(path: str) -> bytes:
@@ -106,18 +118,36 @@ def _from_tensor(image: Tensor) -> Tensor:
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 
 
-def _from_bytes(data: bytes) -> Tensor:
+def _from_bytes(data: bytes, max_pixels: int) -> Tensor:
     if _torchvision_agrees(data):
+        if data.startswith(_PNG):  # whose header is quickly read
+            _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), max_pixels)
+        else:
+            _open(data, max_pixels)
         with suppress(ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
             from torchvision.io import ImageReadMode, decode_image  # deprecated; without it Pillow decodes everything
 
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+    return _from_pil(_open(data, max_pixels))
+
+
+def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
+    """The image with its size read and its pixels not."""
+    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None  # ours is checked here
     try:
         image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO
         raise UndecodableImage(f"no image file that Pillow knows; it begins with {data[:8]!r}") from error
-    return _from_pil(image)
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
+    _check_size(image.width, image.height, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise UndecodableImage(f"{width} × {height} pixels are more than max_image_pixels={max_pixels}")
 
 
 def _torchvision_agrees(data: bytes) -> bool:
@@ -125,7 +155,7 @@ def _torchvision_agrees(data: bytes) -> bool:
     one in EXIF behind the pixels."""
     if data.startswith(b"\xff\xd8\xff"):
         return b"tiff:Orientation" not in data
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):  # byte 24 is the bit depth; torchvision gives uint16 for 16
+    if data.startswith(_PNG):  # byte 24 is the bit depth; torchvision gives uint16 for 16
         tags = (b"eXIf", b"com.adobe.xmp", b"Raw profile type exif")
         return data[24:25] != b"\x10" and not any(tag in data for tag in tags)
     # The extended form of WebP (VP8X) may hold an orientation or an animation.

@@ -99,7 +99,7 @@ def load_data(
     names = class_names(chosen[train_split], label_column)
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
-    rows, fingerprints = {}, {}
+    rows, fingerprints, present = {}, {}, {}
     for split, data in chosen.items():
         labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
         rows[split] = np.arange(len(data))
@@ -112,7 +112,18 @@ def load_data(
         if INDEX_COLUMN in data.column_names:  # of another split, saved and read again
             data = data.remove_columns(INDEX_COLUMN)
         chosen[split] = data.add_column(INDEX_COLUMN, np.arange(len(data)))
+        present[split] = set(np.unique(labels).tolist())
     train, evaluation = rows[train_split], rows[eval_split]
+    unknown = [names[label] for label in sorted(present[eval_split] - present[train_split])]
+    if unknown:
+        message = (
+            f"{name}: split {train_split!r} has no image of {len(unknown)} classes that split {eval_split!r} has: "
+            f"{', '.join(unknown[:10])}"
+        )
+        folders = splits[train_split].info.builder_name == "imagefolder"
+        if folders and present[train_split] - present[eval_split]:  # as if one class had two names
+            raise ValueError(f"{message}. Rename those that are meant to be one class, or choose another --eval_split")
+        logger.warning(message)
     if held_out:
         count = int((positions < eval_fraction).sum())
         evaluation, train = train[:count], train[count:]

@@ -175,6 +175,11 @@ def _train(
     )
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
+    if skipped or eval_skipped:
+        print(
+            f"skipped {len(skipped)} images in training and {len(eval_skipped)} in evaluation (up to "
+            f"--max_skipped_fraction {config.max_skipped_fraction:g}), see {RUN_FILE}: {[*skipped, *eval_skipped][0]}"
+        )
     described = None
     if teacher is not None and experiment.teacher is not None:
         seen = experiment.teacher.seen_evaluation_images
