@@ -21,14 +21,16 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
     """
     folder = Path(experiment.output_dir)
     old = earlier_plan(folder, resume)
-    check_same(old or experiment, experiment, folder)
+    if old is not None:
+        check_same(old, experiment, folder)
     for run, checkpoint in zip(experiment.runs, checkpoints, strict=False):
         if checkpoint and not finished_record(experiment, run):
             continue_plan(experiment.of(run), checkpoint)
-    old = old or _create_plan(experiment)
     if old is None:
-        return
-    check_same(old, experiment, folder)
+        old = _create_plan(experiment)
+        if old is None:
+            return
+        check_same(old, experiment, folder)
     there, here = ({run.key: run for run in plan.runs} for plan in (old, experiment))
     for key in there.keys() & here.keys():
         if there[key].folder != here[key].folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -188,7 +188,11 @@ class _Trace:
                 handle.remove()
         self.outputs = {name: output for name, output in self.outputs.items() if calls[name] == 1}
         self.maps = [output for output in reversed(self.outputs.values()) if output.positions > 1]
-        self.last = next(filter(self.is_cut, self.maps), None)
+
+    @cached_property
+    def last(self) -> _Output | None:
+        """The last map that everything passes through."""
+        return next(filter(self.is_cut, self.maps), None)
 
     def is_cut(self, output: _Output) -> bool:
         """Whether every way from the image to the logits, in autograd's graph, passes through this output."""
