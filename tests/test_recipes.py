@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
-from tiny import KINDS, tiny, tiny_config
+from tiny import tiny, tiny_config
 from transformers import RegNetConfig, TimmWrapperConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_kd import recipes
 from hf_kd.cli.arguments import parse
 from hf_kd.config import DistillationConfig
+from hf_kd.experiment.plan import plan
 from hf_kd.experiment.variants import run_configs
 from hf_kd.losses import LOSSES
 from hf_kd.models.loading import model_family
@@ -82,25 +85,70 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_kind_is_seen_in_the_model_and_in_the_config_alone(kind):
-    expected = "vit" if kind in ("vit", "deit", "timm_vit") else "cnn"
-    assert model_family(tiny_config(kind)) == expected
-    assert model_family(tiny(kind)[0]) == expected
+# Optimizers of the papers: SGD for classic CNNs; AdamW for all with attention, token mixing or layer norm.
+SGD = (
+    "resnet18 resnetv2_50x1_bit regnetx_016 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100 efficientnet_b0 vgg16_bn "
+    "densenet121 repvgg_a0 resnet50_clip seresnet18 hrnet_w18 ghostnet_100"
+).split()
+ADAMW = (
+    "convnext_tiny mixer_b16_224 resmlp_12_224 poolformer_s12 coatnet_0_224 efficientformer_l1 focalnet_tiny_srf levit_128 "
+    "swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mobilevit_s efficientvit_b0 edgenext_small tiny_vit_5m_224"
+).split()
+
+
+@pytest.mark.parametrize("name", SGD + ADAMW)
+def test_an_architecture_of_timm_gets_the_optimizer_that_it_is_trained_with(name):
+    recipe = recipes.choose(model_family(TimmWrapperConfig(architecture=name)), True, "imagenet-1k")
+    assert recipes.load(recipe).settings["optim"] == ("sgd" if name in SGD else "adamw_torch")
+
+
+def test_a_family_of_transformers_gets_the_optimizer_that_it_is_trained_with():
+    with_sgd = {
+        family
+        for family in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        if recipes.choose(family, True, "imagenet-1k") == "cnn_scratch"
+    }
+    assert with_sgd == {"bit", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "pp_lcnet", "regnet", "resnet"}
+    assert model_family(RegNetConfig()) == "regnet" and model_family(tiny_config("deit")) == "deit"
+
+
+def test_every_family_of_the_table_exists():
+    modules = {timm.models.model_entrypoint(name).__module__.split(".")[-1] for name in timm.list_models()}
+    assert recipes.SGD_FAMILIES <= modules | set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize(
-    ("kind", "scratch", "data", "name"),
+    ("family", "scratch", "data", "name"),
     [
         ("vit", False, "uoft-cs/cifar100", "vit_finetune"),
         ("vit", True, "uoft-cs/cifar100", "vit_scratch"),
-        ("cnn", True, "imagenet-1k", "cnn_scratch"),
-        ("cnn", True, "uoft-cs/cifar100", "cnn_scratch_cifar"),
-        ("cnn", False, "uoft-cs/cifar100", "cnn_finetune"),
+        ("resnet", True, "imagenet-1k", "cnn_scratch"),
+        ("resnet", True, "uoft-cs/cifar100", "cnn_scratch_cifar"),
+        ("resnet", False, "uoft-cs/cifar100", "cnn_finetune"),
+        ("unknown", True, "uoft-cs/cifar100", "vit_scratch"),
+        ("", False, "imagenet-1k", "vit_finetune"),
     ],
 )
-def test_choice(kind, scratch, data, name):
-    assert recipes.choose(kind, scratch, data) == name
+def test_choice(family, scratch, data, name):
+    assert recipes.choose(family, scratch, data) == name
+
+
+@pytest.mark.parametrize(("side", "size", "said"), [(32, None, True), (160, 128, False)])
+def test_a_student_smaller_than_the_preset_keeps_its_size(tmp_path, things, side, size, said):
+    student = tmp_path / "student"
+    model, processor = tiny("resnet", size=side)
+    model.save_pretrained(student)
+    processor.save_pretrained(student)
+    (tmp_path / "cifar10").symlink_to(things / "data")
+    argv = ["--student", str(student), "--from_scratch", "--dataset", str(tmp_path / "cifar10"), "--use_cpu"]
+    script, config = parse([*argv, "--loss", "ce", "--output_dir", str(tmp_path / "out")])
+    experiment = plan(script, config)
+    assert experiment.student.image_size == size
+    assert experiment.train_image_size == min(side, 128)
+    text = experiment.preset["text"]
+    assert text.startswith("preset cnn_scratch_cifar, chosen for the family resnet")
+    assert ("but the student keeps its 32 px" in text) == said
+    assert ("image_size" in experiment.provenance) != said
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -183,18 +231,6 @@ def test_the_printed_line_says_what_is_used():
     line = recipes.describe("vit_finetune", changed, runs)["text"]
     assert "uskd: beta 0.1, mu 0.005 (published for imagenet)" in line and "alpha" not in line
     assert "as you set them: eval_strategy, loss_kwargs" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("repvgg_a0", "cnn"), ("resnet50_clip", "cnn"), ("seresnet18", "cnn"), ("swin_tiny_patch4_window7_224", "vit")],
-)
-def test_the_kind_of_what_has_attention_in_its_names_only(name, expected):
-    assert model_family(TimmWrapperConfig(architecture=name)) == expected
-
-
-def test_the_squeeze_and_excitation_of_regnet_is_no_attention():
-    assert model_family(RegNetConfig(layer_type="y", architectures=["RegNetForImageClassification"])) == "cnn"
 
 
 def test_a_config_file_is_a_recipe_of_its_own(tmp_path):

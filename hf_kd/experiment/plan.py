@@ -47,16 +47,17 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
     student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
-    recipe, changed = _recipe_name(script, student), list[str]()
-    provenance = recipes.provenance(recipe, config, script.explicit)
+    recipe, why = _recipe_name(script, student)
+    provenance, changed = recipes.provenance(recipe, config, script.explicit), list[str]()
     if recipe:
-        preset_student = recipes.load(recipe).student
-        new = {key: value for key, value in preset_student.items() if key not in script.explicit}
-        student = dataclasses.replace(student, **new)
+        student, kept = _with_recipe(student, recipe, script.explicit)
         config, changed = recipes.apply(recipe, config, script.explicit)
+        if kept:
+            why += f" (but the student keeps its {kept} px)"
+            del provenance["image_size"]
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
-    preset = recipes.describe(recipe, changed, losses) if recipe else None
+    preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)
@@ -142,14 +143,28 @@ def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
     return origin | {"commit": hub.resolve(name, revision, "dataset" if key == "dataset" else "model").resolved}
 
 
-def _recipe_name(script, student: ModelSource) -> str | None:
-    """The recipe that fills in what the user does not set; None for none."""
+def _recipe_name(script, student: ModelSource) -> tuple[str | None, str]:
+    """The recipe that fills in what the user does not set (None for none), and why that one, where it is chosen."""
     if script.preset == "none":
-        return None
+        return None, ""
     if script.preset != "auto":
-        return script.preset
-    config = student_config(student.id, student.from_scratch, student.image_size, student.hub)
-    return recipes.choose(model_family(config, student.trust_remote_code), student.from_scratch, script.dataset)
+        return script.preset, ""
+    family = model_family(_config(student))
+    return recipes.choose(family, student.from_scratch, script.dataset), f", chosen for the family {family or '-'}"
+
+
+def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple[ModelSource, int | None]:
+    """The student with a recipe's input size and statistics; and its own size in pixels, if that is smaller and stays."""
+    new = {key: value for key, value in recipes.load(recipe).student.items() if key not in explicit}
+    own = _input_side(student, _config(student)) if "image_size" in new else 0
+    kept = own if own < new.get("image_size", 0) else None
+    if kept:
+        del new["image_size"]
+    return dataclasses.replace(student, **new), kept
+
+
+def _config(student: ModelSource) -> Any:
+    return student_config(student.id, student.from_scratch, student.image_size, student.hub)
 
 
 def _with_facts(source: DataSource, data: ImageData) -> DataSource:
@@ -161,7 +176,7 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
 
 def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
     """The student's number of parameters, without memory for them, and the side of its input."""
-    config = student_config(student.id, student.from_scratch, student.image_size, student.hub)
+    config = _config(student)
     config.num_labels = len(names)
     with torch.device("meta"):
         model = build(config, student.trust_remote_code)

@@ -71,20 +71,15 @@ def build(config, trust_remote_code: bool = False):
     return module
 
 
-def model_family(model_or_config, trust_remote_code: bool = False) -> str:
-    """`"vit"` for a classifier (or its config) whose blocks have attention by linear layers, else `"cnn"`."""
-    model = model_or_config
-    if not isinstance(model, nn.Module):
-        with torch.device("meta"):
-            model = build(model, trust_remote_code)
-    attention = [
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1].lower().startswith(("attn", "attention", "self_attn"))
-    ]
-    # Linear layers tell it from the channel attention of CNNs; and one alone is attention pooling.
-    linear = [module for module in attention if any(isinstance(part, nn.Linear) for part in module.modules())]
-    return "vit" if len(linear) > 1 else "cnn"
+def model_family(config) -> str:
+    """The family of a classifier's config, as its module is called in transformers ("resnet", "vit") or, of a timm
+    model, in timm ("resnet", "vision_transformer"); "" if it has none."""
+    architecture = getattr(config, "architecture", None)
+    if architecture is None:
+        return getattr(config, "model_type", "")
+    import timm
+
+    return timm.models.model_entrypoint(architecture).__module__.split(".")[-1] if timm.is_model(architecture) else ""
 
 
 @contextlib.contextmanager
@@ -179,7 +174,7 @@ def processor_for(module, name: str, hub: dict):
         return AutoImageProcessor.from_pretrained(name, **hub)
     side = getattr(config, "image_size", None) or 224
     side = side if isinstance(side, int) else side[0]
-    logger.warning(f"{name} has no image processor: using {side} px with ImageNet statistics.")
+    logger.warning_once(f"{name} has no image processor: using {side} px with ImageNet statistics.")
     return _square_processor(side, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resample=2)
 
 

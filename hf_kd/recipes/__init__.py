@@ -20,6 +20,13 @@ if TYPE_CHECKING:  # the names of the recipes are part of the help, which needs 
 
 # What every recipe sets, and thus what is known before one is chosen.
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
+# The families (see `model_family`) that the recipes with SGD are for: convolutions with batch norm, and BiT. All others
+# get AdamW, which trains networks with attention, token mixing or layer norm, and is the safer one for unknown ones.
+SGD_FAMILIES = frozenset(
+    """bit byobnet cspnet densenet dla dpn efficientnet ghostnet hardcorenas hgnet hgnet_v2 hrnet inception_resnet_v2
+    inception_v3 inception_v4 lcnetv2 mobilenet_v1 mobilenet_v2 mobilenetv3 nasnet pnasnet pp_lcnet regnet repghost
+    res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet xception xception_aligned""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,12 @@ def load(name: str) -> Recipe:
 
 
 def choose(family: str, from_scratch: bool, dataset: str) -> str:
-    """The name of the recipe for a student's family ("vit" or "cnn"), its start, and the dataset."""
+    """The name of the recipe for a student's family (see `model_family`), its start, and the dataset."""
+    kind = "cnn" if family in SGD_FAMILIES else "vit"
     if not from_scratch:
-        return f"{family}_finetune"
-    cifar = family == "cnn" and "cifar" in Path(dataset).name.lower()
-    return "cnn_scratch_cifar" if cifar else f"{family}_scratch"
+        return f"{kind}_finetune"
+    cifar = kind == "cnn" and "cifar" in Path(dataset).name.lower()
+    return "cnn_scratch_cifar" if cifar else f"{kind}_scratch"
 
 
 def published_hyperparameters(loss: str, recipe: str) -> tuple[dict[str, Any], str | None]:
@@ -111,10 +119,11 @@ def provenance(name: str | None, config: DistillationConfig, explicit: set[str])
     return {key: "you" if key in explicit else f"preset {name}" for key in sorted({*values, *explicit})}
 
 
-def describe(name: str, changed: list[str], runs: dict[str, DistillationConfig]) -> dict[str, Any]:
-    """What plan and record say of a recipe, from `changed` (see `apply`) and the arguments of a run with each loss."""
+def describe(name: str, changed: list[str], runs: dict[str, DistillationConfig], why: str = "") -> dict[str, Any]:
+    """What plan and record say of a recipe, from `changed` (see `apply`), the arguments of a run with each loss, and
+    why it was chosen."""
     source = load(name).source
-    text = f"preset {name}: {source}."
+    text = f"preset {name}{why}: {source}."
     for run, config in runs.items():
         published, found = published_hyperparameters(config.loss, name)
         values = config.loss_kwargs or {}

@@ -34,7 +34,7 @@ def describe_model(model: torch.nn.Module, name: str | None, size: tuple[int, in
         "id": name,
         "revision": commit_of(model),
         "library": "timm" if getattr(config, "model_type", "") == "timm_wrapper" else "transformers",
-        "kind": model_family(model),
+        "kind": model_family(config),
         "architecture": getattr(config, "architecture", None) or type(model).__name__,
         "parameters": sum(p.numel() for p in own),
         "size_mb": sum(v.numel() * v.element_size() for v in [*own, *model.buffers()]) / 1e6,
