@@ -212,6 +212,11 @@ def test_deit_survives_its_strongest_levels():
     assert np.array(posterise(image)).any()
 
 
+def test_deit_resamples_with_one_filter():
+    operations = build_transform("deit", 16).transforms[3].ops
+    assert {operation.kwargs["resample"] for operation in operations} == {PIL.Image.Resampling.BICUBIC}
+
+
 def test_deit_erases_a_quarter_with_noise_of_the_imagenet_statistics():
     transform = build_transform("deit", 64).transforms[-1]
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)

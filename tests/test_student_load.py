@@ -15,6 +15,8 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     EfficientNetImageProcessor,
+    MobileNetV1Config,
+    MobileNetV2Config,
     MobileViTImageProcessor,
     ViTImageProcessor,
 )
@@ -54,6 +56,19 @@ def test_a_head_of_the_right_size_stays_and_its_classes_are_renamed(kind, tmp_pa
     values = torch.as_tensor(own(images=[image()], return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(logits(student, values), logits(old, values))
     check_reopens(student, processor, tmp_path / "new", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "used"),
+    [(MobileNetV1Config, None, 0.001), (MobileNetV2Config, None, 0.2), (MobileNetV2Config, 0.3, 0.3)],
+)
+def test_a_dropout_that_is_the_probability_to_keep_is_corrected(tmp_path, caplog, config, given, used):
+    options = {} if given is None else {"classifier_dropout_prob": given}
+    config(image_size=32, **options).save_pretrained(tmp_path)
+    arguments = {"from_scratch": True, "image_size": 32, "image_mean": MEAN, "image_std": STD, "id2label": NAMES}
+    student, _ = load_student(tmp_path, **arguments)
+    assert student.dropout.p == student.config.classifier_dropout_prob == used
+    assert ("classifier_dropout_prob" in caplog.text) == (given is None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

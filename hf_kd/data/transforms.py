@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -25,7 +26,7 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
             (the CIFAR standard);
             "resized_crop": the flip, and a random part of the image (8 to 100 % of its area), resized to `size`,
             bicubic (the ImageNet standard);
-            "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1), then random erasing with noise (p .25).
+            "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1, bicubic), then random erasing with noise (p .25).
         size: side h = w of the result in pixels, which "resized_crop" and "deit" need; the others keep the image's.
 
     Raises:
@@ -45,8 +46,11 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
         return v2.Compose([crop, flip])
     from timm.data.auto_augment import rand_augment_transform  # slow to import
 
-    # The two numbers that timm derives from the size and the mean in its own ImageNet training transform.
-    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN)}
+    settings = {  # as in timm's own ImageNet training transform
+        "translate_const": int(size * 0.45),
+        "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN),
+        "interpolation": Image.Resampling.BICUBIC,  # by default a random filter
+    }
     rand_augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
     for op in rand_augment.ops:
         if op.name.startswith("Posterize"):

@@ -34,7 +34,11 @@ def summary(experiment: Experiment) -> str:
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {run.folder}")
-    lines += [*_provenance(experiment), (experiment.preset or {}).get("text", ""), "dry run: nothing was written."]
+    preset = experiment.preset or {}
+    lines += [*_provenance(experiment), preset.get("text", "")]
+    if preset.get("deviations"):
+        lines.append(f"differs from the paper: {'; '.join(preset['deviations'])}")
+    lines.append("dry run: nothing was written.")
     return "\n".join(filter(None, lines))
 
 

@@ -16,6 +16,9 @@ from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
+# What transformers' MobileNets have for their dropout before the head, in the classes and in the configs on the Hub.
+_PROBABILITY_TO_KEEP = {"mobilenet_v1": 0.999, "mobilenet_v2": 0.8}
+
 
 def load_student(
     model,
@@ -123,6 +126,13 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
             config.model_args = {**(config.model_args or {}), "img_size": image_size}
     elif image_size and hasattr(config, "image_size"):
         config.image_size = image_size
+    kept = _PROBABILITY_TO_KEEP.get(config.model_type)
+    if kept and config.classifier_dropout_prob == kept:
+        config.classifier_dropout_prob = round(1 - kept, 3)
+        logger.warning_once(
+            f"{name}: its config drops {kept:.1%} of the features before the head (classifier_dropout_prob). That is "
+            f"TensorFlow's probability to keep one: training with {1 - kept:.1%}."
+        )
     return config
 
 

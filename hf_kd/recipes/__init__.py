@@ -39,6 +39,7 @@ class Recipe:
     global_batch_size: int  # images in one optimizer step, over all processes
     settings: dict[str, Any]  # of `DistillationConfig`
     student: dict[str, Any] = field(default_factory=dict)  # arguments of `load_student`
+    deviations: list[str] = field(default_factory=list)  # what differs from the paper's own training
 
 
 def names() -> list[str]:
@@ -122,7 +123,7 @@ def provenance(name: str | None, config: DistillationConfig, explicit: set[str])
 def describe(name: str, changed: list[str], runs: dict[str, DistillationConfig], why: str = "") -> dict[str, Any]:
     """What plan and record say of a recipe, from `changed` (see `apply`), the arguments of a run with each loss, and
     why it was chosen."""
-    source = load(name).source
+    source, deviations = load(name).source, load(name).deviations
     text = f"preset {name}{why}: {source}."
     for run, config in runs.items():
         published, found = published_hyperparameters(config.loss, name)
@@ -132,4 +133,5 @@ def describe(name: str, changed: list[str], runs: dict[str, DistillationConfig],
             text += f" {run}: {', '.join(kept)} (published for {found})."
     if changed:
         text += f" Not from it, but as you set them: {', '.join(changed)}."
-    return {"name": name, "source": source, "changed": changed, "text": f"{text} (--preset none: without.)"}
+    text += " (--preset none: without.)"
+    return {"name": name, "source": source, "changed": changed, "deviations": deviations, "text": text}
