@@ -65,7 +65,7 @@ class ClassMapping:
             counts = f"the teacher has {len(source)} classes, the data {len(target)}"
             class_map, counts_differ = None, f'class_map="by_index" needs equal counts, {counts}: '
         # Names that occur twice are no question in two equal lists.
-        if class_map == "by_index" or (class_map is None and [*map(_key, source)] == [*map(_key, target)]):
+        if class_map == "by_index" or (class_map is None and [*map(name_key, source)] == [*map(name_key, target)]):
             return cls(tuple((i,) for i in range(len(source))), source, target)
         entries = _entries(class_map, source, target)
         candidates = iter(_candidates(source, [*chain(*entries)]))
@@ -180,7 +180,7 @@ def check_class_order(data: list[str], student: dict[int, str]) -> None:
     raise ValueError(f"{problem}: load the student with load_student(..., id2label=names in the order of the data).")
 
 
-def _key(name) -> str:
+def name_key(name) -> str:
     """Class names are compared without regard to case, underscores, hyphens and surrounding space."""
     return re.sub(r"[\s_\-]+", " ", str(name)).strip().casefold()
 
@@ -200,7 +200,7 @@ def _synonyms(name: str) -> set[str]:
         except KeyError:  # no class of any ImageNet
             lemmas = ""
         name = f"{name[wordnet.end() :]},{lemmas}"
-    return {_key(word) for word in name.partition(":")[0].split(",")} - {""}
+    return {name_key(word) for word in name.partition(":")[0].split(",")} - {""}
 
 
 def _wordnet_ids(names: Sequence[str]) -> list[str | None]:
@@ -225,13 +225,13 @@ def _entries(class_map, source: Sequence[str], target: Sequence[str]) -> list[li
             raise ValueError(f"class_map needs an entry for each of {len(target)} classes, it has {len(class_map)}.")
         entries = list(class_map)
     elif class_map:
-        place = {_key(name): i for i, name in enumerate(target)}
-        unknown = [name for name in class_map if _key(name) not in place]
+        place = {name_key(name): i for i, name in enumerate(target)}
+        unknown = [name for name in class_map if name_key(name) not in place]
         if unknown:
             known = f"it has {list(target)[:_SHOWN]}"
             raise ValueError(f"class_map names classes that the data does not have: {unknown[:_SHOWN]}; {known}.")
         for name, entry in class_map.items():
-            entries[place[_key(name)]] = entry
+            entries[place[name_key(name)]] = entry
     entries = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
     for item in chain.from_iterable(entry or [entry] for entry in entries):
         if type(item) not in (int, str) or (type(item) is int and not 0 <= item < len(source)):
@@ -250,18 +250,18 @@ def _places(groups) -> dict:
 
 def _candidates(source: Sequence[str], items: Sequence[str | int]) -> list[list[int]]:
     """For each name (or index) the source classes that it may mean: one, if it is found."""
-    by_name = _places([_key(name)] for name in source)
-    found = [[item] if isinstance(item, int) else by_name.get(_key(item), []) for item in items]
+    by_name = _places([name_key(name)] for name in source)
+    found = [[item] if isinstance(item, int) else by_name.get(name_key(item), []) for item in items]
     if all(len(indices) == 1 for indices in found) and len({i for (i,) in found}) == len(items):
         return found
     names = [str(item) for item in items]
-    ids, counts = _wordnet_ids(names), Counter(map(_key, names))
+    ids, counts = _wordnet_ids(names), Counter(map(name_key, names))
     by_id = _places([i] for i in _wordnet_ids(source)) if any(ids) else {}
     by_word = _places(map(_synonyms, source))
     for i, name in enumerate(names):
         if isinstance(items[i], int):
             continue
-        if (len(found[i]) != 1 or counts[_key(name)] > 1) and ids[i] and ids[i] in by_id:
+        if (len(found[i]) != 1 or counts[name_key(name)] > 1) and ids[i] and ids[i] in by_id:
             found[i] = by_id[ids[i]]
         elif not found[i]:
             found[i] = sorted(set(chain.from_iterable(by_word.get(word, []) for word in _synonyms(name))))
@@ -292,9 +292,9 @@ def _unmatched(source, target, entries: list[list], found: list[list], shared: l
     ways = ["a list of the teacher's indices, or the path of a JSON or YAML file of either (--class_map FILE)"]
     if len(source) == len(target):
         ways.insert(0, '"by_index" (--class_map by_index)')
-    if len(todo) <= _SHOWN and len(set(map(_key, target))) == len(target):
+    if len(todo) <= _SHOWN and len(set(map(name_key, target))) == len(target):
         guess: dict[str, Any] = {name: entry for name, entry in zip(target, entries, strict=True) if entry != [name]}
-        keys = [_key(name) for name in source]
+        keys = [name_key(name) for name in source]
         for i in todo:
             j = next((j for _, indices in found[i] for j in indices if j in free), free[0])
             guess[target[i]] = source[j] if keys.count(keys[j]) == 1 else j

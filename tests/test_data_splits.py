@@ -131,7 +131,7 @@ def test_classes_of_one_image_are_trained_on_and_named(tmp_path, caplog):
     assert np.bincount(data.train["label"][:]).tolist() == [8, 1, 8]
     assert np.bincount(data.eval["label"][:], minlength=3).tolist() == [2, 0, 2]
     messages = [r.getMessage() for r in caplog.records if r.name == loading.__name__]
-    assert len(messages) == 1 and messages[0].endswith("1 classes have no image for evaluation: b")
+    assert len(messages) == 2 and messages[1].endswith("1 of 3 classes have no image to evaluate on: b")
     table([0, 1, 2]).to_parquet(tmp_path / "e.parquet")
     with pytest.raises(ValueError, match="eval_fraction=0.5 of 3 images leaves none"):
         load_data(str(tmp_path / "e.parquet"), eval_fraction=0.5)
@@ -168,3 +168,44 @@ def test_a_dataset_of_the_hub_is_known_by_its_commit(monkeypatch):
     Revision.resolved = "0" * 40
     prints.add(load_data("owner/name").fingerprint)
     assert len(prints) == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([1, 2, 3] * 4, {}, "1 of 4 classes have no image to train on: 0; do its labels start at 1?"),
+        (["cat", "Cat ", "dog"] * 4, {}, r"differ only in case or spaces: [['Cat ', 'cat']]"),
+        (list("abcdef"), {"max_train_samples": 5}, "1 of 6 classes have no image to train on: "),
+        (["cat", "dog"] * 4, {}, None),
+    ],
+)
+def test_classes_that_look_wrong_are_named_once(tmp_path, caplog, labels, options, message):
+    for split, shift in (("train", 0), ("test", 100)):
+        encoded = [{"bytes": encode(photo(4, 4, seed=shift + i)), "path": None} for i in range(len(labels))]
+        data = datasets.Dataset.from_dict({"image": encoded, "label": labels}).cast_column("image", datasets.Image())
+        (tmp_path / "d").mkdir(exist_ok=True)
+        data.to_parquet(tmp_path / "d" / f"{split}.parquet")
+    with caplog.at_level(logging.WARNING, logger=loading.__name__):
+        load_data(str(tmp_path / "d"), **options)
+    messages = [r.getMessage() for r in caplog.records if r.name == loading.__name__]
+    assert len(messages) == (message is not None)
+    assert message is None or message in messages[0]
+
+
+def test_folders_of_one_name_are_named(tmp_path, caplog):
+    for path in ("left/eye", "right/eye", "left/ear"):
+        add_images(tmp_path / "d", path, range(4), prefix=path.split("/")[0])
+    with caplog.at_level(logging.WARNING, logger=loading.__name__):
+        data = load_data(str(tmp_path / "d"), eval_fraction=0.25)
+    assert data.names == ["ear", "eye"]
+    assert "folders of the same name are one class: ['left/eye', 'right/eye']" in caplog.text
+
+
+def test_one_class_is_refused(tmp_path):
+    add_images(tmp_path / "d", "ant", range(6))
+    with pytest.raises(ValueError, match="all images are in folders named 'ant': a classifier needs one for each"):
+        load_data(str(tmp_path / "d"))
+    data = table([0, 0, 0]).remove_columns("label").add_column("label", ["ant"] * 3)
+    data.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"has only the class \['ant'\]: a classifier needs two"):
+        load_data(str(tmp_path / "d.parquet"))

@@ -87,12 +87,12 @@ SHIPPED = {
 
 # Optimizers of the papers: SGD for classic CNNs; AdamW for all with attention, token mixing or layer norm.
 SGD = (
-    "resnet18 resnetv2_50x1_bit regnetx_016 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100 efficientnet_b0 vgg16_bn "
-    "densenet121 repvgg_a0 resnet50_clip seresnet18 hrnet_w18 ghostnet_100"
+    "resnet18 resnetv2_50x1_bit regnetx_016 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_100 efficientnet_b0 "
+    "vgg16_bn densenet121 repvgg_a0 resnet50_clip seresnet18 hrnet_w18 ghostnet_100"
 ).split()
 ADAMW = (
-    "convnext_tiny mixer_b16_224 resmlp_12_224 poolformer_s12 coatnet_0_224 efficientformer_l1 focalnet_tiny_srf levit_128 "
-    "swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mobilevit_s efficientvit_b0 edgenext_small tiny_vit_5m_224"
+    "convnext_tiny mixer_b16_224 resmlp_12_224 poolformer_s12 coatnet_0_224 efficientformer_l1 focalnet_tiny_srf "
+    "levit_128 swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mobilevit_s efficientvit_b0 edgenext_small tiny_vit_5m_224"
 ).split()
 
 
@@ -108,7 +108,16 @@ def test_a_family_of_transformers_gets_the_optimizer_that_it_is_trained_with():
         for family in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
         if recipes.choose(family, True, "imagenet-1k") == "cnn_scratch"
     }
-    assert with_sgd == {"bit", "efficientnet", "hgnet_v2", "mobilenet_v1", "mobilenet_v2", "pp_lcnet", "regnet", "resnet"}
+    assert with_sgd == {
+        "bit",
+        "efficientnet",
+        "hgnet_v2",
+        "mobilenet_v1",
+        "mobilenet_v2",
+        "pp_lcnet",
+        "regnet",
+        "resnet",
+    }
     assert model_family(RegNetConfig()) == "regnet" and model_family(tiny_config("deit")) == "deit"
 
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..hub import resolve
+from ..labels import name_key
 from ..quickstart import bundled
 from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
@@ -97,54 +98,55 @@ def load_data(
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
     names = class_names(chosen[train_split], label_column)
+    if len(names) < 2:
+        raise ValueError(f"{name} has only the class {names}: a classifier needs two (--label_column {label_column})")
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
-    rows, fingerprints, present = {}, {}, {}
+    labels, rows, fingerprints, present = {}, {}, {}, {}
     for split, data in chosen.items():
-        labels = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
+        labels[split] = np.asarray(data.select_columns(label_column).with_format("numpy")[:][label_column])
         rows[split] = np.arange(len(data))
         if commit:  # the images are read only where they are to be chosen among
             fingerprints[split] = fingerprint(name, commit, config_name, split, image_column, label_column)
         if held_out or limits[split] is not None or not commit:
             hashes = image_hashes(data, image_column)
-            rows[split], positions = sort_rows(hashes, labels)
-            fingerprints.setdefault(split, content_fingerprint(hashes, labels))
+            rows[split], positions = sort_rows(hashes, labels[split])
+            fingerprints.setdefault(split, content_fingerprint(hashes, labels[split]))
         if INDEX_COLUMN in data.column_names:  # of another split, saved and read again
             data = data.remove_columns(INDEX_COLUMN)
         chosen[split] = data.add_column(INDEX_COLUMN, np.arange(len(data)))
-        present[split] = set(np.unique(labels).tolist())
+        present[split] = set(np.unique(labels[split]).tolist())
     train, evaluation = rows[train_split], rows[eval_split]
-    unknown = [names[label] for label in sorted(present[eval_split] - present[train_split])]
-    if unknown:
-        message = (
-            f"{name}: split {train_split!r} has no image of {len(unknown)} classes that split {eval_split!r} has: "
-            f"{', '.join(unknown[:10])}"
+    unseen = [names[label] for label in sorted(present[eval_split] - present[train_split])]
+    # As if one class had two names. A whole dataset may name classes that it has no images of.
+    folders = splits[train_split].info.builder_name == "imagefolder"
+    if folders and unseen and present[train_split] - present[eval_split]:
+        raise ValueError(
+            f"{name}: split {train_split!r} has no image of {len(unseen)} classes that split {eval_split!r} has: "
+            f"{', '.join(unseen[:10])}. Rename those that are meant to be one class, or choose another --eval_split"
         )
-        folders = splits[train_split].info.builder_name == "imagefolder"
-        if folders and present[train_split] - present[eval_split]:  # as if one class had two names
-            raise ValueError(f"{message}. Rename those that are meant to be one class, or choose another --eval_split")
-        logger.warning(message)
     if held_out:
         count = int((positions < eval_fraction).sum())
         evaluation, train = train[:count], train[count:]
         if not len(train) or not len(evaluation):
-            part = f"eval_fraction={eval_fraction} of {len(labels)} images"
+            part = f"eval_fraction={eval_fraction} of {len(labels[train_split])} images"
             raise ValueError(f"{part} leaves none to train or to evaluate on: pass another --eval_fraction")
         message = (
             f"{name}: evaluating on {len(evaluation)} images held out of split {train_split!r}, training on its "
             f"other {len(train)} (eval_fraction={eval_fraction}); for another split pass --eval_split, one of {sizes}"
         )
-        for use, part_rows in (("train", train), ("evaluation", evaluation)):
-            missing = [names[label] for label in np.setdiff1d(labels, labels[part_rows])]
-            if missing:
-                message += f"; {len(missing)} classes have no image for {use}: {', '.join(missing[:10])}"
         logger.warning(message)
     for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
+    train, evaluation = np.sort(train[::-1][:max_train_samples]), np.sort(evaluation[:max_eval_samples])
+    without = {"train on": np.setdiff1d(range(len(names)), labels[train_split][train])}
+    if held_out:
+        without["evaluate on"] = np.setdiff1d(list(present[eval_split]), labels[eval_split][evaluation])
+    _warn_about_classes(name, names, without)
     return ImageData(
-        train=chosen[train_split].select(np.sort(train[::-1][:max_train_samples])),
-        eval=chosen[eval_split].select(np.sort(evaluation[:max_eval_samples])),
+        train=chosen[train_split].select(train),
+        eval=chosen[eval_split].select(evaluation),
         image_column=image_column,
         label_column=label_column,
         names=names,
@@ -158,6 +160,20 @@ def load_data(
         split_fingerprints=fingerprints,
         fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )
+
+
+def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarray]) -> None:
+    """Names classes that may be meant as one, and those that have no image for a use."""
+    alike: dict[str, list[str]] = {}
+    for each in names:
+        alike.setdefault(name_key(each), []).append(each)
+    if several := [each for each in alike.values() if len(each) > 1]:
+        logger.warning(f"{name} has classes whose names differ only in case or spaces: {several[:5]}")
+    for use, classes in without.items():
+        if len(classes):
+            shown = ", ".join(names[label] for label in classes[:10])
+            hint = "; do its labels start at 1?" if list(classes) == [0] and names[0] == "0" else ""
+            logger.warning(f"{name}: {len(classes)} of {len(names)} classes have no image to {use}: {shown}{hint}")
 
 
 def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
@@ -208,4 +224,24 @@ def _read_folder(folder: Path, config_name: str | None) -> Any:
             logger.warning(f"{folder / split} is left out: it has no folders of classes")
     elif splits and subfolders == set(splits):
         raise ValueError(f"{', '.join(splits)} should hold a folder for each class, or a metadata.csv, and do not")
+    if not any(file.name.startswith("metadata.") for file in files):
+        _check_folders(folder, files, len(data_files) > 1)
     return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=data_files)
+
+
+def _check_folders(folder: Path, files: list[Path], has_splits: bool) -> None:
+    """The class of an image is the last part of its folder's path: names folders that become one class by that.
+
+    Raises ValueError for a single class, to whose images datasets gives no labels.
+    """
+    found: dict[tuple, set[str]] = {}
+    for parent in {file.parent.relative_to(folder) for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS}:
+        found.setdefault((parent.parts[0] if has_splits else "", parent.name), set()).add(str(parent))
+    names = {name for _, name in found}
+    if len(names) == 1:
+        raise ValueError(
+            f"all images are in folders named {names.pop()!r}: a classifier needs one for each of its classes"
+        )
+    merged = [sorted(paths) for paths in found.values() if len(paths) > 1]
+    if merged:
+        logger.warning(f"{folder}: folders of the same name are one class: {', '.join(map(str, sorted(merged)[:5]))}")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # the names of the recipes are part of the help, which needs 
 
 # What every recipe sets, and thus what is known before one is chosen.
 EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
-# The families (see `model_family`) that the recipes with SGD are for: convolutions with batch norm, and BiT. All others
-# get AdamW, which trains networks with attention, token mixing or layer norm, and is the safer one for unknown ones.
+# The families (see `model_family`) that the recipes with SGD are for: convolutions with batch norm, and BiT. All
+# others get AdamW, which trains networks with attention, token mixing or layer norm, and is safer for unknown ones.
 SGD_FAMILIES = frozenset(
     """bit byobnet cspnet densenet dla dpn efficientnet ghostnet hardcorenas hgnet hgnet_v2 hrnet inception_resnet_v2
     inception_v3 inception_v4 lcnetv2 mobilenet_v1 mobilenet_v2 mobilenetv3 nasnet pnasnet pp_lcnet regnet repghost

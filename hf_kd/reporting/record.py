@@ -2,9 +2,9 @@
 
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
-(name, source, what the user changed, and the deviations from the paper, or None), latency (how it was measured), repo_id (or None), verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`), and loss_description (of a loss that
-is not hf_kd's).
+(name, source, what the user changed, and the deviations from the paper, or None), latency (how it was measured),
+repo_id (or None), verdict (None, or what `significance.verdicts` says of its loss, with the metrics of all `runs`),
+and loss_description (of a loss that is not hf_kd's).
 """
 
 import math
