@@ -92,7 +92,8 @@ SGD = (
 ).split()
 ADAMW = (
     "convnext_tiny mixer_b16_224 resmlp_12_224 poolformer_s12 coatnet_0_224 efficientformer_l1 focalnet_tiny_srf "
-    "levit_128 swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mobilevit_s efficientvit_b0 edgenext_small tiny_vit_5m_224"
+    "levit_128 swin_tiny_patch4_window7_224 deit_tiny_patch16_224 mobilevit_s efficientvit_b0 edgenext_small "
+    "tiny_vit_5m_224"
 ).split()
 
 

@@ -26,7 +26,7 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
             (the CIFAR standard);
             "resized_crop": the flip, and a random part of the image (8 to 100 % of its area), resized to `size`,
             bicubic (the ImageNet standard);
-            "deit": that, then RandAugment (timm's rand-m9-mstd0.5-inc1, bicubic) and random erasing with noise (p .25).
+            "deit": that, RandAugment (timm's rand-m9-mstd0.5-inc1, bicubic), and random erasing with noise (p .25).
         size: side h = w of the result in pixels, which "resized_crop" and "deit" need; the others keep the image's.
 
     Raises:
