@@ -1,15 +1,56 @@
-"""What README.md shows of results is what the records hold."""
+"""What README.md shows of results is what the records hold, and what it says to type works."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 
+import pytest
+from cli_helpers import images
+from tiny import tiny
+
+from hf_kd.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def block(section: str, language: str) -> str:
+    """The first block of code in a section."""
+    return re.search(rf"### {section}\n.*?```{language}\n(.*?)```", README, re.DOTALL)[1]
 
 
 def test_the_tables_are_those_of_the_records():
     spec = importlib.util.spec_from_file_location("regenerate", ROOT / "benchmarks" / "regenerate.py")
     regenerate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(regenerate)
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert len(regenerate.BLOCK.findall(text)) == 3
-    assert regenerate.readme(text) == text
+    assert len(regenerate.BLOCK.findall(README)) == 3
+    assert regenerate.readme(README) == README
+
+
+def test_the_commands_for_your_own_images(tmp_path, monkeypatch, undrawn_figures):
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet50.a1_in1k", "mobilenetv3_small_100.lamb_in1k"):  # a folder goes before the Hub
+        for part in tiny("timm_resnet", names=[f"class {i}" for i in range(6)]):
+            part.save_pretrained(tmp_path / "timm" / name)
+    rows = images(60, 0)
+    for i, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
+        folder = tmp_path / "photos" / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    quick = ["--num_train_epochs", "1", "--use_cpu", "--disable_tqdm", "true", "--dataloader_num_workers", "0"]
+    teacher, student = (shlex.split(line) for line in block("Your own images", "bash").splitlines())
+    assert main([*teacher[1:], *quick]) == 0
+    assert main([*student[1:], *quick, "--seeds", "0", "1", "--teacher_check_batches", "0"]) == 0
+    assert (tmp_path / "outputs" / "teacher" / "model.safetensors").is_file()
+
+
+# torch's own export and onnxscript announce changes to come in each other.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_export(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in tiny("vit"):
+        part.save_pretrained(tmp_path / "outputs" / "student")
+    code = block("Deployment", "python").replace("224, 224", "32, 32")
+    exec(code, {})
+    assert re.fullmatch(r"(.*\n)*\d+\.\d ms\n", capsys.readouterr().out)
