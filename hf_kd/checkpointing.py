@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .hub import is_disk_full
+from .models.auxiliary_head import AuxiliaryHead, auxiliary_head_of
 from .models.features import HEAD
 from .models.preprocessing import Preprocessing
 
@@ -107,11 +108,10 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
+def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
     """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
-    if hasattr(student, HEAD):
-        state = getattr(student, HEAD).state_dict()
-        save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / HEAD_FILE)
+    if head is not None:
+        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
@@ -123,7 +123,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     timm_model: Any = getattr(student, "timm_model", None)
     if timm_model is None:
         if state_dict is None and not isinstance(student, PreTrainedModel):
-            state_dict = {k: v for k, v in student.state_dict().items() if not k.startswith(f"{HEAD}.")}
+            state_dict = _without_head(student, student.state_dict())
         return state_dict
     config: Any = student.config
     architecture = timm_model.pretrained_cfg
@@ -135,6 +135,11 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
     return {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+
+
+def _without_head(student: nn.Module, state: dict) -> dict:
+    head = auxiliary_head_of(student)
+    return {key: value for key, value in state.items() if head is None or not key.startswith(f"{HEAD}.")}
 
 
 def _timm_data(processor) -> dict:
@@ -168,17 +173,18 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     else:
         state, missing = load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)), set()
     result = student.load_state_dict(state, strict=False)
-    missing |= {k for k in result.missing_keys if not k.startswith(f"{HEAD}.")}
+    missing |= _without_head(student, dict.fromkeys(result.missing_keys)).keys()
     if missing or result.unexpected_keys:
         raise ValueError(
             f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
             f"unexpected {result.unexpected_keys[:8]}."
         )
-    if hasattr(student, HEAD):
+    head = auxiliary_head_of(student)
+    if head is not None:
         file = Path(folder) / HEAD_FILE
         if not file.is_file():
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
-        getattr(student, HEAD).load_state_dict(load_file(file))
+        head.load_state_dict(load_file(file))
 
 
 @contextlib.contextmanager

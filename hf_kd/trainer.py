@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-import sys
 import time
 from bisect import bisect_right
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,7 +24,7 @@ from .data.collators import evaluation_collator, note_skipped, training_collator
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
-from .models.auxiliary_head import add_auxiliary_head
+from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
@@ -63,6 +61,8 @@ class DistillationTrainer(Trainer):
 
     Attributes:
         augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
+        auxiliary_head (`AuxiliaryHead | None`): of a loss that requires aux_logits. It is a submodule of the
+            student, `aux_head`, until `train()` returns, and again in the next `train()`.
         skipped, eval_skipped (`dict[str, None]`): the images that this process could not decode in training and in
             evaluation, in order of appearance.
     """
@@ -75,6 +75,7 @@ class DistillationTrainer(Trainer):
     lr_scheduler: Any
     hub_model_id: Any
     teacher_metrics: dict[str, float] | None = None
+    auxiliary_head: AuxiliaryHead | None = None
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
     _meter: ClassificationMeter | None = None  # in evaluation_loop only
@@ -109,7 +110,7 @@ class DistillationTrainer(Trainer):
         self.args, self.model_init, self._made, student = args, model_init, None, cast(Any, model)
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
-            student = self._made = self.call_model_init()
+            student = self._made = super().call_model_init()
         self._own_collator = data_collator is None
         id2label = id2label_of(student)
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
@@ -119,8 +120,6 @@ class DistillationTrainer(Trainer):
         self.teacher = align(teacher) if "teacher_logits" in self.train_loss.requires else None
         same = eval_teacher is None or eval_teacher is teacher
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
-        if model is not None:
-            self._add_head(model)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
@@ -140,6 +139,7 @@ class DistillationTrainer(Trainer):
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
         for each in filter(None, (self.teacher, self.eval_teacher)):
             each.to(args.device)
+        self._make_head(self.model)
 
     # ---- the student ----
 
@@ -147,13 +147,22 @@ class DistillationTrainer(Trainer):
         made, self._made = self._made, None
         if made is None:  # for the first time in __init__, before the Trainer asks
             made = super().call_model_init(trial)
-            self._add_head(made)
+            self._make_head(made)
         return made
 
-    def _add_head(self, student: nn.Module) -> None:
+    def _make_head(self, student: nn.Module) -> None:
         if "aux_logits" in self.train_loss.requires:
+            self._remove_head()
             args, size = self.args, self._need_preprocessing().size
-            add_auxiliary_head(student, num_classes_of(student), size, args.feature_module, args.seed)
+            self.auxiliary_head = add_auxiliary_head(
+                student, num_classes_of(student), size, args.feature_module, args.seed
+            )
+
+    def _remove_head(self) -> None:
+        """Makes the student a plain model. DeepSpeed keeps the parameters: there the submodule stays."""
+        if self.auxiliary_head is not None:
+            student = self.accelerator.unwrap_model(self.model)
+            self.auxiliary_head.remove_from(student, hooks_only=self.is_deepspeed_enabled)
 
     def _need_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -333,22 +342,22 @@ class DistillationTrainer(Trainer):
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is saved.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        write_plan(self, checkpoint)
-        if self.teacher is not None and self.args.teacher_check_batches:
-            warn_near_chance(self)
-        self._started, self._resumed_from = time.perf_counter(), checkpoint
-        if "torch._dynamo" in sys.modules:
-            # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
-            torch.compiler.reset()
         try:
+            checkpoint = resume_from_checkpoint or None
+            if checkpoint is True:
+                checkpoint = last_checkpoint(self.args.output_dir)
+                if checkpoint is None:
+                    raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+            write_plan(self, checkpoint)
+            if self.teacher is not None and self.args.teacher_check_batches:
+                warn_near_chance(self)
+            self._started, self._resumed_from = time.perf_counter(), checkpoint
+            if self.auxiliary_head is not None and self.model_init is None:
+                self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
             result = super().train(checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
+            self._remove_head()
         if self._interrupt.agreed:
             folder = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
@@ -378,7 +387,7 @@ class DistillationTrainer(Trainer):
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
         if _internal_call and output_dir and self.args.should_save:
-            checkpointing.save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+            checkpointing.save_head(self.auxiliary_head, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)

@@ -135,7 +135,7 @@ def make_record(
     if loss.name not in LOSSES:
         known.setdefault("loss_description", loss.describe(loss.hyperparameters()))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
-    head = getattr(model, HEAD, None)
+    head = trainer.auxiliary_head
     record = {
         "name": loss.name,
         "loss": {"name": loss.name, **loss.hyperparameters()},
