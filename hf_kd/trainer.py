@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 
 from . import checkpointing, push
 from ._compat import check_upstream
+from .batch_of_one import batch_of_one_named, check_batches_of_one
 from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
@@ -79,6 +80,7 @@ class DistillationTrainer(Trainer):
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
     _meter: ClassificationMeter | None = None  # in evaluation_loop only
+    _labelled = True  # whether what is evaluated has labels
     _resumed_from: str | None = None
     _staging: str | None = None  # where the checkpoint is that is being saved
 
@@ -183,10 +185,13 @@ class DistillationTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator)
+        labelled = description != "test"
+        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, labelled)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
             dataset = dataset.for_training(self.augmentation_applied, self.train_image_size)
+        if is_training:
+            check_batches_of_one(self, dataset, batch_size)
         if self._own_collator and is_training:
             self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
         elif self._own_collator:
@@ -259,7 +264,8 @@ class DistillationTrainer(Trainer):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
-        output = model(self._student_input(inputs))
+        with batch_of_one_named():
+            output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
         if "aux_logits" in self.train_loss.requires:
@@ -302,35 +308,48 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
-        teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
-        self._meter = ClassificationMeter()
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, with a teacher
+        `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the images counted.
+
+        `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
+        another evaluation does not count every image that could be.
+        """
+        meter = self._meter = ClassificationMeter()
         self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, None]()
+        self._labelled = getattr(dataloader.dataset, "labelled", True)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        metrics = self._meter.compute()
-        self._meter = None
+        self._meter, predicting = None, description == "Prediction"
         self.eval_skipped.update(self._skipped_now)
-        skipped = output.num_samples - int(metrics.pop("n"))
-        if skipped > 0:
-            metrics["skipped"] = skipped
+        counted, undecodable = meter.counts()
+        metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
+        if not predicting:
+            meter.check_size(output.num_samples)
+        if counted or not predicting:
+            metrics |= meter.compute() | {"samples": counted}
+            del metrics["n"]
+        else:
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
+        """`(loss, logits, labels)` of a batch: labels if there are any, no logits with `prediction_loss_only`."""
         if self._meter is not None:
             note_skipped(inputs, self._skipped_now, self._evaluated, self.args.max_skipped_fraction)
         inputs = self._prepare_inputs(inputs)
         labels = hard_labels(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(model(self._student_input(inputs))).float()
-        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
+        decoded = inputs.get("decoded")
+        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs), decoded)
+        if decoded is not None:
+            logits = logits.masked_fill(~decoded[:, None], torch.nan)
         if self._meter is not None:
             self._meter.update(self.gather_function(statistics))
-        loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        loss = statistics[:, 1].sum() / (statistics[:, 0] > 0).sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels if self._labelled else None)
 
     measure_teacher = measure_teacher
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 # Also run by torchrun: `test_distributed.py FOLDER CASE ...`.
 def worker(folder: str, loss: str) -> None:
-    from test_trainer import freeze_batch_norm, rows, trainer_for
+    from trainer_helpers import freeze_batch_norm, rows, trainer_for
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     broken, stop = None, loss == "stop"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch import nn
-from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
+from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.utils import logging
 
@@ -25,14 +25,6 @@ from hf_kd.models.forward import logits_of
 from hf_kd.teacher_check import warn_near_chance
 
 FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
-
-
-def freeze_batch_norm(model):
-    """Batch statistics depend on the micro-batch by design; everything else must not."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.train = lambda mode=True, module=module: module
 
 
 class Gradients(TrainerCallback):

@@ -144,7 +144,7 @@ def make_record(
             "id": data_entry.pop("name"),
             **data_entry,
             "train_size": len(trainer.train_dataset),
-            "eval_size": len(trainer.eval_dataset),
+            "eval_size": metrics.get("eval_samples", len(trainer.eval_dataset)),
             "classes": model.config.num_labels,
             "augmentation": trainer.augmentation_applied,
             "skipped": {
