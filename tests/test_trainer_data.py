@@ -377,3 +377,10 @@ def test_a_batch_that_broken_images_leave_with_one_is_named(tmp_path):
     trainer = trainer_for(tmp_path, "resnet", train=data, max_skipped_fraction=1.0)
     with pytest.raises(ValueError, match="batch of one image.*per_device_train_batch_size"):
         trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_sampling_by_length_is_refused(strategy, tmp_path):
+    with pytest.raises(ValueError, match=f"train_sampling_strategy='{strategy}'.*random or sequential"):
+        config(tmp_path, train_sampling_strategy=strategy)
+    trainer_for(tmp_path, train_sampling_strategy="sequential").train()

@@ -153,6 +153,30 @@ def test_the_best_checkpoint_brings_its_head(kind, tmp_path):
     assert not torch.equal(best["weight"], load_file(tmp_path / "checkpoint-3" / HEAD_FILE)["weight"])
 
 
+def test_auto_find_batch_size_starts_again_with_the_first_rate_and_the_same_head(tmp_path):
+    student, processor = tiny("vit", names=NAMES)
+    trainer = uskd_trainer(
+        tmp_path, student, processor, per_device_train_batch_size=16, auto_find_batch_size=True, max_steps=-1,
+        num_train_epochs=2, lr_step_epochs=[1], lr_step_factor=0.1,
+    )  # fmt: skip
+    compute, sizes, heads = trainer.compute_loss, [], []
+
+    def full(model, inputs, **kwargs):
+        sizes.append(len(inputs["labels"]))
+        heads.append(student.aux_head)
+        if sizes[-1] > 8 and len(sizes) > 2:  # in the second epoch, where the rate is lower
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(model, inputs, **kwargs)
+
+    trainer.compute_loss = full
+    trainer.train()
+    assert sizes[0] == 16 and max(sizes[-3:]) <= 8 and all(head is trainer.auxiliary_head for head in heads)
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[0] == pytest.approx(0.05) and rates[-1] == pytest.approx(0.005)
+    assert len(rates) == trainer.state.global_step == trainer.state.max_steps
+    assert_plain(student, tiny("vit", names=NAMES)[0])
+
+
 class WithOwnHead(nn.Module):
     """A student that has a submodule of the auxiliary head's name."""
 
