@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .adapters import is_adapter, load_adapters
 from .hub import is_disk_full
 from .models.auxiliary_head import AuxiliaryHead, auxiliary_head_of
 from .models.features import HEAD
@@ -120,6 +121,8 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     A TimmWrapper's weights and config are made such that timm and transformers both load what is saved: transformers
     writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
     """
+    if is_adapter(student):
+        return state_dict
     timm_model: Any = getattr(student, "timm_model", None)
     if timm_model is None:
         if state_dict is None and not isinstance(student, PreTrainedModel):
@@ -164,20 +167,20 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     Saving converts the key names of ViT, DeiT and Swin, and the trainer's loading with strict=False loses them without
     an error. Here they pass through the model's own from_pretrained.
     """
-    if isinstance(student, PreTrainedModel):
+    if is_adapter(student):
+        missing, unexpected = load_adapters(student, folder)
+    elif isinstance(student, PreTrainedModel):
         options = {"config": copy.deepcopy(student.config), "ignore_mismatched_sizes": True}
         model_class: Any = type(student)  # the hints of from_pretrained leave the info out
         loaded, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
-        state = loaded.state_dict()
-        missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
+        missing, unexpected = _load_state(student, loaded.state_dict())
+        missing |= set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
     else:
-        state, missing = load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)), set()
-    result = student.load_state_dict(state, strict=False)
-    missing |= _without_head(student, dict.fromkeys(result.missing_keys)).keys()
-    if missing or result.unexpected_keys:
+        missing, unexpected = _load_state(student, load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)))
+    if missing or unexpected:
         raise ValueError(
             f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
-            f"unexpected {result.unexpected_keys[:8]}."
+            f"unexpected {unexpected[:8]}."
         )
     head = auxiliary_head_of(student)
     if head is not None:
@@ -185,6 +188,11 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
         if not file.is_file():
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
         head.load_state_dict(load_file(file))
+
+
+def _load_state(student: nn.Module, state: dict) -> tuple[set[str], list[str]]:
+    result = student.load_state_dict(state, strict=False)
+    return set(_without_head(student, dict.fromkeys(result.missing_keys))), result.unexpected_keys
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers import Trainer, set_seed
 
 from . import checkpointing, push
 from ._compat import check_upstream
+from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
 from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
@@ -114,6 +115,7 @@ class DistillationTrainer(Trainer):
             set_seed(args.seed)  # as the Trainer does before it calls model_init
             student = self._made = super().call_model_init()
         self._own_collator = data_collator is None
+        check_adapter(student)
         id2label = id2label_of(student)
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
