@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _end(name: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def load_adapters(student: Any, folder: str | Path) -> tuple[set[str], list[str]]:
+def load_adapters(student: Any, folder: str | os.PathLike) -> tuple[set[str], list[str]]:
     """Puts the weights of a checkpoint's adapters into a student; returns the keys that are missing and unexpected."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 

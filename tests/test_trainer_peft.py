@@ -1,4 +1,4 @@
-"""Students with a LoRA adapter of PEFT: what is trained is the adapter, and it is what is saved, resumed and reopened."""
+"""Students with a LoRA adapter of PEFT: only the adapter is trained; it is what is saved, resumed and reopened."""
 
 import json
 
