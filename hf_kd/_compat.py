@@ -43,11 +43,13 @@ USED = {
     "argparse.HelpFormatter._get_help_string": "action",
 }
 
-# Attributes that exist only on instances, by a function of upstream that names them.
+# Attributes that exist only on instances, and values, by a function of upstream that names them.
 MENTIONED = {
     "transformers.Trainer._finish_current_push": "push_in_progress",
     "transformers.Trainer.create_accelerator_and_postprocess": "gather_function is_deepspeed_enabled is_fsdp_enabled",
     "transformers.Trainer.create_scheduler": "_created_lr_scheduler",
+    "transformers.Trainer.get_test_dataloader": "test",
+    "transformers.Trainer.predict": "Prediction",
     "transformers.Trainer.push_to_hub": "hub_model_id",
     "transformers.PreTrainedConfig._remove_keys_not_serialized": "_commit_hash",
     "transformers.HfArgumentParser._add_dataclass_arguments": "_argument_group_name",

@@ -17,7 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from .adapters import is_adapter, load_adapters
 from .hub import is_disk_full
+from .models.auxiliary_head import AuxiliaryHead, auxiliary_head_of
 from .models.features import HEAD
 from .models.preprocessing import Preprocessing
 
@@ -107,11 +109,10 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_head(student: nn.Module, folder: str | os.PathLike) -> None:
+def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
     """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
-    if hasattr(student, HEAD):
-        state = getattr(student, HEAD).state_dict()
-        save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / HEAD_FILE)
+    if head is not None:
+        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
@@ -120,10 +121,12 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     A TimmWrapper's weights and config are made such that timm and transformers both load what is saved: transformers
     writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
     """
+    if is_adapter(student):
+        return state_dict
     timm_model: Any = getattr(student, "timm_model", None)
     if timm_model is None:
         if state_dict is None and not isinstance(student, PreTrainedModel):
-            state_dict = {k: v for k, v in student.state_dict().items() if not k.startswith(f"{HEAD}.")}
+            state_dict = _without_head(student, student.state_dict())
         return state_dict
     config: Any = student.config
     architecture = timm_model.pretrained_cfg
@@ -135,6 +138,11 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
     return {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+
+
+def _without_head(student: nn.Module, state: dict) -> dict:
+    head = auxiliary_head_of(student)
+    return {key: value for key, value in state.items() if head is None or not key.startswith(f"{HEAD}.")}
 
 
 def _timm_data(processor) -> dict:
@@ -159,26 +167,32 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
     Saving converts the key names of ViT, DeiT and Swin, and the trainer's loading with strict=False loses them without
     an error. Here they pass through the model's own from_pretrained.
     """
-    if isinstance(student, PreTrainedModel):
+    if is_adapter(student):
+        missing, unexpected = load_adapters(student, folder)
+    elif isinstance(student, PreTrainedModel):
         options = {"config": copy.deepcopy(student.config), "ignore_mismatched_sizes": True}
         model_class: Any = type(student)  # the hints of from_pretrained leave the info out
         loaded, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
-        state = loaded.state_dict()
-        missing = set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
+        missing, unexpected = _load_state(student, loaded.state_dict())
+        missing |= set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}
     else:
-        state, missing = load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)), set()
-    result = student.load_state_dict(state, strict=False)
-    missing |= {k for k in result.missing_keys if not k.startswith(f"{HEAD}.")}
-    if missing or result.unexpected_keys:
+        missing, unexpected = _load_state(student, load_file(os.path.join(folder, SAFE_WEIGHTS_NAME)))
+    if missing or unexpected:
         raise ValueError(
             f"checkpoint {folder} does not fit the student: missing {sorted(missing)[:8]}, "
-            f"unexpected {result.unexpected_keys[:8]}."
+            f"unexpected {unexpected[:8]}."
         )
-    if hasattr(student, HEAD):
+    head = auxiliary_head_of(student)
+    if head is not None:
         file = Path(folder) / HEAD_FILE
         if not file.is_file():
             raise ValueError(f"checkpoint {folder} has no {HEAD_FILE}: its run had no auxiliary head.")
-        getattr(student, HEAD).load_state_dict(load_file(file))
+        head.load_state_dict(load_file(file))
+
+
+def _load_state(student: nn.Module, state: dict) -> tuple[set[str], list[str]]:
+    result = student.load_state_dict(state, strict=False)
+    return set(_without_head(student, dict.fromkeys(result.missing_keys))), result.unexpected_keys
 
 
 @contextlib.contextmanager

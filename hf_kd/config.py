@@ -99,6 +99,11 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"augment={self.augment!r} is unknown; there are: {', '.join(AUGMENTS)}.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the image column: leave it False.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} goes by the length of texts, which images "
+                "do not have: use random or sequential."
+            )
         if self.teacher_dtype is not None and self.teacher_dtype not in DTYPES:
             raise ValueError(f"teacher_dtype={self.teacher_dtype!r} is unknown; there are: {', '.join(DTYPES)}.")
         for name in ("mixup_alpha", "cutmix_alpha", "teacher_check_batches"):

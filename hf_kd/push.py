@@ -173,3 +173,39 @@ def write_run_card(folder: str | os.PathLike) -> None:
         write_card(folder)
     else:
         logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
+
+
+def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    """A trainer's method. With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates
+    nothing."""
+    args = self.args
+    self.hub_model_id = self.push_in_progress = None
+    if self.is_world_process_zero():
+        private = args.hub_private_repo if private is None else private
+        self.hub_model_id = check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
+
+
+def push_trained(self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None):
+    """A trainer's `push_to_hub`. Saves the student in `args.output_dir`, and pushes it from there, with its run.json,
+    curves and card.
+
+    Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
+    what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
+    private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+
+    Returns:
+        The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+
+    Raises:
+        ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
+    """
+    args = self.args
+    token, revision = token or args.hub_token, revision or args.hub_revision
+    private = args.hub_private_repo if private is None else private
+    self.save_model()
+    add_missing_record(self)
+    self.init_hf_repo(token, private)
+    if not self.is_world_process_zero():
+        return None
+    options = {"token": token, "private": private, "revision": revision, "message": commit_message}
+    return publish(args.output_dir, self.hub_model_id, **options)

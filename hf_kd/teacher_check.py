@@ -41,11 +41,12 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
             inputs.pop("skipped", None)
             inputs = trainer._prepare_inputs(inputs)
             logits = trainer._teacher_logits(teacher, inputs)
-            statistics = sample_statistics(logits, hard_labels(inputs["labels"]))
-            mass = teacher.mapping.dropped_mass(logits) * statistics[:, 0]  # 0 for what counts nowhere
+            statistics = sample_statistics(logits, hard_labels(inputs["labels"]), decoded=inputs.get("decoded"))
+            mass = teacher.mapping.dropped_mass(logits) * (statistics[:, 0] > 0)  # 0 for what counts nowhere
             gathered = trainer.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
             meter.update(gathered[:, :-1])
             dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
+    meter.check_size(len(source))
     metrics = meter.compute()
     if teacher.mapping.kind in ("subset", "many-to-one"):
         metrics["dropped_mass"] = dropped.item() / metrics["n"]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-import sys
 import time
 from bisect import bisect_right
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +16,8 @@ from transformers import Trainer, set_seed
 
 from . import checkpointing, push
 from ._compat import check_upstream
+from .adapters import check_adapter
+from .batch_of_one import batch_of_one_named, check_batches_of_one
 from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
@@ -26,7 +26,7 @@ from .data.collators import evaluation_collator, note_skipped, training_collator
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
-from .models.auxiliary_head import add_auxiliary_head
+from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
@@ -63,6 +63,8 @@ class DistillationTrainer(Trainer):
 
     Attributes:
         augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
+        auxiliary_head (`AuxiliaryHead | None`): of a loss that requires aux_logits. It is a submodule of the
+            student, `aux_head`, until `train()` returns, and again in the next `train()`.
         skipped, eval_skipped (`dict[str, None]`): the images that this process could not decode in training and in
             evaluation, in order of appearance.
     """
@@ -75,9 +77,11 @@ class DistillationTrainer(Trainer):
     lr_scheduler: Any
     hub_model_id: Any
     teacher_metrics: dict[str, float] | None = None
+    auxiliary_head: AuxiliaryHead | None = None
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
     _meter: ClassificationMeter | None = None  # in evaluation_loop only
+    _labelled = True  # whether what is evaluated has labels
     _resumed_from: str | None = None
     _staging: str | None = None  # where the checkpoint is that is being saved
 
@@ -109,8 +113,9 @@ class DistillationTrainer(Trainer):
         self.args, self.model_init, self._made, student = args, model_init, None, cast(Any, model)
         if model is None and model_init is not None:
             set_seed(args.seed)  # as the Trainer does before it calls model_init
-            student = self._made = self.call_model_init()
+            student = self._made = super().call_model_init()
         self._own_collator = data_collator is None
+        check_adapter(student)
         id2label = id2label_of(student)
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
@@ -119,8 +124,6 @@ class DistillationTrainer(Trainer):
         self.teacher = align(teacher) if "teacher_logits" in self.train_loss.requires else None
         same = eval_teacher is None or eval_teacher is teacher
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
-        if model is not None:
-            self._add_head(model)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
         self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
@@ -140,6 +143,7 @@ class DistillationTrainer(Trainer):
             self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
         for each in filter(None, (self.teacher, self.eval_teacher)):
             each.to(args.device)
+        self._make_head(self.model)
 
     # ---- the student ----
 
@@ -147,13 +151,22 @@ class DistillationTrainer(Trainer):
         made, self._made = self._made, None
         if made is None:  # for the first time in __init__, before the Trainer asks
             made = super().call_model_init(trial)
-            self._add_head(made)
+            self._make_head(made)
         return made
 
-    def _add_head(self, student: nn.Module) -> None:
+    def _make_head(self, student: nn.Module) -> None:
         if "aux_logits" in self.train_loss.requires:
+            self._remove_head()
             args, size = self.args, self._need_preprocessing().size
-            add_auxiliary_head(student, num_classes_of(student), size, args.feature_module, args.seed)
+            self.auxiliary_head = add_auxiliary_head(
+                student, num_classes_of(student), size, args.feature_module, args.seed
+            )
+
+    def _remove_head(self) -> None:
+        """Makes the student a plain model. DeepSpeed keeps the parameters: there the submodule stays."""
+        if self.auxiliary_head is not None:
+            student = self.accelerator.unwrap_model(self.model)
+            self.auxiliary_head.remove_from(student, hooks_only=self.is_deepspeed_enabled)
 
     def _need_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -174,10 +187,13 @@ class DistillationTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator)
+        labelled = description != "test"
+        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, labelled)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
             dataset = dataset.for_training(self.augmentation_applied, self.train_image_size)
+        if is_training:
+            check_batches_of_one(self, dataset, batch_size)
         if self._own_collator and is_training:
             self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
         elif self._own_collator:
@@ -250,7 +266,8 @@ class DistillationTrainer(Trainer):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
-        output = model(self._student_input(inputs))
+        with batch_of_one_named():
+            output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
         if "aux_logits" in self.train_loss.requires:
@@ -293,35 +310,48 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
-        teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
-        self._meter = ClassificationMeter()
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, with a teacher
+        `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the images counted.
+
+        `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
+        another evaluation does not count every image that could be.
+        """
+        meter = self._meter = ClassificationMeter()
         self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, None]()
+        self._labelled = getattr(dataloader.dataset, "labelled", True)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        metrics = self._meter.compute()
-        self._meter = None
+        self._meter, predicting = None, description == "Prediction"
         self.eval_skipped.update(self._skipped_now)
-        skipped = output.num_samples - int(metrics.pop("n"))
-        if skipped > 0:
-            metrics["skipped"] = skipped
+        counted, undecodable = meter.counts()
+        metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
+        if not predicting:
+            meter.check_size(output.num_samples)
+        if counted or not predicting:
+            metrics |= meter.compute() | {"samples": counted}
+            del metrics["n"]
+        else:
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """`(loss, logits, labels)` of a batch, the last two None with `prediction_loss_only`."""
+        """`(loss, logits, labels)` of a batch: labels if there are any, no logits with `prediction_loss_only`."""
         if self._meter is not None:
             note_skipped(inputs, self._skipped_now, self._evaluated, self.args.max_skipped_fraction)
         inputs = self._prepare_inputs(inputs)
         labels = hard_labels(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(model(self._student_input(inputs))).float()
-        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
+        decoded = inputs.get("decoded")
+        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs), decoded)
+        if decoded is not None:
+            logits = logits.masked_fill(~decoded[:, None], torch.nan)
         if self._meter is not None:
             self._meter.update(self.gather_function(statistics))
-        loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        loss = statistics[:, 1].sum() / (statistics[:, 0] > 0).sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels if self._labelled else None)
 
     measure_teacher = measure_teacher
 
@@ -333,22 +363,22 @@ class DistillationTrainer(Trainer):
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is saved.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-        write_plan(self, checkpoint)
-        if self.teacher is not None and self.args.teacher_check_batches:
-            warn_near_chance(self)
-        self._started, self._resumed_from = time.perf_counter(), checkpoint
-        if "torch._dynamo" in sys.modules:
-            # Dynamo does not guard on hooks: it would give a student with the auxiliary head the code of one without.
-            torch.compiler.reset()
         try:
+            checkpoint = resume_from_checkpoint or None
+            if checkpoint is True:
+                checkpoint = last_checkpoint(self.args.output_dir)
+                if checkpoint is None:
+                    raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+            write_plan(self, checkpoint)
+            if self.teacher is not None and self.args.teacher_check_batches:
+                warn_near_chance(self)
+            self._started, self._resumed_from = time.perf_counter(), checkpoint
+            if self.auxiliary_head is not None and self.model_init is None:
+                self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
             result = super().train(checkpoint, **kwargs)
         finally:
             self._interrupt.restore()
+            self._remove_head()
         if self._interrupt.agreed:
             folder = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
@@ -378,7 +408,7 @@ class DistillationTrainer(Trainer):
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
         if _internal_call and output_dir and self.args.should_save:
-            checkpointing.save_head(self.accelerator.unwrap_model(self.model), Path(output_dir))
+            checkpointing.save_head(self.auxiliary_head, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
@@ -396,13 +426,8 @@ class DistillationTrainer(Trainer):
 
     # ---- pushing: transformers would make the repository first, and upload all that is in the folder ----
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates nothing."""
-        args = self.args
-        self.hub_model_id = self.push_in_progress = None
-        if self.is_world_process_zero():
-            private = args.hub_private_repo if private is None else private
-            self.hub_model_id = push.check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
+    init_hf_repo = push.init_hf_repo
+    push_to_hub = push.push_trained  # type: ignore[assignment]  # neither blocking nor further arguments
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed. A single
@@ -411,29 +436,3 @@ class DistillationTrainer(Trainer):
             push.add_missing_record(self)
         if self.is_world_process_zero():
             push.write_run_card(self.args.output_dir)
-
-    def push_to_hub(  # type: ignore[override]  # neither blocking nor further arguments
-        self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None
-    ):
-        """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
-
-        Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
-        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
-        private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
-
-        Returns:
-            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
-
-        Raises:
-            ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.
-        """
-        args = self.args
-        token, revision = token or args.hub_token, revision or args.hub_revision
-        private = args.hub_private_repo if private is None else private
-        self.save_model()
-        push.add_missing_record(self)
-        self.init_hf_repo(token, private)
-        if not self.is_world_process_zero():
-            return None
-        options = {"token": token, "private": private, "revision": revision, "message": commit_message}
-        return push.publish(args.output_dir, self.hub_model_id, **options)

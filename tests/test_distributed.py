@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 # Also run by torchrun: `test_distributed.py FOLDER CASE ...`.
 def worker(folder: str, loss: str) -> None:
-    from test_trainer import freeze_batch_norm, rows, trainer_for
+    from trainer_helpers import freeze_batch_norm, rows, trainer_for
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     broken, stop = None, loss == "stop"
@@ -60,7 +60,9 @@ def worker(folder: str, loss: str) -> None:
     metrics = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        torch.save(trainer.model.state_dict(), Path(folder) / "final.pt")
+        head = trainer.auxiliary_head
+        weights = trainer.model.state_dict() | ({} if head is None else head.state_dict())
+        torch.save(weights, Path(folder) / "final.pt")
         history = [e for e in trainer.state.log_history if "loss" in e]
         Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
     trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it

@@ -200,3 +200,55 @@ def test_off_cpu_values_are_read_in_a_modules_first_call_only():
             loss(s, labels, teacher_logits=s, aux_logits=s)
         loss(logits(0), INTEGERS, teacher_logits=logits(1), aux_logits=logits(2))
         assert loss(s, labels, teacher_logits=s, aux_logits=s)["ce"].device.type == "meta"
+
+
+# ---- torch.func ----
+
+
+def batches(labels):
+    """Three batches of logits, of labels of a kind, and of further logits."""
+    hard = torch.tensor([CLASSES, CLASSES[::-1], [1] * B])
+    soft = torch.stack([label_case("mixed")[0], label_case("smooth")[0], label_case("smooth_mixed")[0]])
+    return [torch.stack([logits(i + j) for i in range(3)]) for j in (0, 5)] + [hard if labels == "int" else soft]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("labels", ["int", "soft"])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_vmap_over_batches_and_gradients_of_single_images(name, labels):
+    loss, (s, other, targets) = get_loss(name), batches(labels)
+
+    def total(s, other, labels):
+        return sum(loss(s, labels, teacher_logits=other, aux_logits=other).values())
+
+    expected = [total(*each) for each in zip(s, other, targets, strict=True)]
+    same(torch.func.vmap(total)(s, other, targets), expected)
+    one = s[0], other[0], targets[0]
+    same(torch.func.vmap(total, (None, 0, None))(s[0], other, one[2]), [total(s[0], o, one[2]) for o in other])
+    last = torch.func.vmap(total, (2, 2, 0))(s.movedim(0, 2), other.movedim(0, 2), targets)
+    same(last, expected)
+
+    def of_image(s, other, label):
+        return total(s[None], other[None], label[None])
+
+    got = torch.func.vmap(torch.func.grad(of_image))(*one)
+    for row, image in enumerate(zip(*one, strict=True)):
+        x = leaf(image[0])
+        same(got[row], grad(of_image(x, *image[1:]), x))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_values_are_checked_under_vmap_too(name):
+    loss, (s, other, hard), soft = get_loss(name), batches("int"), batches("soft")[2]
+
+    def total(s, other, labels):
+        return sum(loss(s, labels, teacher_logits=other, aux_logits=other).values())
+
+    for wrong, message in (
+        ((changed(s, torch.nan, (1, 2, 0)), other, hard), "student_logits holds 1 NaN .* of 126, the first in row 2"),
+        ((s, other, changed(hard, 7, (1, 2))), "1 value.* outside .*the first is 7"),
+        ((s, other, changed(soft, -0.5, (1, 2, 0))), "1 negative value.*-0.5"),
+        ((s, other, changed(soft, 3.0, (1, 2, 0))), "rows that sum to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.func.vmap(total)(*wrong)

@@ -12,6 +12,7 @@ from losses_helpers import CLASSES, B, C, grad, label_case, leaf, logits, same
 from hf_kd.losses import LOSSES, ce_loss, functional, get_loss, kd_loss
 from hf_kd.losses import nkd_loss as nkd
 from hf_kd.losses import uskd_loss as uskd
+from hf_kd.losses.uskd import zipf_weights
 
 KINDS = ["int", "one_hot", "mixed", "smooth", "smooth_mixed"]
 
@@ -241,6 +242,25 @@ def test_trap_2_ranks_sums_of_probabilities():
     # and the weak logits do something
     other = grad(uskd(s, 0 * w, torch.tensor([0]), beta=1.0, target_in_rank=False)["non_target"], s)
     assert not torch.allclose(got, other)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_equal_classes_rank_by_their_index_compiled_or_not(inside):
+    generator = torch.Generator().manual_seed(0)
+    s, w = (torch.randint(3, (64, 40), generator=generator).double() for _ in range(2))
+    s[:8], w[:8] = 0, 0
+    labels = torch.randint(40, (64,), generator=generator)
+    expected = torch.zeros(64, 40).double()
+    for row, target in enumerate(labels.tolist()):
+        rest = [c for c in range(40) if c != target]
+        over = [x[row].exp() / x[row, rest].exp().sum() for x in (s, w)]  # N, and at the target S / (1 - S)
+        key = [(-round((over[0] + over[1])[c].item(), 9), c) for c in range(40)]
+        ranked = sorted(range(40) if inside else rest, key=key.__getitem__)
+        expected[row, ranked] = 1 / torch.arange(1, len(ranked) + 1).double()
+        expected[row, target] = 0
+    zipf = partial(zipf_weights, target_in_rank=inside)
+    for function in (zipf, torch.compile(zipf, backend="eager", fullgraph=True)):
+        same(function(s, w, labels[:, None]), expected)
 
 
 def test_target_in_rank():

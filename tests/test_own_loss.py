@@ -73,7 +73,7 @@ def test_a_loss_with_a_teacher_and_a_head_trains_and_is_recorded(tmp_path):
     given = trainer.args
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    assert not torch.equal(trainer.model.aux_head.fc.weight, before["aux_head.fc.weight"])
+    assert not torch.equal(trainer.auxiliary_head.weight, before["aux_head.weight"])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 3 and {"loss_ce", "loss_teacher", "loss_aux"} <= logs[0].keys()
     run = make_record(trainer)
@@ -140,9 +140,11 @@ def test_model_init_trains_as_the_model_itself_does(loss, tmp_path):
     for name, more in (("model", {}), ("init", {"model_init": model_init})):
         trainer = own_trainer(tmp_path / name, teacher=loss == "nkd", settings={"loss": loss}, **more)
         trainer.train()
-        weights.append(trainer.model.state_dict())
+        head = trainer.auxiliary_head
+        weights.append(trainer.model.state_dict() | ({} if head is None else head.state_dict()))
+        assert (head is None) == (loss != "uskd") and not any(hasattr(student, "aux_head") for student in made)
     assert len(made) == 2 and trainer.model is made[1]  # for the constructor, and by the Trainer for train()
-    assert weights[0].keys() == weights[1].keys() and any("aux_head" in key for key in weights[0]) == (loss == "uskd")
+    assert weights[0].keys() == weights[1].keys()
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key], weights[1][key], rtol=1e-5, atol=1e-6, msg=key)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny
 from torch import nn
-from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
+from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
 from transformers import AutoModelForImageClassification, TrainerCallback
 from transformers.utils import logging
 
@@ -25,14 +25,6 @@ from hf_kd.models.forward import logits_of
 from hf_kd.teacher_check import warn_near_chance
 
 FAMILIES = ["vit", "deit", "resnet", "timm_resnet", "timm_vit"]
-
-
-def freeze_batch_norm(model):
-    """Batch statistics depend on the micro-batch by design; everything else must not."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.train = lambda mode=True, module=module: module
 
 
 class Gradients(TrainerCallback):
@@ -234,7 +226,8 @@ def test_resume_gives_bit_identical_weights(kind, tmp_path):
     assert resumed.state.global_step == 7
     expected, got = whole.model.state_dict(), resumed.model.state_dict()
     assert expected.keys() == got.keys()
-    assert any(k.startswith("aux_head.") for k in got)
+    expected |= whole.auxiliary_head.state_dict()
+    got |= resumed.auxiliary_head.state_dict()
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
 
@@ -307,7 +300,7 @@ def test_a_plain_module_is_saved_without_the_weak_head(tmp_path):
     trainer.save_model()
     keys = {"body.weight", "body.bias", "head.weight", "head.bias"}
     assert load_file(tmp_path / "model.safetensors").keys() == keys
-    assert load_file(tmp_path / "checkpoint-3" / HEAD_FILE).keys() == {"fc.weight", "fc.bias"}
+    assert load_file(tmp_path / "checkpoint-3" / HEAD_FILE).keys() == {"weight", "bias"}
 
 
 def test_nan_loss_stops_the_run_and_says_where(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny
-from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
+from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
 
 from hf_kd import DistillationTrainer
 from hf_kd.data import ImageDataset
@@ -275,3 +275,112 @@ def test_soft_labels_of_mixing_train_and_leave_the_config_alone(tmp_path):
         trainer = trainer_for(tmp_path / loss, loss=loss, mixup_alpha=0.8, cutmix_alpha=1.0)
         trainer.train()
         assert trainer.model.config.problem_type is None
+
+
+# ---- what is counted, and images without labels ----
+
+
+def with_broken(data, *broken):
+    """The dataset with these images undecodable."""
+    data = data.cast_column("image", datasets.Image(decode=False))
+    data = data.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i in broken else row, with_indices=True)
+    return data.cast_column("image", datasets.Image())
+
+
+class Truncating(DistillationTrainer):
+    """A trainer whose loader leaves images out, as a loader of the user's own may."""
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        return torch.utils.data.DataLoader(loader.dataset, 8, collate_fn=loader.collate_fn, drop_last=True)
+
+
+def test_images_that_are_not_counted_are_no_metric(tmp_path):
+    student, processor = tiny("vit", names=NAMES)
+    teacher = make_teacher()
+    trainer = Truncating(
+        student, config(tmp_path), eval_teacher=teacher, eval_dataset=rows(19), processing_class=processor
+    )
+    for measure in (trainer.evaluate, trainer.measure_teacher):
+        with pytest.raises(ValueError, match="16 of 19 images were counted and 0 could not be decoded"):
+            measure()
+    unlabelled = [{"image": row["image"], "label": -1 if i < 3 else row["label"]} for i, row in enumerate(rows(8))]
+    with pytest.raises(ValueError, match=r"5 of 8 images were counted.*no label"):
+        trainer.evaluate(unlabelled)
+
+
+def test_broken_images_count_nowhere_and_the_record_has_what_was_counted(tmp_path):
+    data = with_broken(rows(20), 3, 11)
+    trainer = trainer_for(tmp_path, evaluation=data, max_skipped_fraction=0.5)
+    trainer.train()
+    metrics = trainer.evaluate()
+    whole = trainer.evaluate(data.select([i for i in range(20) if i not in (3, 11)]))
+    assert metrics["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+    assert (metrics["eval_samples"], metrics["eval_skipped"], whole["eval_samples"]) == (18, 2, 18)
+    assert make_record(trainer, metrics)["data"]["eval_size"] == 18
+    soft = [{"image": row["image"], "label": F.one_hot(torch.tensor(row["label"]), 6).float()} for row in rows(20)]
+    for i in (3, 11):
+        soft[i]["image"] = b"broken"
+    assert trainer.evaluate(soft)["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+
+
+def test_predict_scores_images_without_labels(tmp_path):
+    data = rows(10)
+    trainer = trainer_for(tmp_path, label_column="label", loss="nkd", max_skipped_fraction=0.5)
+    expected = trainer.predict(data)
+    assert expected.metrics["test_samples"] == 10 and expected.label_ids.tolist() == data["label"]
+    images = list(data["image"])
+    normalised = trainer.preprocessing(torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]))
+    kinds = {
+        "no column": data.remove_columns("label"),
+        "labels of -1": [{"image": image, "label": -1} for image in images],
+        "images": images,
+        "dicts": [{"image": image} for image in images],
+        "normalised": [{"pixel_values": values} for values in normalised],
+    }
+    for name, unlabelled in kinds.items():
+        output = trainer.predict(unlabelled)
+        np.testing.assert_allclose(output.predictions, expected.predictions, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert not {"test_loss", "test_top1", "test_samples"} & output.metrics.keys(), name
+        assert name == "labels of -1" or output.label_ids is None, name
+    with pytest.raises(ValueError, match="looking for the label_column"):
+        trainer.evaluate(kinds["no column"])
+    output = trainer.predict(with_broken(kinds["no column"], 4))
+    assert np.isnan(output.predictions).all(1).tolist() == [i == 4 for i in range(10)]
+    assert output.metrics["test_skipped"] == 1 and len(trainer.eval_skipped) == 1
+
+
+# ---- batch norm and a batch of one image ----
+
+
+def test_a_last_batch_of_one_image_is_refused_where_batch_norm_gets_one_value(tmp_path):
+    settings = {"train": rows(25), "per_device_train_batch_size": 6, "max_steps": 6}
+    trainer = trainer_for(tmp_path, "resnet", **settings)
+    where = r"25 images in batches of 6 give a batch of one image, and batch norm in resnet\.encoder\.stages\.3\."
+    with pytest.raises(
+        ValueError, match=where + ".*set dataloader_drop_last=True.*another per_device_train_batch_size"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="statistics: set another per_device_train_batch_size"):
+        trainer_for(tmp_path, "resnet", **settings | {"per_device_train_batch_size": 1}).train()
+    trainer_for(tmp_path, "resnet", dataloader_drop_last=True, **settings).train()
+    trainer_for(tmp_path, "resnet", **settings | {"max_steps": 4}).train()  # ends before
+    trainer_for(tmp_path, "vit", **settings).train()  # has no batch norm
+    frozen = trainer_for(tmp_path, "resnet", **settings)
+    freeze_batch_norm(frozen.model)
+    frozen.train()
+
+
+def test_a_batch_that_broken_images_leave_with_one_is_named(tmp_path):
+    data = with_broken(rows(8), *range(7))
+    trainer = trainer_for(tmp_path, "resnet", train=data, max_skipped_fraction=1.0)
+    with pytest.raises(ValueError, match="batch of one image.*per_device_train_batch_size"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_sampling_by_length_is_refused(strategy, tmp_path):
+    with pytest.raises(ValueError, match=f"train_sampling_strategy='{strategy}'.*random or sequential"):
+        config(tmp_path, train_sampling_strategy=strategy)
+    trainer_for(tmp_path, train_sampling_strategy="sequential").train()

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 from PIL import Image
 from tiny import tiny
+from torch import nn
 
 from hf_kd import DistillationConfig, DistillationTrainer, load_teacher
 from hf_kd.losses import LOSSES
@@ -42,6 +43,14 @@ def config(folder, **kwargs):
 def make_teacher(kind="resnet", seed=7, size=48, names=NAMES):
     module, processor = tiny(kind, seed=seed, size=size, names=names)
     return load_teacher(module, id2label=names, processor=processor)
+
+
+def freeze_batch_norm(model):
+    """Batch statistics depend on the micro-batch by design; everything else must not."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
 
 
 def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluation=None, collate=None, **kwargs):

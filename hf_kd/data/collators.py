@@ -2,7 +2,8 @@
 
 A batch holds "pixels" uint8 (B, 3, h, w), float32 in [0, 1] after mixing, or "pixel_values" stacked as they are;
 "labels" int64 (B,), or float32 (B, C); "index" int64 (B,), the sample keys, and "epoch", an int, where the items have
-them; and "skipped", a list of texts about images that could not be decoded, only if there are any.
+them; and "skipped", a list of texts about images that could not be decoded, only if there are any, in evaluation with
+"decoded", bool (B,).
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +76,7 @@ class EvaluationCollator:
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         rows, skipped = _decode(items)
+        decoded = torch.tensor(["labels" in row for row in rows])
         filler = next((row for row in rows if "labels" in row), None)
         if filler is None and self.resize_and_crop is not None:
             filler = {"pixels": torch.zeros(3, 32, 32, dtype=torch.uint8), "labels": 0}
@@ -83,6 +85,8 @@ class EvaluationCollator:
             blank["labels"] = torch.full_like(torch.as_tensor(filler["labels"]), IGNORED_LABEL)
             rows = [blank | row for row in rows]
         batch = _batch([row for row in rows if "labels" in row], self.resize_and_crop or _stack, skipped)
+        if skipped:
+            batch["decoded"] = decoded
         if self.teacher_resize_and_crop is not None and "pixels" in batch:
             batch["teacher_pixels"] = self.teacher_resize_and_crop([row["pixels"] for row in rows])
         return batch

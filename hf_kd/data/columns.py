@@ -6,7 +6,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
+from ..metrics.classification import IGNORED_LABEL
+
+_LABELS = ("labels", "label", "fine_label")  # of which the first that is there is taken
 INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row number in the split, in file order
 
 
@@ -23,13 +27,44 @@ def find_columns(features: Any, image_column: str | None = None, label_column: s
         for name, feature in features.items()
         if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
     ]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in ("labels", "label", "fine_label") if name in features]
     usual = [name for name in ("image", "img") if name in images]
     return (
         _choose("image_column", image_column, usual[:1] or images, features),
-        _choose("label_column", label_column, named[:1] or classes, features),
+        _choose("label_column", label_column, _label_columns(features), features),
     )
+
+
+def _label_columns(features: dict[str, Any]) -> list[str]:
+    """The usual one, or all that hold classes."""
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return [name for name in _LABELS if name in features][:1] or classes
+
+
+class _Unlabelled(torch.utils.data.Dataset):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        return {**(item if isinstance(item, dict) else {"image": item}), "labels": IGNORED_LABEL}
+
+
+def add_missing_labels(dataset, label_column: str | None, by_column: bool):
+    """The dataset with -100 for labels if it has none; with `by_column` it is a `datasets.Dataset` to be looked at by
+    its columns, else by its first item, which may be an image alone."""
+    if by_column:
+        columns = [label_column] if label_column else _label_columns(dataset.features)
+        has_columns = bool(columns) and columns[0] in dataset.features
+        return (
+            dataset if has_columns else dataset.add_column(label_column or _LABELS[0], [IGNORED_LABEL] * len(dataset))
+        )
+    item = dataset[0]
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    has_label = isinstance(item, dict) and {label_column, "labels", "label", "skipped"} & item.keys()
+    return dataset if is_pair or has_label else _Unlabelled(dataset)
 
 
 def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
-from .columns import INDEX_COLUMN, find_columns
+from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
 from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
 
@@ -65,11 +65,13 @@ class ImageDataset(Dataset):
         image_column, label_column, transform, max_pixels: see `find_columns` and `read_item`.
         seed: not negative.
 
+    `labelled` is False where `as_image_dataset` has put -100 in the place of missing labels.
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, so that every process has a batch.
     """
 
     replacement = False
+    labelled = True
 
     def __init__(
         self,
@@ -151,13 +153,16 @@ def _has_image_rows(dataset) -> bool:
     return not {"pixel_values", "pixels"} & set(dataset.column_names)
 
 
-def as_image_dataset(dataset, id2label: dict[int, str] | None, args: DistillationConfig, wrap: bool = True):
+def as_image_dataset(
+    dataset, id2label: dict[int, str] | None, args: DistillationConfig, wrap: bool = True, labelled: bool = True
+):
     """The `ImageDataset` of a map-style dataset, or of each in a dict; a name or None stays as it is.
 
     Args:
         id2label: the student's class names, with which those of the data must agree; None: not known.
         args: for `image_column`, `label_column` and `data_seed`.
         wrap: False, for a data_collator of the user's own: only a `datasets.Dataset` with an image column is decoded.
+        labelled: False: labels may be missing, and items may be images alone.
 
     Raises:
         ValueError: it is empty or streamed, a column is not there, or its classes are not the student's.
@@ -165,15 +170,18 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
     if dataset is None or isinstance(dataset, str | ImageDataset):
         return dataset
     if isinstance(dataset, dict):
-        return {name: as_image_dataset(part, id2label, args, wrap) for name, part in dataset.items()}
+        return {name: as_image_dataset(part, id2label, args, wrap, labelled) for name, part in dataset.items()}
     if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
         raise ValueError("streamed (iterable) datasets are not supported yet: load it without streaming=True.")
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
     if not wrap and not _has_image_rows(dataset):
         return dataset
-    columns, seed = (args.image_column, args.label_column), args.data_seed or 0
+    source, columns, seed = dataset, (args.image_column, args.label_column), args.data_seed or 0
+    if not labelled:
+        dataset = add_missing_labels(dataset, args.label_column, _has_image_rows(dataset))
     images = ImageDataset(dataset, *columns, seed=seed, max_pixels=args.max_image_pixels)
+    images.labelled = dataset is source
     if images._undecoded:
         feature = dataset.features[images.label_column]
         if getattr(feature, "dtype", "") == "string":

@@ -17,7 +17,6 @@ from ..config import DistillationConfig
 from ..data import ImageData, load_data
 from ..launcher import check_processes, resume_command
 from ..losses import loss_source
-from ..models.features import HEAD
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
@@ -162,8 +161,8 @@ def _train(
     )
     if config.process_index == 0:
         print(f"\n{spec.key}: {trainer.train_loss}")
-        if hasattr(student, HEAD):
-            print(f"auxiliary head on {getattr(student, HEAD).layer}")
+        if trainer.auxiliary_head is not None:
+            print(f"auxiliary head on {trainer.auxiliary_head.layer}")
     if teacher is not None and teacher_metrics is None:
         teacher_metrics = trainer.measure_teacher()
     trainer.teacher_metrics = teacher_metrics

@@ -93,17 +93,23 @@ def check_inputs(
         _check_finite(name, tensor)
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor whose values can be read: within torch.func's transforms (vmap, grad) that below, of all batches."""
+    return torch.func.debug_unwrap(tensor)
+
+
 def _unexpected(name: str, tensor: Tensor, expected: str, hint: str = "") -> ValueError:
     return ValueError(f"{name} must be {expected}, got {tensor.dtype} of shape {tuple(tensor.shape)}{hint}")
 
 
 def _check_label_values(labels: Tensor, classes: int) -> None:
+    values = readable(labels)
     if labels.ndim == 2:
         _check_finite("labels", labels)
-        if labels.min() < 0:
-            negative = f"{(labels < 0).sum().item()} negative value(s), the smallest is {labels.min().item():g}"
+        if values.min() < 0:
+            negative = f"{(values < 0).sum().item()} negative value(s), the smallest is {values.min().item():g}"
             raise ValueError(f"labels hold {negative}: soft labels are probabilities")
-        sums = labels.sum(1, dtype=torch.float32)
+        sums = readable(labels.sum(1, dtype=torch.float32)).flatten()
         if ((sums - 1).abs() > 0.01).any():
             worst = sums[(sums - 1).abs().argmax()].item()
             raise ValueError(
@@ -111,7 +117,7 @@ def _check_label_values(labels: Tensor, classes: int) -> None:
                 "classes at once (multi-label) are not supported; divide each row by its sum if you mean a mix"
             )
         return
-    bad = labels[(labels < 0) | (labels >= classes)]
+    bad = values[(values < 0) | (values >= classes)]
     if bad.numel():
         raise ValueError(
             f"labels hold {bad.numel()} value(s) outside [0, {classes}), the first is {bad[0].item()}: "
@@ -120,13 +126,13 @@ def _check_label_values(labels: Tensor, classes: int) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach()
+    values = readable(tensor).detach()
     # NaN and inf survive a sum, and one sum is many times cheaper than isfinite over all elements.
-    if math.isfinite(tensor.sum(dtype=at_least_float32(tensor[:0]).dtype).item()):
+    if math.isfinite(values.sum(dtype=at_least_float32(values[:0]).dtype).item()):
         return
-    bad = ~tensor.isfinite()
+    bad = ~values.isfinite()
     if bad.any():
-        row = bad.any(1).nonzero()[0].item()
+        row = readable((~tensor.isfinite()).any(1)).nonzero()[0, -1].item()
         raise ValueError(
             f"{name} holds {bad.sum().item()} NaN or infinite value(s) of {bad.numel()}, the first in row {row}: "
             "look for a diverged model, a too high learning rate, or an overflow in half precision"
@@ -137,7 +143,7 @@ def warn_if_no_non_target(targets: Targets, classes: int) -> None:
     """Warn once that the non-target term is 0: C = 2, or C = 3 and a row with two targets (seen on CPU only)."""
     if classes > 3 or torch.compiler.is_compiling():
         return
-    if classes == 2 or (targets.active.device.type == "cpu" and targets.active[:, 1:].any()):
+    if classes == 2 or (targets.active.device.type == "cpu" and readable(targets.active[:, 1:]).any()):
         _warn_no_non_target(classes)
 
 

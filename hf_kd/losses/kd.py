@@ -28,12 +28,9 @@ def kd_loss(
     check_inputs(student_logits, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
-    kl = F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
+    log_s = F.log_softmax(student / temperature, dim=1)
+    log_t = F.log_softmax(teacher / temperature, dim=1)
+    kl = (log_t.exp() * (log_t - log_s)).sum(1).mean()  # F.kl_div is no faster, and vmap has no rule for it
     return {"kd": weight * temperature**2 * kl}
 
 

@@ -15,6 +15,7 @@ from .functional import (
     check_number,
     cross_entropy,
     mask_targets,
+    readable,
     top_targets,
     warn_if_no_non_target,
 )
@@ -92,7 +93,10 @@ def soft_targets(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Te
 
 
 def zipf_weights(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: bool) -> Tensor:
-    """Z (B, C): 1 / position of each class by falling N(S) + N(W), 0 at the targets `index` (B, K)."""
+    """Z (B, C): 1 / position of each class by falling N(S) + N(W), 0 at the targets `index` (B, K).
+
+    Of equal classes the one of the lower index comes first.
+    """
 
     def log_n(logits: Tensor) -> Tensor:
         # At a target this is log S_t / (1 - S_t), the place that the official ranking gives it.
@@ -102,12 +106,25 @@ def zipf_weights(student: Tensor, weak: Tensor, index: Tensor, target_in_rank: b
     rank = torch.logaddexp(log_n(student), log_n(weak))
     if not target_in_rank:
         rank = rank.scatter(1, index, -torch.inf)
-    if rank.device.type == "cpu" and not torch.compiler.is_compiling():
-        order = torch.from_numpy(np.argsort(-rank.numpy(), axis=1))  # vectorised, unlike torch's
+    if rank.device.type == "cpu" and not torch.compiler.is_compiling() and readable(rank) is rank:
+        order = torch.from_numpy(_ascending(-rank.numpy()))
     else:
-        order = rank.argsort(dim=1, descending=True)
+        order = rank.argsort(dim=1, descending=True, stable=True)
     weight = 1 / torch.arange(1, rank.shape[1] + 1, device=rank.device, dtype=rank.dtype)
-    return rank.scatter_(1, order, weight.expand_as(rank)).scatter_(1, index, 0.0)
+    return rank.scatter(1, order, weight.expand_as(rank)).scatter(1, index, 0.0)
+
+
+def _ascending(values: np.ndarray) -> np.ndarray:
+    """Indices (B, C) that sort each row; of equal values the lower index comes first, as in a stable sort.
+
+    numpy's vectorised sort is many times faster than torch's. It is not stable: only rows with ties are sorted again.
+    """
+    order = np.argsort(values, axis=1)
+    ranked = np.take_along_axis(values, order, axis=1)
+    tied = (ranked[:, 1:] == ranked[:, :-1]).any(axis=1)
+    if tied.any():
+        order[tied] = np.argsort(values[tied], axis=1, kind="stable")
+    return order
 
 
 def _check_numbers(**weights: float) -> None:

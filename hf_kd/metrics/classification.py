@@ -63,16 +63,20 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15)
 
 
 @torch.no_grad()
-def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+def sample_statistics(
+    student_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, decoded: Tensor | None = None
+) -> Tensor:
     """What one image contributes to every metric, as one row: small enough to be gathered over ranks.
 
     Args:
         student_logits, labels: as of `top_k_accuracy`; the row of an image without a label is all zero.
         teacher_logits: (B, C) in the student's class order, or None.
+        decoded: bool (B,), False for an image that could not be decoded, whose label is -100; None: all were.
 
     Returns:
-        float32 (B, 5): weight (0 or 1), cross-entropy (nats), top-1 hit, top-5 hit (top-C below five classes), largest
-        probability. With a teacher (B, 8): also agreement, KL(teacher || student) (nats), the teacher's top-1 hit.
+        float32 (B, 5): weight (1, or 0 without a label, or -1 if not decoded), cross-entropy (nats), top-1 hit, top-5
+        hit (top-C below five classes), largest probability. With a teacher (B, 8): also agreement, KL(teacher ||
+        student) (nats), the teacher's top-1 hit.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -92,7 +96,10 @@ def sample_statistics(student_logits: Tensor, labels: Tensor, teacher_logits: Te
         columns += [logits.argmax(-1) == teacher.argmax(-1), _kl(logits, teacher), _rank_below(teacher, target, 1)]
     rows = torch.stack([column.float() for column in columns], dim=1)
     # where, not a product: the logits of a padding row may be NaN.
-    return torch.where(labelled[:, None], rows, 0.0)
+    rows = torch.where(labelled[:, None], rows, 0.0)
+    if decoded is not None:
+        rows[:, 0] -= (~decoded).float()
+    return rows
 
 
 class ClassificationMeter:
@@ -110,6 +117,7 @@ class ClassificationMeter:
         self._sums: Any = None  # by column
         # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
         self._gaps: Any = None
+        self._undecodable: Any = 0
 
     def update(self, stats: Tensor) -> None:
         """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
@@ -123,12 +131,28 @@ class ClassificationMeter:
                 "sample_statistics returns, always with or always without a teacher"
             )
         dtype = torch.float32 if stats.device.type == "mps" else torch.float64
+        undecodable = (stats[:, 0] < 0).sum()
         stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
         if self._sums is None:
             self._sums, self._gaps = stats.new_zeros(stats.shape[1]), stats.new_zeros(self.n_bins)
+        self._undecodable = self._undecodable + undecodable
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
+
+    def counts(self) -> tuple[int, int]:
+        """How many images were counted, and how many could not be decoded."""
+        return (0 if self._sums is None else int(self._sums[0])), int(self._undecodable)
+
+    def check_size(self, size: int) -> None:
+        """ValueError unless `size` images were counted or could not be decoded."""
+        counted, undecodable = self.counts()
+        if counted + undecodable != size:
+            raise ValueError(
+                f"{counted} of {size} images were counted and {undecodable} could not be decoded. The others have no "
+                "label (-100, or another below 0), or the data loader leaves images out or repeats them. Evaluate on "
+                "labelled images only; predict() also scores those without a label"
+            )
 
     def compute(self) -> dict[str, float]:
         """The metrics of all rows so far; ValueError if none has a positive weight.
@@ -152,8 +176,9 @@ def calibration_bins(confidence: Tensor, n_bins: int) -> Tensor:
 
 
 def hard_labels(labels: Tensor) -> Tensor:
-    """Class indices (B,) of labels that may be one value a class, (B, C)."""
-    return labels.argmax(-1) if labels.ndim == 2 else labels
+    """Class indices (B,) of labels that may be one value a class, (B, C); -100 for all that are negative."""
+    index, largest = (labels.argmax(-1), labels.amax(-1)) if labels.ndim == 2 else (labels, labels)
+    return torch.where(largest < 0, IGNORED_LABEL, index)
 
 
 def _rank_below(logits: Tensor, target: Tensor, k: int) -> Tensor:

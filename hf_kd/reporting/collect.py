@@ -135,7 +135,7 @@ def make_record(
     if loss.name not in LOSSES:
         known.setdefault("loss_description", loss.describe(loss.hyperparameters()))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
-    head = getattr(model, HEAD, None)
+    head = trainer.auxiliary_head
     record = {
         "name": loss.name,
         "loss": {"name": loss.name, **loss.hyperparameters()},
@@ -144,7 +144,7 @@ def make_record(
             "id": data_entry.pop("name"),
             **data_entry,
             "train_size": len(trainer.train_dataset),
-            "eval_size": len(trainer.eval_dataset),
+            "eval_size": metrics.get("eval_samples", len(trainer.eval_dataset)),
             "classes": model.config.num_labels,
             "augmentation": trainer.augmentation_applied,
             "skipped": {
