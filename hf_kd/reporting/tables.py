@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from .record import by_name
-from .significance import BASELINE, compare, describe
+from .significance import BASELINE, baseline_tests, compare, describe, p_value
 
 MISSING = "–"
 RATES = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agreement %", "ece": "ECE %"}
@@ -29,29 +29,39 @@ def comparison_table(
     Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages,
     "seconds" are those of training without evaluations, "MB" is the saved model. The last column is in top-1 points
     against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. What is missing or
-    not finite shows as "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
+    not finite shows as "–". Of several seeds, "p" is that of the paired t-test of this difference, corrected for the
+    number of variants that distil (see `baseline_tests`). The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
         teacher_row: what `teacher_row_of` gives, as first row.
         markdown: a GitHub table instead of aligned text.
     """
-    variants = by_name(runs)
-    rows = [HEADER]
+    variants, tests = by_name(runs), baseline_tests(runs)
+    tested = any(p_value(test) is not None for test in tests.values())
+    rows = [[*HEADER, "p"] if tested else HEADER]
     if teacher_row is not None:
         label = f"teacher {teacher_row.get('id') or ''}".strip()
-        rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], MISSING))
+        rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}]))
     for name, seeds in variants.items():
-        test = compare(runs, name, BASELINE)
-        rows.append(_row(name, seeds, describe(test) if test else MISSING))
-    return f"{layout(rows, markdown)}\n\n{_caveat(runs, max(map(len, variants.values()), default=0))}"
+        test = tests.get(name) or compare(runs, name, BASELINE)
+        p = p_value(tests[name]) if name in tests else None
+        cells = [describe(test) if test else MISSING, MISSING if p is None else f"{p:.2g}"]
+        rows.append(_row(name, seeds) + cells)
+    rows = [(row + [MISSING] * 2)[: len(rows[0])] for row in rows]
+    caveat = _caveat(runs, max(map(len, variants.values()), default=0))
+    if tested:
+        family = max(test["family"] for test in tests.values())
+        corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
+        caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
+    return f"{layout(rows, markdown)}\n\n{caveat}"
 
 
-def _row(label: str, seeds: Sequence[Mapping[str, Any]], difference: str) -> list[str]:
+def _row(label: str, seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     rates = [rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1") for key in RATES]
     seconds = [value for run in seeds if (value := _training_seconds(run)) is not None]
     values = [statistics.fmean(seconds) if seconds else None, _number(seeds[0], "student", "size_mb")]
-    return [label, *rates, *(MISSING if value is None else f"{value:.1f}" for value in values), difference]
+    return [label, *rates, *(MISSING if value is None else f"{value:.1f}" for value in values)]
 
 
 def rate(values: Sequence[float | None], spread: bool = True) -> str:
@@ -81,8 +91,8 @@ def _caveat(runs: Sequence[Mapping[str, Any]], most_seeds: int) -> str:
     text = f"Each row is one training run{named}, so a difference between rows has no error bar."
     if most_seeds > 1:
         text = (
-            f"Each row is the mean of {most_seeds} training runs{named}; ± is their standard deviation, in the last "
-            "column the half-width of the paired 95 % interval over the seeds."
+            f"Each row is the mean of {most_seeds} training runs{named}; ± is their standard deviation, of a "
+            "difference the half-width of its own paired 95 % interval over the seeds."
         )
     pairs = [(_number(run, "metrics", "top1"), _number(run, "data", "eval_size")) for run in runs]
     measured = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
