@@ -134,7 +134,8 @@ def test_verdict_is_near_the_top_with_its_evidence():
     first, second = run["verdict"]["tests"]
     assert (
         f"against `ce`: {', '.join(f'{d:+.2f}' for d in first['differences'])} points of top-1 (seeds 0, 1, 2), "
-        "mean +1.32 ± 0.32, p = 0.0021, 0.0064 after Holm's correction for 3 variants; paired t-test over seeds, two-sided, 95 %"
+        "mean +1.32 ± 0.32, p = 0.0021, 0.0064 after Holm's correction for 3 variants; "
+        "paired t-test over seeds, two-sided, 95 %"
     ) in top
     assert "against `2xce`: +0.00, +0.00, -0.50 points of top-1 (seeds 0, 1, 2), mean +0.32 ± –, p = –;" in top
 

@@ -28,9 +28,10 @@ def comparison_table(
 
     Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages,
     "seconds" are those of training without evaluations, "MB" is the saved model. The last column is in top-1 points
-    against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. What is missing or
-    not finite shows as "–". Of several seeds, "p" is that of the paired t-test of this difference, corrected for the
-    number of variants that distil (see `baseline_tests`). The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
+    against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. Of several seeds, "p"
+    is that of the paired t-test, corrected for the number of variants that distil (see `baseline_tests`). What is
+    missing or not finite shows as "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson
+    1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
