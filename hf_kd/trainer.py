@@ -293,8 +293,8 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, and with a
-        teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `macro_top1`, `top5`, `ece`,
+        and with a teacher `agreement`, `kl` and `teacher_top1`, accumulated in constant memory."""
         self._meter = ClassificationMeter()
         self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, None]()
         output: Any = super().evaluation_loop(
@@ -319,7 +319,7 @@ class DistillationTrainer(Trainer):
             logits = logits_of(model(self._student_input(inputs))).float()
         statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs))
         if self._meter is not None:
-            self._meter.update(self.gather_function(statistics))
+            self._meter.update(self.gather_function(statistics), logits.shape[1])
         loss = (statistics[:, 0] * statistics[:, 1]).sum() / statistics[:, 0].sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 

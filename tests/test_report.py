@@ -279,3 +279,13 @@ def test_a_diverged_seed_is_no_mean(tmp_path, figures):
     runs = [make_run("nkd", top, seed=seed) for seed, top in enumerate((0.6, math.nan))]
     plot_curves(runs, tmp_path / "curves.png")
     assert figures[0].axes[-1].lines[-1].get_label() == "nkd nan ± nan %"
+
+
+def test_the_macro_average_is_shown_where_it_is_another():
+    balanced, other = make_run("ce", 0.7), make_run("ce", 0.7)
+    balanced["metrics"]["macro_top1"] = 0.7 + 1e-12
+    other["metrics"]["macro_top1"] = 0.6
+    assert "macro" not in comparison_table([balanced])
+    lines = comparison_table([other, make_run("nkd", 0.5)], {"top1": 0.8}).splitlines()
+    assert "top-1 %  macro top-1 %  top-5 %" in lines[0]
+    assert [line.split()[1:3] for line in lines[2:5]] == [["80.00", "–"], ["70.00", "60.00"], ["50.00", "–"]]

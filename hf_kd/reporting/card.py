@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .record import CARD_FILE, RUN_FILE, by_name, loss_description, redact
 from .significance import BASELINE
-from .tables import MISSING, RATES, layout, rate
+from .tables import MISSING, layout, rate, rates_of
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 SIZES = {"parameters": ("parameters", ","), "size_mb": ("size MB", ",.1f"), "latency_ms": ("CPU latency ms", ",.2f")}
@@ -105,21 +105,21 @@ def _metadata(run: Mapping[str, Any]) -> ModelCardData:
 
 def _table(run: Mapping[str, Any]) -> str:
     student, teacher, others = run["student"], run["teacher"], run["verdict"].get("runs") or []
-    own = code(run.get("name") or run["loss"].get("name"))
-    rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student)]
+    own, rates = code(run.get("name") or run["loss"].get("name")), rates_of([run, *others])
+    rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student, rates)]
     if teacher or run["teacher_metrics"]:
-        rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher))
+        rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher, rates))
     controls = {name for each in (run, *others) for name in loss_description(each).get("controls", ())}
     for name, seeds in by_name(others).items():
         role = "no-KD baseline " if name == BASELINE else "control " if name in controls else ""
         several = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
-        rows.append(_row(f"{role}{code(name)}{several}", seeds, student))
-    header = ["", *RATES.values(), *(label for label, _ in SIZES.values())]
+        rows.append(_row(f"{role}{code(name)}{several}", seeds, student, rates))
+    header = ["", *rates.values(), *(label for label, _ in SIZES.values())]
     return layout([header, *rows], markdown=True)
 
 
-def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> list[str]:
-    rates = [rate([(run.get("metrics") or {}).get(key) for run in runs]) for key in RATES]
+def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    rates = [rate([(run.get("metrics") or {}).get(key) for run in runs]) for key in keys]
     return [label, *rates, *(number(model.get(key), form) for key, (_, form) in SIZES.items())]
 
 

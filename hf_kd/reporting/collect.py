@@ -19,7 +19,7 @@ from . import record as records
 from .card import write_card
 from .curves import plot_curves
 
-METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
+METRICS = ("loss", "top1", "macro_top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 FORWARDS = 30
 
 

@@ -96,7 +96,7 @@ def describe(test: Mapping[str, Any], sign: str = "+") -> str:
 
 
 def p_value(test: Mapping[str, Any]) -> float | None:
-    """The p that a test is judged by: against "ce" the corrected one; of a control, at its own level, the plain one."""
+    """The p that decides: against "ce" the corrected one; of a control, at its own level, the plain one."""
     return test.get("p_holm", test["p"])
 
 
