@@ -154,16 +154,19 @@ def add_missing_record(trainer) -> None:
     """On all ranks: writes run.json, curves and card where run.json is missing or behind the training."""
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
-    from .reporting.collect import make_record, write_record
+    from .reporting.collect import final_metrics, make_record, write_record
 
     file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
-    measurable = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict)
-    if measurable and trainer.preprocessing is not None and trainer.is_world_process_zero():
+    if trainer.eval_dataset is not None and trainer.preprocessing is not None and trainer.is_world_process_zero():
         history = json.loads(file.read_text()).get("history") if file.is_file() else None
         missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
-    metrics = trainer.evaluate() if missing[0] else None  # on all ranks, as the first one has found
-    if metrics and trainer.is_world_process_zero():
+    if not missing[0]:  # on all ranks, as the first one has found
+        return
+    if trainer.eval_teacher is not None and trainer.teacher_metrics is None:
+        trainer.measure_teacher()
+    metrics = final_metrics(trainer)
+    if trainer.is_world_process_zero():
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 

@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-    """The teacher's own `loss`, `top1`, `macro_top1`, `top5` and `ece` on the evaluation data (without any: the training
-    data), and `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
+    """The teacher's own `loss`, `top1`, `macro_top1`, `top5` and `ece` on the evaluation data (without any: the
+    training data), and `dropped_mass`, its mean probability of classes that the data does not have, if any.
 
     Args:
         trainer: the `DistillationTrainer`, of which this is a method.

@@ -31,6 +31,7 @@ from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
 from .reporting.collect import write_plan
+from .reporting.origin import repository_name
 from .spec import Experiment
 from .teacher_check import measure_teacher, warn_near_chance
 
@@ -402,7 +403,8 @@ class DistillationTrainer(Trainer):
         self.hub_model_id = self.push_in_progress = None
         if self.is_world_process_zero():
             private = args.hub_private_repo if private is None else private
-            self.hub_model_id = push.check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
+            name = args.hub_model_id or repository_name(self)
+            self.hub_model_id = push.check_push(name, token or args.hub_token, private, args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed. A single
@@ -417,12 +419,13 @@ class DistillationTrainer(Trainer):
     ):
         """Saves the student in `args.output_dir`, and pushes it from there, with its run.json, curves and card.
 
-        Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
-        what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
-        private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+        Makes run.json first where there is none of this training, if there are an evaluation set and a processor; for
+        what a trainer does not know see `hf_kd.reporting.make_record`. token, revision and private default to
+        `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
 
         Returns:
-            The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+            The address of the repository; None on further ranks. Its name is `args.hub_model_id`, by default made of
+            student, loss and data, or where these have no names the folder's.
 
         Raises:
             ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.

@@ -22,7 +22,7 @@ from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
 from ..reporting.card import write_card
-from ..reporting.collect import describe_model, make_record, write_record
+from ..reporting.collect import describe_model, final_metrics, make_record, write_record
 from ..reporting.curves import plot_curves
 from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
 from ..reporting.significance import verdicts
@@ -169,7 +169,7 @@ def _train(
     trainer.teacher_metrics = teacher_metrics
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
-    metrics = _final_metrics(trainer)
+    metrics = final_metrics(trainer)
     skipped, eval_skipped = (
         sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
     )
@@ -199,14 +199,6 @@ def _train(
     )
     write_record(record, config.output_dir)
     return record
-
-
-def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
-    """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        return {key: value for key, value in last.items() if key.startswith("eval_")}
-    return trainer.evaluate()
 
 
 def _source_options(experiment: Experiment) -> dict:

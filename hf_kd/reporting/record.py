@@ -3,8 +3,9 @@
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
 (name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`), and loss_description (of a loss that
-is not hf_kd's).
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`), loss_description (of a loss that is
+not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are those of the first), and license (of
+the model, as the Hub writes it, if it is known; of pretrained weights it is a key of student).
 """
 
 import math
@@ -56,6 +57,12 @@ def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
     loss = run.get("loss") or {}
     own = LOSSES.get(loss.get("name", ""))
     return own.describe(loss) if own else run.get("loss_description") or {}
+
+
+def eval_key(run: Mapping[str, Any], metric: str) -> str:
+    """The key of a metric in the history: of several evaluation sets, that of the first, whose metrics the run has."""
+    sets = list(run.get("evaluation_sets") or ())
+    return f"eval_{sets[0]}_{metric}" if sets else f"eval_{metric}"
 
 
 def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

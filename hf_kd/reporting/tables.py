@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .record import by_name
+from .record import by_name, eval_key
 from .significance import BASELINE, baseline_tests, compare, describe, p_value
 
 MISSING = "–"
@@ -115,6 +115,30 @@ def _caveat(runs: Sequence[Mapping[str, Any]], most_seeds: int) -> str:
         width, images = max(_half_width(*pair) for pair in measured), min(size for _, size in measured)
         text += f" Sampling error of one top-1 from {images} images: ±{width:.2f} points (95 %)."
     return text
+
+
+def log_table(run: Mapping[str, Any], most: int = 20) -> str:
+    """The training log as a Markdown table: a row for each step with an evaluation, or without any with a loss.
+
+    "" if there is none. Of more than `most` rows some are shown, evenly spaced, with the first and the last.
+    """
+    history, top1, loss = run.get("history") or [], eval_key(run, "top1"), eval_key(run, "loss")
+    evaluated = any(top1 in entry for entry in history)
+    found, training = {}, None
+    for entry in history:
+        training = entry.get("loss", training)
+        if (top1 if evaluated else "loss") in entry:
+            cells = [(entry.get("epoch"), ".4g"), (entry.get("step"), ""), (training, ".4g"), (entry.get(loss), ".4g")]
+            texts = [f"{value:{form}}" if isinstance(value, int | float) else MISSING for value, form in cells]
+            found[entry.get("step")] = [*texts, rate([entry.get(top1)])]
+    if not found:
+        return ""
+    rows = list(found.values())
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    header = ["epoch", "step", "training loss", "evaluation loss", "top-1 %"]
+    columns = len(header) if evaluated else 3
+    return layout([row[:columns] for row in [header, *rows]], markdown=True)
 
 
 def _half_width(rate: float, n: int, z: float = 1.96) -> float:
