@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
+REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
