@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from cli_helpers import distill
-from trainer_helpers import rows, trainer_for
+from trainer_helpers import config, rows, trainer_for
 
 from hf_kd.cli import main
 from hf_kd.experiment import progress as module
 from hf_kd.experiment.progress import Progress, duration
 from hf_kd.reporting import comparison_table, teacher_row_of
+from hf_kd.spec import Experiment, run_spec
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
