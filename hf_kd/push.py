@@ -154,7 +154,7 @@ def add_missing_record(trainer) -> None:
     """On all ranks: writes run.json, curves and card where run.json is missing or behind the training."""
     from accelerate.utils import broadcast_object_list  # slow to import, as what comes next
 
-    from .reporting.collect import final_metrics, make_record, write_record
+    from .reporting.collect import make_record, write_record
 
     file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
     if trainer.eval_dataset is not None and trainer.preprocessing is not None and trainer.is_world_process_zero():
@@ -165,7 +165,7 @@ def add_missing_record(trainer) -> None:
         return
     if trainer.eval_teacher is not None and trainer.teacher_metrics is None:
         trainer.measure_teacher()
-    metrics = final_metrics(trainer)
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 

@@ -62,13 +62,14 @@ def test_a_push_has_the_datas_name_the_metrics_the_teacher_and_a_name(hub, tmp_p
     assert "24 images (split `test`)" in card
 
 
-def test_an_evaluation_after_the_last_step_is_not_repeated(tmp_path, monkeypatch):
-    made = trainer(tmp_path / "out", named("flowers", "test"), eval_strategy="steps", eval_steps=3, max_steps=3)
+def test_an_evaluation_on_other_images_is_not_taken_for_that_of_the_record(tmp_path):
+    made = trainer(tmp_path / "out", named("flowers", "test"))
     made.train()
-    monkeypatch.setattr(type(made), "evaluate", lambda self: pytest.fail("evaluated again"))
+    expected = made.evaluate()["eval_loss"]
+    assert made.evaluate(rows(12, seed=5))["eval_loss"] != expected
     made.create_model_card()
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["metrics"]["top1"] == [e for e in made.state.log_history if "eval_top1" in e][-1]["eval_top1"]
+    assert record["metrics"]["loss"] == pytest.approx(expected, rel=1e-6) and record["data"]["eval_size"] == 24
 
 
 def test_several_evaluation_sets_are_in_the_record(tmp_path):

@@ -22,7 +22,7 @@ from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
 from ..reporting.card import write_card
-from ..reporting.collect import describe_model, final_metrics, make_record, write_record
+from ..reporting.collect import describe_model, make_record, write_record
 from ..reporting.comparison import write_comparison
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, write_json
 from ..reporting.significance import verdicts
@@ -176,7 +176,7 @@ def _train(
     trainer.teacher_metrics = teacher_metrics
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # before anything else can go wrong
-    metrics = final_metrics(trainer)
+    metrics = _final_metrics(trainer)
     skipped, eval_skipped = (
         sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
     )
@@ -206,6 +206,14 @@ def _train(
     )
     write_record(record, config.output_dir)
     return record
+
+
+def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
+    """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in last.items() if key.startswith("eval_")}
+    return trainer.evaluate()
 
 
 def _source_options(experiment: Experiment) -> dict:
@@ -242,7 +250,8 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
         print(f"\n{verdict['sentence']}")
     if len(runs) > 1:
         comparison = write_comparison(runs, output_dir, experiment.command)
-        brief = [{key: record.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for record in runs]
+        keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
+        brief = [{key: record[key] for key in keys if key in record} for record in runs]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
         for spec, record in zip(experiment.runs, runs, strict=True):
             own = verdict_of.get(record["name"])

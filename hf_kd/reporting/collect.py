@@ -96,14 +96,6 @@ def _size(dataset) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def final_metrics(trainer) -> dict[str, float]:
-    """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
-    last = _last_with("eval_loss", trainer.state.log_history)
-    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
-        return {key: value for key, value in last.items() if key.startswith("eval_")}
-    return trainer.evaluate()
-
-
 def _metrics(measured: dict[str, float], prefix: str) -> dict[str, float]:
     named = {key: measured.get(f"{prefix}_{key}", measured.get(key)) for key in METRICS}
     return {key: value for key, value in named.items() if value is not None}
@@ -143,7 +135,7 @@ def make_record(
 
     Args:
         trainer: the `DistillationTrainer`, after training.
-        metrics: what `trainer.evaluate()` gave; default: `final_metrics`.
+        metrics: what `trainer.evaluate()` gave; default: a new evaluation.
         data: what the datasets were loaded with; without it they may tell their name and split themselves.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
@@ -151,7 +143,7 @@ def make_record(
     """
     args, loss, history, teacher = trainer.args, trainer.train_loss, trainer.state.log_history, trainer.eval_teacher
     model = trainer.accelerator.unwrap_model(trainer.model)
-    metrics = metrics or final_metrics(trainer)
+    metrics = metrics or trainer.evaluate()
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
     if sets:
         evaluated = {k: {"size": _size(v), "metrics": _metrics(metrics, f"eval_{k}")} for k, v in sets.items()}
