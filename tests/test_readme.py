@@ -20,9 +20,18 @@ def test_tables_and_verdicts_are_those_of_the_records(path, blocks):
     assert regenerate.page(text) == text
 
 
+def rounded(value):
+    """Without the last digits of numbers, which depend on scipy's version."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize("path", regenerate.RECORDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_verdicts_and_cards_are_those_of_the_records(path):
     record = regenerate.read(path)
-    assert regenerate.with_verdicts(record) == record
+    assert rounded(regenerate.with_verdicts(record)) == rounded(record)
     if path.parent.parent.name == "model_cards":
         assert path.with_name("README.md").read_text("utf-8") == model_card(record)
