@@ -1,7 +1,8 @@
 """Writes everything that shows results again from the records: python benchmarks/regenerate.py
 
 Cards and curves in model_cards/, curves in benchmarks/results/, and the tables and verdicts between
-`<!-- results NAME -->` and `<!-- end -->` in README.md come from the run.json beside them and from nothing else.
+`<!-- results NAME -->` and `<!-- end -->` in README.md and in benchmarks/results/ come from the run.json (seeds.json)
+beside them and from nothing else. In these records only the verdicts are written anew, which follow from the metrics.
 """
 
 import json
@@ -9,35 +10,55 @@ import re
 from pathlib import Path
 
 from hf_kd.reporting import comparison_table, plot_curves, teacher_row_of, verdicts, write_card
+from hf_kd.reporting.record import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- results ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+RECORDS = sorted([*ROOT.glob("model_cards/*/run.json"), *RESULTS.glob("*/*.json")])
+PAGES = [ROOT / "README.md", RESULTS / "quickstart" / "seeds.md"]
+BLOCK = re.compile(r"(<!-- (results|verdicts) ([\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def records(name: str) -> list[dict]:
-    return json.loads((RESULTS / name / "run.json").read_text("utf-8"))["runs"]
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
 
 
-def table_and_verdicts(name: str) -> str:
-    """The table of a comparison and a line for each verdict, as Markdown."""
-    runs = records(name)
+def with_verdicts(record: dict) -> dict:
+    """The record of a comparison, or of a run with the comparison that it was part of, with its verdicts anew."""
+    if "runs" in record:
+        runs = [with_verdicts(run) for run in record["runs"]]
+        return record | {"runs": runs, "verdicts": verdicts(runs)}
+    if not record.get("verdict"):
+        return record
+    runs = record["verdict"]["runs"]
+    (own,) = (verdict for verdict in verdicts(runs) if verdict["loss"] == record["name"])
+    return record | {"verdict": own | {"runs": runs}}
+
+
+def block(kind: str, name: str) -> str:
+    """The table of a comparison (of "results") and a line for each verdict, as Markdown."""
+    runs = read(RESULTS / f"{name}.json")["runs"]
     sentences = "\n".join(f"- {verdict['sentence']}" for verdict in verdicts(runs))
-    return f"{comparison_table(runs, teacher_row_of(runs[0]), markdown=True)}\n\n{sentences}"
+    table = comparison_table(runs, teacher_row_of(runs[0]), markdown=True) if kind == "results" else ""
+    return f"{table}\n\n{sentences}".strip()
 
 
-def readme(text: str) -> str:
-    """README.md with its blocks of results made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{table_and_verdicts(found[2])}\n\n{found[3]}", text)
+def page(text: str) -> str:
+    """A page with its blocks made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{block(found[2], found[3])}\n\n{found[4]}", text)
 
 
 def main() -> None:
-    for card in sorted(ROOT.glob("model_cards/*/run.json")):
-        write_card(card.parent)
-        plot_curves([json.loads(card.read_text("utf-8"))], card.with_name("curves.png"))
-    for comparison in sorted(RESULTS.glob("*/run.json")):
-        plot_curves(records(comparison.parent.name), comparison.with_name("curves.png"))
-    (ROOT / "README.md").write_text(readme((ROOT / "README.md").read_text("utf-8")), "utf-8")
+    for path in RECORDS:
+        record = read(path)
+        if (new := with_verdicts(record)) != record:
+            write_json(path, new)
+        if path.parent.parent.name == "model_cards":
+            write_card(path.parent)
+        if path.name == "run.json":
+            plot_curves(new.get("runs", [new]), path.with_name("curves.png"))
+    for path in PAGES:
+        path.write_text(page(path.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

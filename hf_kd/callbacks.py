@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: a call when training begins, saving on Ctrl-C, and a log of the last step."""
+"""Callbacks of the trainer: a call when training begins, saving on Ctrl-C, and logs of a short run."""
 
 from __future__ import annotations
 
@@ -70,9 +70,17 @@ class SaveOnInterrupt(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-class LogLastStep(TrainerCallback):
-    """Logs the last step whatever `logging_steps` is, so that every run has its terms."""
+class LogSteps(TrainerCallback):
+    """Logs the last step whatever `logging_steps` is, so that every run has its terms.
+
+    Where `logging_steps` is the default, 500, a run of fewer than 25,000 steps is logged about 50 times.
+    """
+
+    DEFAULT, TIMES = 500, 50
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+        every = max(1, state.max_steps // self.TIMES)
+        often = args.logging_strategy == "steps" and args.logging_steps == self.DEFAULT and every < self.DEFAULT
+        last = state.global_step >= state.max_steps and args.logging_strategy != "no"
+        if last or (often and state.global_step % every == 0):
             control.should_log = True

@@ -157,13 +157,16 @@ def add_missing_record(trainer) -> None:
     from .reporting.collect import make_record, write_record
 
     file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
-    measurable = trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict)
-    if measurable and trainer.preprocessing is not None and trainer.is_world_process_zero():
+    if trainer.eval_dataset is not None and trainer.preprocessing is not None and trainer.is_world_process_zero():
         history = json.loads(file.read_text()).get("history") if file.is_file() else None
         missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
-    metrics = trainer.evaluate() if missing[0] else None  # on all ranks, as the first one has found
-    if metrics and trainer.is_world_process_zero():
+    if not missing[0]:  # on all ranks, as the first one has found
+        return
+    if trainer.eval_teacher is not None and trainer.teacher_metrics is None:
+        trainer.measure_teacher()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 
@@ -178,23 +181,27 @@ def write_run_card(folder: str | os.PathLike) -> None:
 def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
     """A trainer's method. With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates
     nothing."""
+    from .reporting.origin import repository_name
+
     args = self.args
     self.hub_model_id = self.push_in_progress = None
     if self.is_world_process_zero():
         private = args.hub_private_repo if private is None else private
-        self.hub_model_id = check_push(args.hub_model_id, token or args.hub_token, private, args.output_dir)
+        name = args.hub_model_id or repository_name(self)
+        self.hub_model_id = check_push(name, token or args.hub_token, private, args.output_dir)
 
 
 def push_trained(self, commit_message="Distilled with hf_kd", *, token=None, revision=None, private=None):
     """A trainer's `push_to_hub`. Saves the student in `args.output_dir`, and pushes it from there, with its run.json,
     curves and card.
 
-    Makes run.json first where there is none of this training, if there is one evaluation set and a processor; for
-    what a trainer does not know, such as the data's name, see `hf_kd.reporting.make_record`. token, revision and
-    private default to `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
+    Makes run.json first where there is none of this training, if there are an evaluation set and a processor; for what
+    a trainer does not know see `hf_kd.reporting.make_record`. token, revision and private default to
+    `args.hub_token`, `args.hub_revision` and `args.hub_private_repo`.
 
     Returns:
-        The address of the repository, `args.hub_model_id` (default: the folder's name); None on further ranks.
+        The address of the repository; None on further ranks. Its name is `args.hub_model_id`, by default made of
+        student, loss and data, or where these have no names the folder's.
 
     Raises:
         ValueError, HfHubHTTPError: see `check_push` and `push`. The student has been saved by then.

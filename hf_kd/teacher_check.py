@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None = None) -> dict[str, float]:
-    """The teacher's own `loss`, `top1`, `top5` and `ece` on the evaluation data (without any: the training data), and
-    `dropped_mass`, its mean probability of classes that the data does not have, where it knows such.
+    """The teacher's own `loss`, `top1`, `macro_top1`, `top5` and `ece` on the evaluation data (without any: the
+    training data), and `dropped_mass`, its mean probability of classes that the data does not have, if any.
 
     Args:
         trainer: the `DistillationTrainer`, of which this is a method.
@@ -44,7 +44,7 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
             statistics = sample_statistics(logits, hard_labels(inputs["labels"]), decoded=inputs.get("decoded"))
             mass = teacher.mapping.dropped_mass(logits) * (statistics[:, 0] > 0)  # 0 for what counts nowhere
             gathered = trainer.accelerator.gather_for_metrics(torch.column_stack([statistics, mass]))
-            meter.update(gathered[:, :-1])
+            meter.update(gathered[:, :-1], logits.shape[1])
             dropped = dropped.to(gathered.device) + gathered[:, -1].sum()
     meter.check_size(len(source))
     metrics = meter.compute()

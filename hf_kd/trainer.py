@@ -18,7 +18,7 @@ from . import checkpointing, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
-from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
+from .callbacks import LogSteps, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
@@ -135,7 +135,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogLastStep()],
+            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogSteps()],
             model_init=model_init,
             **kwargs,
         )
@@ -279,19 +279,19 @@ class DistillationTrainer(Trainer):
         share = 1.0
         if num_items_in_batch is not None:  # DDP averages over ranks, so each counts for `world_size`
             share = len(labels) * self.args.world_size / num_items_in_batch
-        terms = {name: term * share for name, term in terms.items()}
         if model.training:
-            self._terms.add(terms, self.state.global_step)
-        loss = sum(terms.values())
+            with torch.no_grad():
+                diagnostics = self.train_loss.diagnostics(terms, labels, **required)
+            self._terms.add(terms, diagnostics, share, self.state.global_step)
+        loss = sum(term * share for term in terms.values())
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`. Raises
-        FloatingPointError when the loss has become NaN, which nothing heals."""
+        FloatingPointError when the loss has become NaN, which nothing heals. For `diagnostic_NAME` see `LossTerms`."""
         step = self.state.global_step
         if "loss" in logs:
-            means = self._terms.means(step, self.accelerator.reduce)
-            logs |= {f"loss_{name}": value for name, value in means.items()}
+            logs |= self._terms.means(step, self.accelerator.reduce)
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
@@ -310,8 +310,9 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `top5`, `ece`, with a teacher
-        `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the images counted.
+        """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `macro_top1`, `top5`, `ece`,
+        with a teacher `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the
+        images counted.
 
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
@@ -349,7 +350,7 @@ class DistillationTrainer(Trainer):
         if decoded is not None:
             logits = logits.masked_fill(~decoded[:, None], torch.nan)
         if self._meter is not None:
-            self._meter.update(self.gather_function(statistics))
+            self._meter.update(self.gather_function(statistics), logits.shape[1])
         loss = statistics[:, 1].sum() / (statistics[:, 0] > 0).sum().clamp(min=1)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels if self._labelled else None)
 

@@ -26,7 +26,7 @@ N, C = 211, 13
 def batch():
     """Student logits that are right about half the time, labels of which some are -100, teacher logits."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(C, (N,), generator=generator)
+    labels = torch.randint(C - 1, (N,), generator=generator)  # the last class has no image
     student = 2 * torch.randn(N, C, generator=generator)
     student[torch.arange(N), labels] += 2.0
     student *= 0.6  # sure of too much in some bins and of too little in others, so that the bins matter
@@ -57,9 +57,12 @@ def oracle(student, labels, teacher, n_bins=15):
                 "agreement": order[0] == int(np.argmax(t)),
                 "kl": sum(b * np.log(b / a) for a, b in zip(p, q, strict=True)),
                 "teacher_top1": int(np.argmax(t)) == y,
+                "label": y,
             }
         )
-    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "confidence"}
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ("confidence", "label")}
+    by_class = [[row["top1"] for row in rows if row["label"] == c] for c in {row["label"] for row in rows}]
+    means["macro_top1"] = float(np.mean([np.mean(hits) for hits in by_class]))
     ece = 0.0
     for b in range(n_bins):
         inside = [row for row in rows if b / n_bins < row["confidence"] <= (b + 1) / n_bins]
@@ -72,9 +75,10 @@ def oracle(student, labels, teacher, n_bins=15):
 @pytest.mark.parametrize("n_bins", [1, 10, 15])
 def test_meter_matches_the_definitions(batch, n_bins):
     meter = ClassificationMeter(n_bins)
-    meter.update(sample_statistics(*batch))
+    meter.update(sample_statistics(*batch), C)
     result = meter.compute()
     assert result == pytest.approx(oracle(*batch, n_bins), abs=1e-6)
+    assert abs(result["macro_top1"] - result["top1"]) > 1e-3, "the classes have different numbers of images"
     assert all(type(value) is float for value in result.values())
 
 
@@ -92,7 +96,7 @@ def test_functions_match_the_definitions(batch):
 def test_a_teacher_is_optional(batch):
     student, labels, _ = batch
     stats = sample_statistics(student, labels)
-    assert stats.shape == (N, 5) and stats.dtype == torch.float32
+    assert stats.shape == (N, 6) and stats.dtype == torch.float32
     meter = ClassificationMeter()
     meter.update(stats)
     assert set(meter.compute()) == {"loss", "top1", "top5", "ece", "n"}
@@ -102,18 +106,18 @@ def test_a_teacher_is_optional(batch):
 def test_half_precision_logits_lose_nothing_more(batch, dtype):
     student, labels, teacher = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in batch)
     meter = ClassificationMeter()
-    meter.update(sample_statistics(student, labels, teacher))
+    meter.update(sample_statistics(student, labels, teacher), C)
     assert meter.compute() == pytest.approx(oracle(student, labels, teacher), abs=1e-6)
 
 
 def test_streaming_equals_whole_in_any_order(batch):
     stats = sample_statistics(*batch)
-    assert stats.shape == (N, 8)
+    assert stats.shape == (N, 9)
     whole, streamed = ClassificationMeter(), ClassificationMeter()
-    whole.update(stats)
+    whole.update(stats, C)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     for part in stats[order].split(17):
-        streamed.update(part)
+        streamed.update(part, C)
     assert streamed.compute() == pytest.approx(whole.compute(), rel=1e-12)
 
 
@@ -130,12 +134,12 @@ def test_rows_without_weight_count_nowhere(batch, padding):
     student, labels, teacher = batch
     kept = labels != -100
     clean, padded = ClassificationMeter(), ClassificationMeter()
-    clean.update(sample_statistics(student[kept], labels[kept], teacher[kept]))
+    clean.update(sample_statistics(student[kept], labels[kept], teacher[kept]), C)
     student[~kept] = padding
     stats = sample_statistics(student, labels, teacher)
-    assert torch.equal(stats[~kept], torch.zeros(int((~kept).sum()), 8))
+    assert torch.equal(stats[~kept], torch.zeros(int((~kept).sum()), 9))
     # -100 is what gathering over ranks pads uneven batches with.
-    padded.update(torch.cat([stats, torch.full((3, 8), -100.0)]))
+    padded.update(torch.cat([stats, torch.full((3, 9), -100.0)]), C)
     # Another batch size: the rows' statistics may differ in the last bit of a float32.
     assert padded.compute() == pytest.approx(clean.compute(), rel=1e-6)
 
@@ -166,6 +170,17 @@ def test_equal_logits_are_right_for_one_class_only():
     assert top_k_accuracy(logits, labels, k=5) == pytest.approx(0.5)
 
 
+def test_the_macro_average_is_that_of_the_classes_and_top_1_where_these_are_equal():
+    logits = torch.eye(3)[[0, 0, 0, 0, 0, 0, 0, 1]]
+    meter = ClassificationMeter()
+    meter.update(sample_statistics(logits, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])), 3)
+    result = meter.compute()
+    assert result["top1"] == 7 / 8 and result["macro_top1"] == (6 / 6 + 1 / 2) / 2, "class 2 has no image"
+    balanced = ClassificationMeter()
+    balanced.update(sample_statistics(logits[2:], torch.tensor([0, 0, 1, 1, 2, 2])), 3)
+    assert balanced.compute()["macro_top1"] == pytest.approx(balanced.compute()["top1"], abs=1e-15)
+
+
 @pytest.mark.parametrize("classes", [3, 10])
 def test_a_diverged_model_misses_and_shows_it(classes):
     meter = ClassificationMeter()
@@ -190,10 +205,10 @@ def test_huge_logits_and_ruled_out_classes_stay_finite():
 def test_many_small_batches_lose_nothing():
     # In float32 the sum would stop growing at 2^24.
     meter = ClassificationMeter()
-    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7]]).repeat(10, 1))
+    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7, 3.0]]).repeat(10, 1))
     meter._sums *= 2.0**24
     before = meter._sums[0].item()
-    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7]]))
+    meter.update(torch.tensor([[1.0, 0.1, 1.0, 1.0, 0.7, 3.0]]))
     assert meter._sums[0].item() - before == 1.0
 
 
@@ -202,8 +217,8 @@ def test_update_never_waits_for_the_device():
     student, teacher = torch.empty(2, 6, 9, device="meta")
     meter = ClassificationMeter()
     for _ in range(2):
-        meter.update(sample_statistics(student, torch.empty(6, dtype=torch.long, device="meta"), teacher))
-    assert meter._sums.shape == (8,) and meter._gaps.shape == (15,)
+        meter.update(sample_statistics(student, torch.empty(6, dtype=torch.long, device="meta"), teacher), 9)
+    assert meter._sums.shape == (9,) and meter._gaps.shape == (15,)
 
 
 def test_statistics_carry_no_gradient():

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.utils import get_session
 from local_hub import LocalHub
@@ -25,7 +26,8 @@ from model_card_helpers import (  # noqa: F401  # compiled_once is a fixture
     tokens_of,
 )
 
-from hf_kd.reporting.card import TEMPLATE, model_card, write_card
+from hf_kd.losses import NKDLoss
+from hf_kd.reporting.card import PROJECT, TEMPLATE, model_card, write_card
 
 
 def smaller(value):
@@ -52,11 +54,11 @@ def test_whatever_is_missing_leaves_a_card():
     assert check_metadata(model_card({})) == {
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
-        "tags": ["hf_kd"],
+        "tags": ["hf_kd", "generated_from_trainer"],
     }
     empty = body_of(model_card({}))
-    assert "## Loss" not in empty and "## Citation" not in empty and "## Limits" in empty
-    assert not tokens_of(re.sub(STATIC, "", empty))
+    assert "## Loss" not in empty and "## Limits" in empty
+    assert not tokens_of(re.sub(STATIC, "", empty.split("## Citation")[0]))
 
 
 def test_metadata_of_a_finetuned_student(tmp_path):
@@ -77,7 +79,7 @@ def test_metadata_of_a_finetuned_student(tmp_path):
         "library_name": "transformers",
         "metrics": ["accuracy"],
         "pipeline_tag": "image-classification",
-        "tags": ["hf_kd", "knowledge-distillation", "nkd"],
+        "tags": ["hf_kd", "generated_from_trainer", "knowledge-distillation", "nkd"],
         "model-index": [
             {
                 "name": "deit-tiny-cifar100",
@@ -95,7 +97,31 @@ def test_metadata_is_valid(run):
     based = run["student"]["revision"] is not None and not run["student"]["from_scratch"]
     assert found.get("base_model") == (run["student"]["id"] if based else None)
     kind = {"uskd": "self-distillation", "ce": None}.get(run["loss"]["name"], "knowledge-distillation")
-    assert found["tags"] == [tag for tag in ("hf_kd", kind, run["loss"]["name"]) if tag]
+    assert found["tags"] == [tag for tag in ("hf_kd", "generated_from_trainer", kind, run["loss"]["name"]) if tag]
+
+
+def test_the_license_is_that_of_pretrained_weights_or_what_the_record_says():
+    assert "license" not in check_metadata(model_card(record()))
+    student = record()["student"]
+    base = {**student, "license": "other", "license_name": "research", "license_link": "https://example.org/license"}
+    found = check_metadata(model_card(record(student=base)))
+    assert [found[key] for key in ("license", "license_name", "license_link")] == [*base.values()][-3:]
+    scratch = record(student=base | {"from_scratch": True})
+    assert "license" not in check_metadata(model_card(scratch)), "of other weights"
+    assert check_metadata(model_card({**scratch, "license": "mit"}))["license"] == "mit"
+
+
+def test_links_and_citation_are_the_projects():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert PROJECT in urls.values()
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    bibtex = " ".join(NKDLoss.CITATION.split())
+    assert cited["title"] in bibtex and str(cited["year"]) in bibtex and cited["collection-title"] in bibtex
+    assert " and ".join(f"{a['family-names']}, {a['given-names']}" for a in cited["authors"]) in bibtex
+    for run in (record(), {**record(), "loss": {"name": "own"}, "loss_description": {"citation": "@x{y}"}}):
+        card = model_card(run)
+        assert card.count(NKDLoss.CITATION) == 1 and f"by [hf_kd]({PROJECT})." in card
+    assert "```bibtex\n@x{y}\n```\n\nhf_kd implements this paper" in card
 
 
 def test_the_hubs_validation_takes_the_card(tmp_path, monkeypatch):
@@ -131,7 +157,7 @@ def test_names_cannot_break_the_card():
         t for t in inline if t.type == "html_inline" or t.type in ("em_open", "image") and "curves" not in str(t)
     ]
     links = [t.attrs["href"] for t in inline if t.type == "link_open"]
-    assert links == ["run.json", "https://arxiv.org/abs/2303.13005"]
+    assert links == [PROJECT, "run.json", "https://arxiv.org/abs/2303.13005"]
     codes = [t.content for t in inline if t.type == "code_inline"]
     assert codes.count(flat) >= 6
     texts = ["".join(child.content for child in t.children) for t in tokens if t.type == "inline"]

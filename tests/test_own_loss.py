@@ -84,7 +84,13 @@ def test_a_loss_with_a_teacher_and_a_head_trains_and_is_recorded(tmp_path):
     assert "with teacher & head \\[both\\] from" in card
     assert f"{Both.formula} From [arXiv:2606.00001](https://arxiv.org/abs/2606.00001)." in card
     assert "```bibtex\n@misc{both}\n```" in card
-    assert check_metadata(card)["tags"] == ["hf_kd", "knowledge-distillation", "deep-supervision", "both"]
+    assert check_metadata(card)["tags"] == [
+        "hf_kd",
+        "generated_from_trainer",
+        "knowledge-distillation",
+        "deep-supervision",
+        "both",
+    ]
     assert given.build_loss() is trainer.train_loss
 
 
@@ -234,7 +240,7 @@ def test_nothing_is_imported_because_a_record_names_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("evil:Loss", f"{tmp_path}/evil.py:Loss"):
         run = {**record("nkd"), "loss": {"name": name, "weight": 2.0}}
-        assert "Loss`, by hf_kd" in model_card(run)
+        assert "Loss`, by [hf_kd](" in model_card(run)
         both = [{**run, "name": name, "seed": seed} for name in ("ce", "own") for seed in (0, 1)]
         assert [verdict["loss"] for verdict in verdicts(both)] == ["own"]
 

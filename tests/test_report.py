@@ -203,7 +203,7 @@ def test_curves_are_an_image(tmp_path, count):
     plot_curves(runs[:count], path)
     kind, image = read_image(path)
     assert kind == "PNG"
-    assert 800 <= image.width <= 2400 and 600 <= image.height <= 2400
+    assert 800 <= image.width <= 2400 and 500 <= image.height <= 2400
     assert len(image.getcolors(maxcolors=2**24)) > 100, "more than an empty frame"
     assert ("matplotlib.pyplot" in sys.modules) == pyplot_before, "no global state"
 
@@ -231,23 +231,58 @@ def test_a_diverged_run_does_not_look_finite(tmp_path, figures):
     history = [{"loss": 3.0, "loss_ce": 1.0, "loss_target": 2.0, "step": 1}]
     history += [{"loss": math.nan, "loss_ce": None, "loss_target": math.inf, "step": 2}]
     plot_curves([{"name": "nkd", "history": history}], tmp_path / "curves.png")
-    labels = [line.get_label() for line in figures[0].axes[0].lines]
-    assert labels == ["total nan", "ce nan", "target inf"]
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert texts == ["at the end: total nan, ce nan, target inf"]
+
+
+def names_of(axes):
+    return [line.get_label() for line in axes.lines]
 
 
 def test_no_panel_cuts_its_curves(tmp_path, figures):
     small, large = make_run("ce", 0.7, ("ce",)), make_run("nkd", 0.71, ("ce", "target", "non_target"), teacher=True)
     plot_curves([small, large], tmp_path / "curves.png")
-    first, second, below = figures[0].axes
-    assert [line.get_label().split()[0] for line in second.lines] == ["total", "ce", "target", "non_target"]
+    first, second, below, _ = figures[0].axes
+    assert names_of(second) == ["total", "ce", "target", "non-target"]
     assert list(second.lines[0].get_ydata()) == pytest.approx([e["loss"] for e in large["history"] if "loss" in e])
     for axes in (first, second):
         low, high = axes.get_ylim()
         values = [y for line in axes.lines for y in line.get_ydata()]
         assert axes.get_yscale() == "log" and 0 < low <= min(values) and max(values) <= high
-    assert first.lines[0].get_color() == second.lines[1].get_color(), "ce has one colour"
     assert list(below.lines[0].get_ydata()) == pytest.approx([70 / 3, 140 / 3, 70])
     assert below.lines[2].get_linestyle() == "--" and list(below.lines[2].get_ydata()) == [80, 80]
+    assert not any(axes.get_legend() for axes in figures[0].axes), "legends are outside of the axes"
+
+
+def test_a_term_has_one_colour_in_all_figures(tmp_path, figures):
+    terms = ("ce", "kd", "target", "non_target", "weak")
+    orders = (terms, terms[::-1], terms[2:], ("own", "ce", "weak"))
+    for order in orders:
+        plot_curves([make_run("x", 0.7, order)], tmp_path / "curves.png")
+    colours = [{line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures]
+    for found in colours:
+        assert found.items() >= {name: colours[0][name] for name in found if name in colours[0]}.items()
+        assert len(set(found.values())) == len(found)
+    assert len(colours[3]) == 4 and "own" in colours[3]
+
+
+def test_what_is_no_part_of_the_loss_is_dashed_and_named(tmp_path, figures):
+    run = make_run("nkd", 0.7, ("ce", "target", "non_target"))
+    for entry in run["history"]:
+        if "loss" in entry:
+            entry["diagnostic_non_target_kl"] = entry["loss_non_target"] / 10
+    plot_curves([run], tmp_path / "curves.png")
+    lines = {line.get_label(): line for line in figures[0].axes[0].lines}
+    assert list(lines) == ["total", "ce", "target", "non-target", "non-target, KL"]
+    assert [line.get_linestyle() for line in lines.values()] == ["-"] * 4 + ["--"]
+    legend = [text.get_text() for text in figures[0].subfigs[0].legends[0].get_texts()]
+    assert legend == list(lines)
+
+
+def test_the_title_names_no_folders_and_no_owner(tmp_path, figures):
+    run = {"name": "ce", "student": {"id": "/some/machine/net/"}, "data": {"id": "own/flowers"}}
+    plot_curves([run], tmp_path / "curves.png")
+    assert figures[0].get_suptitle() == "net on flowers"
 
 
 def test_seeds_of_a_loss_share_a_colour_and_a_mean(tmp_path, figures):
@@ -257,8 +292,8 @@ def test_seeds_of_a_loss_share_a_colour_and_a_mean(tmp_path, figures):
     ]
     runs[4]["history"] = runs[4]["history"][:-4]  # stopped after two of three evaluations
     plot_curves(runs, tmp_path / "curves.png")
-    *panels, below = figures[0].axes
-    assert [axes.get_title() for axes in panels] == ["trained with ce, seed 0", "trained with nkd, seed 0"]
+    *panels, below, differences = figures[0].axes
+    assert [axes.get_title() for axes in panels] == ["ce, seed 0", "nkd, seed 0"]
     for axes, run in zip(panels, (runs[0], runs[3]), strict=True):
         assert list(axes.lines[0].get_ydata()) == [e["loss"] for e in run["history"] if "loss" in e]
     colours = [line.get_color() for line in below.lines]
@@ -270,12 +305,28 @@ def test_seeds_of_a_loss_share_a_colour_and_a_mean(tmp_path, figures):
     assert list(nkd.get_ydata()) == pytest.approx([24, 48]), "a mean of two seeds is not that of three"
     # The root of ((4² + 1² + 5²) / 2), and of the same of 2/3 · (2, 1, 3): n − 1, as numpy's ddof=1.
     assert [line.get_label() for line in (ce, nkd)] == ["ce 64.00 ± 4.58 %", "nkd 48.00 ± 1.76 %"]
-    legend = figures[0].legends[0]
+    legend = figures[0].subfigs[1].legends[0]
     assert [text.get_text() for text in legend.get_texts()] == [ce.get_label(), nkd.get_label()]
     assert "standard deviation over seeds" in legend.get_title().get_text()
+    # The differences are those of the final metrics: 10, 8 and 6 points; 4.303 is the quantile of t.
+    dots = differences.lines[1]
+    assert list(dots.get_xdata()) == pytest.approx([10, 8, 6]) and dots.get_color() == nkd.get_color()
+    (interval,) = [line.get_segments()[0] for line in differences.collections]
+    assert interval[:, 0] == pytest.approx([8 - 4.303 * 2 / 3**0.5, 8 + 4.303 * 2 / 3**0.5], abs=1e-3)
+    assert [tick.get_text() for tick in differences.get_yticklabels()] == ["nkd\n+8.00 ± 4.97"]
 
 
 def test_a_diverged_seed_is_no_mean(tmp_path, figures):
     runs = [make_run("nkd", top, seed=seed) for seed, top in enumerate((0.6, math.nan))]
     plot_curves(runs, tmp_path / "curves.png")
     assert figures[0].axes[-1].lines[-1].get_label() == "nkd nan ± nan %"
+
+
+def test_the_macro_average_is_shown_where_it_is_another():
+    balanced, other = make_run("ce", 0.7), make_run("ce", 0.7)
+    balanced["metrics"]["macro_top1"] = 0.7 + 1e-12
+    other["metrics"]["macro_top1"] = 0.6
+    assert "macro" not in comparison_table([balanced])
+    lines = comparison_table([other, make_run("nkd", 0.5)], {"top1": 0.8}).splitlines()
+    assert "top-1 %  macro top-1 %  top-5 %" in lines[0]
+    assert [line.split()[1:3] for line in lines[2:5]] == [["80.00", "–"], ["70.00", "60.00"], ["50.00", "–"]]

@@ -1,11 +1,12 @@
 """What the tool says of differences: against formulas written out here, and against what must not count as help."""
 
 import math
+import random
 import statistics
 
 import pytest
 
-from hf_kd.reporting.significance import compare, paired_test, verdicts
+from hf_kd.reporting.significance import baseline_tests, compare, paired_test, verdicts
 
 
 def runs(**top1):
@@ -84,3 +85,65 @@ def test_pairs_are_of_one_seed_and_only_those_that_both_have():
     given[0]["metrics"]["top1"] = math.nan
     assert compare(given, "nkd", "ce") is None
     assert verdicts(given) == []
+
+
+def holm(ps):
+    """The smallest level at which Holm's step-down procedure rejects each hypothesis, by trying all that matter."""
+
+    def rejected(level):
+        names = sorted(ps, key=ps.get)
+        for i, name in enumerate(names):
+            if ps[name] > level / (len(names) - i):
+                return set(names[:i])
+        return set(names)
+
+    levels = sorted({min(1, k * p) for p in ps.values() for k in range(1, len(ps) + 1)} | {1.0})
+    return {name: next((at for at in levels if name in rejected(at * (1 + 1e-12))), 1.0) for name in ps}
+
+
+def many(seed, variants=4, seeds=5, effect=0.0):
+    """Runs of a baseline and of variants whose differences to it are drawn from a normal distribution."""
+    generator = random.Random(seed)
+    top1 = {name: [generator.gauss(50, 1) for _ in range(seeds)] for name in ["ce", *"abcdefgh"[:variants]]}
+    for name in top1.keys() - {"ce"}:
+        top1[name] = [value + effect for value in top1[name]]
+    return runs(**top1)
+
+
+@pytest.mark.parametrize("variants", [1, 2, 5])
+def test_the_correction_is_holms(variants):
+    for seed in range(20):
+        given = many(seed, variants, effect=1.0)
+        tests = baseline_tests(given)
+        expected = holm({name: test["p"] for name, test in tests.items()})
+        assert {name: test["p_holm"] for name, test in tests.items()} == pytest.approx(expected)
+        assert {test["family"] for test in tests.values()} == {variants}
+
+
+def test_of_several_variants_without_an_effect_one_seems_to_help_in_at_most_one_comparison_of_twenty():
+    comparisons = 1000
+    wrong = alone = differs = 0
+    for seed in range(comparisons):
+        found = verdicts(many(seed))
+        tests = [verdict["tests"][0] for verdict in found]
+        wrong += any(verdict["helped"] for verdict in found)
+        alone += any(test["p"] <= 0.05 and test["mean"] > 0 for test in tests)
+        differs += any(test["p_holm"] <= 0.05 for test in tests)
+    limit = comparisons * 0.05 + 2 * math.sqrt(comparisons * 0.05 * 0.95)
+    assert wrong <= comparisons * 0.05 and differs <= limit
+    assert alone > 1.3 * comparisons * 0.05, "the simulation shows what is corrected"
+
+
+def test_the_correction_counts_neither_controls_nor_the_cross_entropy():
+    given = runs(ce=[40, 50, 60], x2ce=[40, 50.1, 60], uskd=[41.0, 51.1, 60.9], nkd=[42, 52.2, 61.9])
+    uskd, nkd = verdicts(given)
+    assert [test.get("family") for test in uskd["tests"]] == [2, None]
+    assert "p_holm" not in uskd["tests"][1] and uskd["tests"][1]["p"] < 0.05
+    assert nkd["tests"][0]["p_holm"] == pytest.approx(max(2 * nkd["tests"][0]["p"], uskd["tests"][0]["p"]))
+    assert "after Holm's correction for 2 variants), +0.97 ± " in uskd["sentence"]
+    assert uskd["sentence"].count("Holm") == 1
+    # By itself it would have helped.
+    (alone,) = verdicts(runs(ce=[40, 50, 60], nkd=[43, 53, 65]))
+    together = verdicts(runs(ce=[40, 50, 60], nkd=[43, 53, 65], kd=[41, 49, 60]))
+    assert alone["helped"] and not together[0]["helped"]
+    assert together[0]["sentence"].startswith("nkd did not help, as far as 3 seeds can tell: +3.67 ± 2.87")

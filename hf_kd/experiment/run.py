@@ -22,14 +22,15 @@ from ..models.teacher import Teacher, load_teacher
 from ..push import publish
 from ..reporting.card import write_card
 from ..reporting.collect import describe_model, make_record, write_record
-from ..reporting.curves import plot_curves
-from ..reporting.record import CURVES_FILE, RUN_FILE, redact, write_json
+from ..reporting.comparison import write_comparison
+from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .lock import RunLock
+from .progress import Progress
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +49,9 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
             check_disk(experiment)
         open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
     records: dict[str, dict] = {}
-    data, teacher = None, None
+    data, teacher, progress = None, None, Progress(experiment)
+    if state.is_main_process and len(experiment.runs) > 1:
+        print(progress.plan())
     for spec in experiment.runs:
         folder = experiment.folder(spec)
         lock, claim = RunLock(folder), list[Any]([None])
@@ -65,8 +68,10 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
                 if resume and checkpoint is None:
                     logger.warning(f"no checkpoint in {folder}: starting from the beginning")
-                record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint)
+                record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint, progress)
                 records[spec.key] = record
+                if state.is_main_process:
+                    print(progress.finish(record))
             finally:
                 lock.release()
     if state.is_main_process:
@@ -144,6 +149,7 @@ def _train(
     teacher: Teacher | None,
     teacher_metrics: dict | None,
     checkpoint: str | None,
+    progress: Progress,
 ) -> dict:
     """Trains, evaluates and saves one student; returns its record."""
     source = experiment.student
@@ -159,8 +165,9 @@ def _train(
         processing_class=processor,
         plan=experiment.of(spec),
     )
+    where = progress.start(spec, trainer)
     if config.process_index == 0:
-        print(f"\n{spec.key}: {trainer.train_loss}")
+        print(f"\n{where}: {trainer.train_loss}")
         if trainer.auxiliary_head is not None:
             print(f"auxiliary head on {trainer.auxiliary_head.layer}")
     if teacher is not None and teacher_metrics is None:
@@ -241,10 +248,9 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
     for verdict in found:
         print(f"\n{verdict['sentence']}")
     if len(runs) > 1:
-        comparison = redact({"command": experiment.command, "runs": runs, "verdicts": found})
-        write_json(output_dir / RUN_FILE, comparison)
-        plot_curves(runs, output_dir / CURVES_FILE)
-        brief = [{key: record.get(key) for key in ("name", "seed", "loss", "metrics", "timings")} for record in runs]
+        comparison = write_comparison(runs, output_dir, experiment.command)
+        keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
+        brief = [{key: record[key] for key in keys if key in record} for record in runs]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
         for spec, record in zip(experiment.runs, runs, strict=True):
             own = verdict_of.get(record["name"])
@@ -253,7 +259,8 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
                 write_json(experiment.folder(spec) / RUN_FILE, record)
     for spec in experiment.runs:
         write_card(experiment.folder(spec))
-    print(f"\nModels, cards, {RUN_FILE} and {CURVES_FILE} are in {output_dir}")
+    several = f"{REPORT_FILE}, {RESULTS_FILE}, " if len(runs) > 1 else ""
+    print(f"\nModels, cards, {several}{RUN_FILE} and {CURVES_FILE} are in {output_dir}")
 
 
 def _push(experiment: Experiment, to: dict[str, Any], token: str | None) -> None:

@@ -78,6 +78,14 @@ class DistillationLoss(nn.Module):
         """
         return {}
 
+    def diagnostics(self, terms: Mapping[str, Tensor], labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
+        """Further scalars to log beside the terms, means over the batch, which are no part of the loss.
+
+        `terms` are what `forward` gave for these labels and inputs. The trainer asks without gradient, and logs each
+        as `diagnostic_NAME`.
+        """
+        return {}
+
     def forward(self, student_logits: Tensor, labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Named, already weighted scalar terms, "ce" first; the total loss is their sum.
 

@@ -1,5 +1,7 @@
 """NKD, normalized knowledge distillation with a teacher: arXiv 2303.13005."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +108,21 @@ class NKDLoss(DistillationLoss):
         super().__init__(label_smoothing)
         _check_numbers(temperature, gamma, soft_labels)
         self.temperature, self.gamma, self.soft_labels = temperature, gamma, soft_labels
+
+    def diagnostics(self, terms: Mapping[str, Tensor], labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
+        """non_target_kl: non_target without gamma t^2 times the entropy of N(softmax(T/t)), which the student cannot
+        change. It is gamma t^2 KL(N(softmax(T/t)) || N(softmax(S/t))) and goes to 0 where the student learns."""
+        teacher = inputs["teacher_logits"]
+        assert teacher is not None  # as `forward` has seen
+        teacher = at_least_float32(teacher)
+        if teacher.shape[1] == 2:
+            return {"non_target_kl": terms["non_target"]}
+        if self.soft_labels == "argmax" and labels.ndim == 2:
+            labels = labels.argmax(1)
+        index = top_targets(labels, teacher.dtype).index
+        soft = torch.softmax(mask_targets(teacher, index, self.temperature), dim=1)
+        entropy = torch.special.entr(soft).sum(1).mean()
+        return {"non_target_kl": terms["non_target"] - self.gamma * self.temperature**2 * entropy}
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         return nkd_loss(student_logits, teacher_logits, labels, self.temperature, self.gamma, self.soft_labels)

@@ -13,7 +13,7 @@ from ..losses.functional import at_least_float32
 IGNORED_LABEL = -100
 """An image with this label counts nowhere (padding of the last batch, unlabelled images)."""
 
-COLUMNS = ("weight", "loss", "top1", "top5", "confidence")
+COLUMNS = ("weight", "loss", "top1", "top5", "confidence", "label")
 TEACHER_COLUMNS = ("agreement", "kl", "teacher_top1")
 
 
@@ -74,9 +74,9 @@ def sample_statistics(
         decoded: bool (B,), False for an image that could not be decoded, whose label is -100; None: all were.
 
     Returns:
-        float32 (B, 5): weight (1, or 0 without a label, or -1 if not decoded), cross-entropy (nats), top-1 hit, top-5
-        hit (top-C below five classes), largest probability. With a teacher (B, 8): also agreement, KL(teacher ||
-        student) (nats), the teacher's top-1 hit.
+        float32 (B, 6): weight (1, or 0 without a label, or -1 if not decoded), cross-entropy (nats), top-1 hit, top-5
+        hit (top-C below five classes), largest probability, label. With a teacher (B, 9): also agreement, KL(teacher
+        || student) (nats), the teacher's top-1 hit.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -90,6 +90,7 @@ def sample_statistics(
         _rank_below(logits, target, 1),
         _rank_below(logits, target, 5),
         logits.softmax(-1).amax(-1),
+        target,
     ]
     if teacher_logits is not None:
         _, teacher = _checked_pair(logits, teacher_logits)
@@ -105,8 +106,8 @@ def sample_statistics(
 class ClassificationMeter:
     """Streams rows of `sample_statistics` into the metrics of a whole dataset.
 
-    `update` stays on the rows' device, never waits for it, and keeps two short vectors however many images come. Sums
-    are float64 (on mps float32), so the order of the batches does not matter. `n_bins` is that of
+    `update` stays on the rows' device, never waits for it, and keeps a few vectors however many images come. Sums are
+    float64 (on mps float32), so the order of the batches does not matter. `n_bins` is that of
     `expected_calibration_error`.
     """
 
@@ -118,11 +119,13 @@ class ClassificationMeter:
         # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
         self._gaps: Any = None
         self._undecodable: Any = 0
+        self._classes: Any = None  # images and top-1 hits by class, (2, C)
 
-    def update(self, stats: Tensor) -> None:
-        """Adds rows, (B, 5) or (B, 8), of `sample_statistics`; rows whose weight is not positive count nowhere.
+    def update(self, stats: Tensor, num_classes: int | None = None) -> None:
+        """Adds rows, (B, 6) or (B, 9), of `sample_statistics`; rows whose weight is not positive count nowhere.
 
-        ValueError for another number of columns than before.
+        With `num_classes`, C, in every call there is a macro_top1. ValueError for another number of columns than
+        before.
         """
         columns = {len(COLUMNS), len(COLUMNS + TEACHER_COLUMNS)} if self._sums is None else {len(self._sums)}
         if stats.ndim != 2 or stats.shape[1] not in columns:
@@ -139,6 +142,10 @@ class ClassificationMeter:
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
+        if num_classes is not None:
+            if self._classes is None:
+                self._classes = stats.new_zeros(2, num_classes)
+            self._classes.index_add_(1, stats[:, COLUMNS.index("label")].long(), torch.stack([stats[:, 0], hit]))
 
     def counts(self) -> tuple[int, int]:
         """How many images were counted, and how many could not be decoded."""
@@ -159,13 +166,18 @@ class ClassificationMeter:
 
         Returns:
             loss (mean cross-entropy, nats), top1, top5, ece (all in [0, 1]), n (images counted); if the rows came with
-            a teacher, also agreement (in [0, 1]), kl (nats) and teacher_top1 (in [0, 1]).
+            a teacher, also agreement (in [0, 1]), kl (nats) and teacher_top1 (in [0, 1]). With `num_classes` also
+            macro_top1 in [0, 1]: top-1 of each class that has images, averaged over these classes, whatever their
+            numbers of images are (balanced accuracy). It is top1 where these numbers are equal.
         """
         if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
         n, *sums = self._sums.tolist()
         metrics = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
-        del metrics["confidence"]
+        del metrics["confidence"], metrics["label"]
+        if self._classes is not None:
+            images, hits = self._classes[:, self._classes[0] > 0]
+            metrics["macro_top1"] = (hits / images).mean().item()
         return metrics | {"ece": self._gaps.abs().sum().item() / n, "n": n}
 
 

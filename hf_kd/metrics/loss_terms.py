@@ -1,24 +1,31 @@
-"""The terms of a loss, summed up between two logs."""
+"""The terms and diagnostics of a loss, summed up between two logs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+TERM, DIAGNOSTIC = "loss_", "diagnostic_"  # how the names begin under which they are logged
+
 
 class LossTerms:
-    """Means of a loss's terms over optimizer steps. `add` stays on the terms' device and never waits for it."""
+    """Means of a loss's terms and diagnostics over optimizer steps, as `loss_NAME` and `diagnostic_NAME`.
+
+    `add` stays on the terms' device and never waits for it.
+    """
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._first_step = 0
 
-    def add(self, terms: dict[str, Tensor], step: int) -> None:
-        """Adds a micro-batch's terms, shares of the mean over its optimizer step, with `step` of these done before."""
+    def add(self, terms: Mapping[str, Tensor], diagnostics: Mapping[str, Tensor], share: float, step: int) -> None:
+        """Adds those of a micro-batch, which is a `share` of its optimizer step, with `step` of these done before."""
         if not self._sums:
             self._first_step = step
-        for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + term.detach()
+        for prefix, values in ((TERM, terms), (DIAGNOSTIC, diagnostics)):
+            for name, value in values.items():
+                key = f"{prefix}{name}"
+                self._sums[key] = self._sums.get(key, 0) + value.detach() * share
 
     def means(self, step: int, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """The mean of every term over the optimizer steps since the last call, up to `step`; {} if there are none."""

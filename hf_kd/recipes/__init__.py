@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the names of the recipes are part of the help, which needs 
     from ..config import DistillationConfig
 
 # What every recipe sets, and thus what is known before one is chosen.
-EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 50}
+EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
 # The families (see `model_family`) that the recipes with SGD are for: convolutions with batch norm, and BiT. All
 # others get AdamW, which trains networks with attention, token mixing or layer norm, and is safer for unknown ones.
 SGD_FAMILIES = frozenset(

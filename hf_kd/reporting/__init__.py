@@ -7,6 +7,7 @@ from .._lazy import lazy
 if TYPE_CHECKING:
     from .card import model_card, write_card
     from .collect import describe_model, make_record, write_record
+    from .comparison import write_comparison
     from .curves import plot_curves
     from .record import collect_versions, redact
     from .significance import verdicts
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "collect_versions", "comparison_table", "describe_model", "make_record", "model_card", "plot_curves", "redact",
-    "teacher_row_of", "verdicts", "write_card", "write_record",
+    "teacher_row_of", "verdicts", "write_card", "write_comparison", "write_record",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy(
@@ -22,6 +23,7 @@ __getattr__, __dir__ = lazy(
     {
         "card": "model_card write_card",
         "collect": "describe_model make_record write_record",
+        "comparison": "write_comparison",
         "curves": "plot_curves",
         "record": "collect_versions redact",
         "significance": "verdicts",

@@ -1,28 +1,41 @@
 """The model card of a student, written from its run.json alone: every number on it is there, or follows from it."""
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard
 
+from ..losses import LOSSES
+from ..spec import DATA_OPTIONS, EXECUTION, STUDENT_OPTIONS
+from .metadata import metadata, on_hub, one_line, title
 from .record import CARD_FILE, RUN_FILE, by_name, loss_description, redact
 from .significance import BASELINE
-from .tables import MISSING, RATES, layout, rate
+from .tables import MISSING, layout, log_table, rate, rates_of
 
+PROJECT = "https://arxiv.org/abs/2303.13005"  # of pyproject.toml's URLs
 TEMPLATE = Path(__file__).with_suffix(".md")
 SIZES = {"parameters": ("parameters", ","), "size_mb": ("size MB", ",.1f"), "latency_ms": ("CPU latency ms", ",.2f")}
-METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
 SECTIONS = "student teacher data loss metrics teacher_metrics settings preset versions latency timings verdict".split()
+GLOSSARY = {
+    "top1": "Top-1: share of the images whose most probable class is the right one.",
+    "macro_top1": "Macro top-1: top-1 of each class, averaged over the classes (they have unequal numbers of images).",
+    "top5": "Top-5: share of the images whose class is among the five most probable.",
+    "agreement": "Agreement: share of the images that student and teacher give the same class.",
+    "ece": "ECE, expected calibration error: how far confidence and accuracy are apart, on average.",
+}
+# Shown whether or not they have their default. Of the others, those that are elsewhere on the card are never listed.
 SETTINGS = (
     "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate optim "
-    "optim_args weight_decay lr_scheduler_type warmup_steps max_grad_norm augment mixup_alpha cutmix_alpha "
-    "label_smoothing_factor max_train_samples max_eval_samples"
+    "optim_args weight_decay lr_scheduler_type lr_step_epochs lr_step_factor warmup_steps max_grad_norm augment "
+    "mixup_alpha cutmix_alpha label_smoothing_factor"
+).split()
+ELSEWHERE = (
+    "seed loss loss_kwargs from_scratch eval_fraction use_cpu local_rank label_names do_train do_eval do_predict"
 ).split()
 
 
@@ -44,95 +57,105 @@ def model_card(run: Mapping[str, Any]) -> str:
         raise ValueError("this run.json compares several runs: take the one in the folder of one of them")
     run = redact(run)  # records are written redacted, but this one may have another origin
     run |= {section: run.get(section) or {} for section in SECTIONS}
-    settings = {key: run["settings"].get(key) for key in SETTINGS}
-    # A positive max_steps overrides the number of epochs.
-    del settings["num_train_epochs" if (settings["max_steps"] or -1) > 0 else "max_steps"]
+    description = loss_description(run)
     helpers: list[Any] = [code, escape, link, number, numbers, on_hub, one_line, pairs, paper_link]
     card = ModelCard.from_template(
-        _metadata(run),
+        metadata(run),
         template_path=str(TEMPLATE),
         run=run,
-        loss=loss_description(run),
+        loss=description,
         title=title(run),
         table=_table(run),
-        settings=settings,
+        evaluation_sets=_evaluation_sets(run),
+        glossary=[text for key, text in GLOSSARY.items() if key in _rates(run)],
+        variants=_variants(run),
+        log=log_table(run),
+        settings=_settings(run["settings"]),
         baseline=BASELINE,
+        project=PROJECT,
+        # CITATION.cff asks to cite the paper that hf_kd implements.
+        citations=[text for text in dict.fromkeys((description.get("citation"), LOSSES["nkd"].CITATION)) if text],
         **{helper.__name__: helper for helper in helpers},
     )
     return f"{card}\n"
 
 
-def title(run: Mapping[str, Any]) -> str:
-    """The repository's name, or one made of student, loss and data."""
-    ids = [(run.get(key) or {}).get("name" if key == "loss" else "id") for key in ("student", "loss", "data")]
-    ids = [run["repo_id"]] if run.get("repo_id") else ids
-    return "-".join(one_line(each).rstrip("/").split("/")[-1] for each in ids if each) or "image-classifier"
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The main settings, and all that differ from their default and say what is learned, or from what."""
+    from transformers.trainer_pt_utils import AcceleratorConfig  # slow to import, as the next
+
+    from ..config import DistillationConfig
+
+    values = dict(settings)
+    # What does not apply: a positive max_steps overrides the number of epochs, lr_step_epochs the scheduler.
+    values.pop("num_train_epochs" if (values.get("max_steps") or -1) > 0 else "max_steps", None)
+    for key in ["lr_scheduler_type"] if values.get("lr_step_epochs") else ["lr_step_epochs", "lr_step_factor"]:
+        values.pop(key, None)
+    if values.get("data_seed") == values.get("seed"):
+        values.pop("data_seed", None)
+    defaults: dict[str, Any] = dict.fromkeys((*STUDENT_OPTIONS, *DATA_OPTIONS, "dataset_config", "class_map"))
+    for f in dataclasses.fields(DistillationConfig):
+        defaults[f.name] = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    differ = {}
+    for key, default in defaults.items():
+        value = values.get(key, default)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = {part: item for part, item in value.items() if item != default.get(part)}, {}
+        if value != default and (value or default) and key not in (*ELSEWHERE, *EXECUTION):
+            differ[key] = value
+    return {key: values[key] for key in SETTINGS if key in values} | differ
 
 
-def _metadata(run: Mapping[str, Any]) -> ModelCardData:
-    """What the Hub's filters and widgets read. No license: it is not in a record."""
-    student, data = run["student"], run["data"]
-    name, loss = one_line(data.get("id")), one_line(run["loss"].get("name"))
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=name if on_hub(data) else "imagefolder",  # else the Hub would link to a namesake
-            dataset_name=name,
-            dataset_config=one_line(run["settings"].get("dataset_config")) or None,
-            dataset_split=one_line(data.get("eval_split")) or None,
-            dataset_revision=one_line(data["revision"]) if on_hub(data) else None,
-            metric_type=metric,
-            metric_name=metric.replace("_", " "),
-            metric_value=run["metrics"][key],
-        )
-        for key, metric in METRICS.items()
-        if name and run["metrics"].get(key) is not None
-    ]
-    # Only what the weights started from: the Hub takes a second base model, the teacher, for a merge of the two.
-    finetuned = on_hub(student) and student.get("from_scratch") is False
-    return ModelCardData(
-        library_name="timm" if student.get("library") == "timm" else "transformers",
-        pipeline_tag="image-classification",
-        tags=[tag for tag in ("hf_kd", *loss_description(run).get("tags", ()), loss) if tag],
-        base_model=student["id"] if finetuned else None,
-        base_model_relation="finetune" if finetuned else None,
-        datasets=[data["id"]] if on_hub(data) else None,
-        metrics=["accuracy"] if results else None,
-        model_name=title(run) if results else None,
-        eval_results=results or None,
-    )
+def _variants(run: Mapping[str, Any]) -> list[str]:
+    """What the names in the table of a comparison mean: the title and the hyperparameters of each loss."""
+    lines = []
+    for name, seeds in by_name(run["verdict"].get("runs") or ()).items():
+        loss = dict(seeds[0].get("loss") or {})
+        what = [escape(loss_description(seeds[0]).get("title")) or code(loss.get("name"))]
+        numbers = [code(f"{key} {value}") for key, value in loss.items() if key != "name" and value is not None]
+        lines.append(f"{code(name)}: {', '.join(what + numbers)}")
+    return lines
+
+
+def _evaluation_sets(run: Mapping[str, Any]) -> str:
+    """A table of the metrics on each of several evaluation sets; "" where there is one."""
+    sets = run.get("evaluation_sets") or {}
+    if len(sets) < 2:
+        return ""
+    rates = rates_of(sets.values())
+    rows = [["evaluation set", "images", *rates.values()]]
+    for name, each in sets.items():
+        values = [rate([(each.get("metrics") or {}).get(key)]) for key in rates]
+        rows.append([code(name), number(each.get("size"), ","), *values])
+    return layout(rows, markdown=True)
 
 
 def _table(run: Mapping[str, Any]) -> str:
     student, teacher, others = run["student"], run["teacher"], run["verdict"].get("runs") or []
-    own = code(run.get("name") or run["loss"].get("name"))
-    rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student)]
+    own, rates = code(run.get("name") or run["loss"].get("name")), _rates(run)
+    rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student, rates)]
     if teacher or run["teacher_metrics"]:
-        rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher))
+        rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher, rates))
     controls = {name for each in (run, *others) for name in loss_description(each).get("controls", ())}
     for name, seeds in by_name(others).items():
-        role = "no-KD baseline " if name == BASELINE else "control " if name in controls else ""
+        role = "baseline without distillation " if name == BASELINE else "control " if name in controls else ""
         several = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
-        rows.append(_row(f"{role}{code(name)}{several}", seeds, student))
-    header = ["", *RATES.values(), *(label for label, _ in SIZES.values())]
+        rows.append(_row(f"{role}{code(name)}{several}", seeds, student, rates))
+    header = ["", *rates.values(), *(label for label, _ in SIZES.values())]
     return layout([header, *rows], markdown=True)
 
 
-def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any]) -> list[str]:
-    rates = [rate([(run.get("metrics") or {}).get(key) for run in runs]) for key in RATES]
+def _rates(run: Mapping[str, Any]) -> dict[str, str]:
+    return rates_of([run, *(run["verdict"].get("runs") or ())])
+
+
+def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    rates = [rate([(run.get("metrics") or {}).get(key) for run in runs]) for key in keys]
     return [label, *rates, *(number(model.get(key), form) for key, (_, form) in SIZES.items())]
 
 
 # What the template calls. A value may be None, or jinja2's Undefined, whose text is empty.
-
-
-def on_hub(entry: Mapping[str, Any]) -> bool:
-    """Only what came from the Hub has a revision."""
-    try:
-        validate_repo_id(entry.get("id"))
-    except HFValidationError:
-        return False
-    return bool(entry.get("id") and entry.get("revision"))
 
 
 def link(entry: Mapping[str, Any], kind: str = "") -> str:
@@ -157,10 +180,6 @@ def numbers(values: Any, form: str = "") -> str:
 
 def pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(code(f"{key} {value}") for key, value in values.items() if value is not None) or MISSING
-
-
-def one_line(value: Any) -> str:
-    return "" if value is None else " ".join(str(value).split())
 
 
 def escape(value: Any) -> str:

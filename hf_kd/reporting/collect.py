@@ -18,8 +18,9 @@ from ..spec import PLAN_FILE, DataSource, Experiment, ModelSource, continue_plan
 from . import record as records
 from .card import write_card
 from .curves import plot_curves
+from .origin import dataset_origin, weights_license
 
-METRICS = ("loss", "top1", "top5", "ece", "agreement", "kl", "teacher_top1")
+METRICS = ("loss", "top1", "macro_top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 FORWARDS = 30
 
 
@@ -90,7 +91,27 @@ def known_plan(trainer) -> Experiment:
 
 
 def _size(dataset) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") and not isinstance(dataset, dict) else None
+    """The number of images; of several evaluation sets that of the first, as `measure_teacher` takes it."""
+    dataset = next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _metrics(measured: dict[str, float], prefix: str) -> dict[str, float]:
+    named = {key: measured.get(f"{prefix}_{key}", measured.get(key)) for key in METRICS}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _data_entry(trainer, data: ImageData | None) -> dict:
+    """What is known of the data: by what `load_data` gave, else by what the datasets say of themselves."""
+    sizes = {"train_size": _size(trainer.train_dataset), "eval_size": _size(trainer.eval_dataset)}
+    if data is not None:
+        entry = data.describe()
+    else:
+        entry = dataset_origin(trainer.train_dataset)
+        entry["train_split"], evaluated = entry.pop("split"), trainer.eval_dataset
+        several = isinstance(evaluated, dict)
+        entry["eval_split"] = next(iter(evaluated), None) if several else dataset_origin(evaluated)["split"]
+    return {"id": entry.pop("name"), **entry, **sizes}
 
 
 def write_plan(trainer, checkpoint: str | None) -> None:
@@ -115,19 +136,24 @@ def make_record(
     Args:
         trainer: the `DistillationTrainer`, after training.
         metrics: what `trainer.evaluate()` gave; default: a new evaluation.
-        data: what the datasets were loaded with; without it only their sizes are known.
+        data: what the datasets were loaded with; without it they may tell their name and split themselves.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
-        **known: further keys of the record, or other values: name, teacher, command, settings, preset, ….
+        **known: further keys of the record, or other values: name, teacher, command, settings, preset, license, ….
     """
     args, loss, history, teacher = trainer.args, trainer.train_loss, trainer.state.log_history, trainer.eval_teacher
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = metrics or trainer.evaluate()
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    if sets:
+        evaluated = {k: {"size": _size(v), "metrics": _metrics(metrics, f"eval_{k}")} for k, v in sets.items()}
+        known["evaluation_sets"] = evaluated
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     student_entry = describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
     if saved := [file.stat().st_size for file in Path(args.output_dir).glob("model*.safetensors")]:
         student_entry["size_mb"] = sum(saved) / 1e6
-    data_entry = data.describe() if data else dict.fromkeys(("name", "revision", "train_split", "eval_split"))
+    if student and student.get("from_scratch") is False:
+        student_entry |= weights_license(model, student.get("id") or student_entry["id"])
     if "teacher" not in known:
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
     if teacher and teacher.mapping.kind != "identity":
@@ -141,10 +167,8 @@ def make_record(
         "loss": {"name": loss.name, **loss.hyperparameters()},
         "student": {**student_entry, **({"feature_layer": vars(head.layer)} if head else {}), **(student or {})},
         "data": {
-            "id": data_entry.pop("name"),
-            **data_entry,
-            "train_size": len(trainer.train_dataset),
-            "eval_size": metrics.get("eval_samples", len(trainer.eval_dataset)),
+            **_data_entry(trainer, data),
+            "eval_size": metrics.get("eval_samples", _size(trainer.eval_dataset)),
             "classes": model.config.num_labels,
             "augmentation": trainer.augmentation_applied,
             "skipped": {
@@ -157,13 +181,13 @@ def make_record(
         "seed": args.seed,
         "versions": records.collect_versions(),
         "settings": args.to_dict(),
-        "metrics": {k: v for name, v in metrics.items() if (k := name.removeprefix("eval_")) in METRICS},
+        "metrics": _metrics(metrics, f"eval_{next(iter(sets))}" if sets else "eval"),
         "teacher_metrics": trainer.teacher_metrics,
         "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
         "timings": {
             "train_seconds": _last_with("seconds", history).get("seconds"),
-            "eval_seconds": metrics.get("eval_runtime"),
+            "eval_seconds": sum(v for k, v in metrics.items() if k.endswith("_runtime")) or None,
         },
         "latency": {"how": f"median of {FORWARDS} forwards of one image, 1 thread, {cpu_name()}"},
         "device": f"{device}, {torch.get_num_threads()} threads, {args.world_size} processes",

@@ -4,7 +4,9 @@ A *run* is a plain dict, one student trained with one loss: name, loss, student,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
 (name, source, what the user changed, and the deviations from the paper, or None), latency (how it was measured),
 repo_id (or None), verdict (None, or what `significance.verdicts` says of its loss, with the metrics of all `runs`),
-and loss_description (of a loss that is not hf_kd's).
+loss_description (of a loss that is not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are
+those of the first), and license (of the model, as the Hub writes it, if it is known; of pretrained weights it is a key
+of student).
 """
 
 import math
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
+REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
@@ -56,6 +59,12 @@ def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
     loss = run.get("loss") or {}
     own = LOSSES.get(loss.get("name", ""))
     return own.describe(loss) if own else run.get("loss_description") or {}
+
+
+def eval_key(run: Mapping[str, Any], metric: str) -> str:
+    """The key of a metric in the history: of several evaluation sets, that of the first, whose metrics the run has."""
+    sets = list(run.get("evaluation_sets") or ())
+    return f"eval_{sets[0]}_{metric}" if sets else f"eval_{metric}"
 
 
 def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

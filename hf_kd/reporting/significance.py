@@ -2,6 +2,9 @@
 
 A seed fixes the initial weights and the order and augmentation of the data, so two losses trained from one seed are a
 pair. Their differences measure the training's randomness on this evaluation set, not that of drawing other images.
+
+The p-values of several variants against the baseline are corrected by the method of Holm (1979): the probability that
+any of them is said to help or to harm, though none makes a difference, is at most 5 %.
 """
 
 import math
@@ -12,6 +15,7 @@ from typing import Any
 from .record import loss_description
 
 BASELINE = "ce"
+LEVEL = 0.05
 TEST = "paired t-test over seeds, two-sided, 95 %"
 
 
@@ -44,27 +48,44 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
     return {"name": name, "against": against, "seeds": seeds, **test}
 
 
+def baseline_tests(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The `compare` with "ce" of every variant that distils, by name, with p corrected for their number.
+
+    `p_holm` is None where p is; `family` is the number of p-values that are corrected together.
+    """
+    variants = {run["name"]: run for run in runs}
+    distil = [name for name, run in variants.items() if BASELINE not in (name, (run.get("loss") or {}).get("name"))]
+    tests = {name: test for name in distil if (test := compare(runs, name, BASELINE))}
+    ordered = sorted((test for test in tests.values() if test["p"] is not None), key=lambda test: test["p"])
+    smallest = 0.0
+    for i, test in enumerate(ordered):
+        smallest = max(smallest, min(1.0, (len(ordered) - i) * test["p"]))
+        test["p_holm"] = smallest
+    return {name: {"p_holm": None, **test, "family": len(ordered)} for name, test in tests.items()}
+
+
 def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One verdict for each variant that distils, in the order of the runs; none without "ce" runs or several seeds.
 
-    A variant *helped* if the 95 % interval of its difference to "ce" is above 0, and also that of its
-    difference to each of its loss's `controls` among the runs: a gain that a control shows too is not due to the loss.
+    A variant *helped* if its mean difference to "ce" is positive with a corrected p of at most 0.05, and if the 95 %
+    interval of its difference to each of its loss's `controls` among the runs is above 0: a gain that a control shows
+    too is not due to the loss. The controls are further conditions, not further chances, and are not counted.
 
     Returns:
         Dicts of loss (the variant's name), seeds, helped, sentence, and tests: for each variant that it is compared
-        with differences, mean, half_width of the 95 % interval, and p of a paired t-test (the last two may be None).
+        with differences, mean, half_width of the 95 % interval of this difference by itself, and p of a paired t-test
+        (the last two may be None); for "ce" also p_holm and family, see `baseline_tests`.
     """
     variants = {run["name"]: run for run in runs}
     found = []
-    for name, run in variants.items():
-        if BASELINE in (name, (run.get("loss") or {}).get("name")):
+    for name, first in baseline_tests(runs).items():
+        if len(first["seeds"]) < 2:
             continue
-        others = [BASELINE, *(control for control in loss_description(run).get("controls", ()) if control in variants)]
-        tests = [test for other in others if (test := compare(runs, name, other))]
-        if tests and tests[0]["against"] == BASELINE and len(tests[0]["seeds"]) > 1:
-            verdict = {"loss": name, "seeds": tests[0]["seeds"]}
-            verdict["helped"] = len(tests) == len(others) and all(_above(test) for test in tests)
-            found.append(verdict | {"sentence": _sentence(name, tests, verdict["helped"]), "tests": tests})
+        controls = [control for control in loss_description(variants[name]).get("controls", ()) if control in variants]
+        tests = [first, *(test for other in controls if other != BASELINE and (test := compare(runs, name, other)))]
+        beats_all = len(tests) == len({BASELINE, *controls}) and all(_above(test) for test in tests)
+        verdict = {"loss": name, "seeds": first["seeds"], "helped": beats_all}
+        found.append(verdict | {"sentence": _sentence(name, tests, beats_all), "tests": tests})
     return found
 
 
@@ -74,14 +95,26 @@ def describe(test: Mapping[str, Any], sign: str = "+") -> str:
     return mean if test["half_width"] is None else f"{mean} ± {test['half_width']:.2f}"
 
 
+def p_value(test: Mapping[str, Any]) -> float | None:
+    """The p that decides: against "ce" the corrected one; of a control, at its own level, the plain one."""
+    return test.get("p_holm", test["p"])
+
+
+def _significant(test: Mapping[str, Any]) -> bool:
+    p = p_value(test)
+    return p is not None and p <= LEVEL
+
+
 def _above(test: Mapping[str, Any]) -> bool:
-    return test["half_width"] is not None and test["mean"] > test["half_width"]
+    return _significant(test) and test["mean"] > 0
 
 
 def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> str:
     def proof(test: Mapping[str, Any]) -> str:
-        p = "no test: the seeds do not differ" if test["p"] is None else f"p = {test['p']:.2g}"
-        return f"({len(test['seeds'])} seeds, {p})"
+        p = "no test: the seeds do not differ" if p_value(test) is None else f"p = {p_value(test):.2g}"
+        several = test.get("family", 1)
+        corrected = f" after Holm's correction for {several} variants" if several > 1 else ""
+        return f"({len(test['seeds'])} seeds, {p}{corrected})"
 
     first, *controls = tests
     if helped:
@@ -89,8 +122,7 @@ def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> st
     elif _above(first):
         text = f"{name} did not help beyond its control: {describe(first)} points of top-1 over {first['against']}"
     else:
-        harmed = first["half_width"] is not None and first["mean"] < -first["half_width"]
-        doubt = "" if harmed else f", as far as {len(first['seeds'])} seeds can tell"
+        doubt = "" if _significant(first) else f", as far as {len(first['seeds'])} seeds can tell"
         text = f"{name} did not help{doubt}: {describe(first)} points of top-1 against {first['against']}"
     text += f" {proof(first)}"
     for test in controls:

@@ -2,16 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .record import by_name
-from .significance import BASELINE, compare, describe
+from .record import by_name, eval_key
+from .significance import BASELINE, baseline_tests, compare, describe, p_value
 
 MISSING = "–"
-RATES = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agreement %", "ece": "ECE %"}
-HEADER = ["student trained with", *RATES.values(), "seconds", "MB", "difference to CE"]
+RATES = {
+    "top1": "top-1 %", "macro_top1": "macro top-1 %", "top5": "top-5 %", "agreement": "agreement %", "ece": "ECE %"
+}  # fmt: skip
 
 
 def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -26,32 +27,56 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages,
-    "seconds" are those of training without evaluations, "MB" is the saved model. The last column is in top-1 points
-    against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. What is missing or
-    not finite shows as "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
+    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages
+    (for the macro average see `rates_of`), "seconds" are those of training without evaluations, "MB" is the saved
+    model. The difference is in top-1 points against the run named "ce" of the same seed, with the half-width of the
+    paired 95 % interval. Of several seeds, "p" is that of the paired t-test, corrected for the number of variants that
+    distil (see `baseline_tests`). What is missing or not finite shows as "–". The sampling error is the half-width of
+    the 95 % interval of one top-1 (Wilson 1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
         teacher_row: what `teacher_row_of` gives, as first row.
         markdown: a GitHub table instead of aligned text.
     """
-    variants = by_name(runs)
-    rows = [HEADER]
+    variants, tests = by_name(runs), baseline_tests(runs)
+    tested = any(p_value(test) is not None for test in tests.values())
+    rates = rates_of(runs)
+    header = ["student trained with", *rates.values(), "seconds", "MB", "difference to CE"]
+    rows = [[*header, "p"] if tested else header]
     if teacher_row is not None:
         label = f"teacher {teacher_row.get('id') or ''}".strip()
-        rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], MISSING))
+        rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], rates))
     for name, seeds in variants.items():
-        test = compare(runs, name, BASELINE)
-        rows.append(_row(name, seeds, describe(test) if test else MISSING))
-    return f"{layout(rows, markdown)}\n\n{_caveat(runs, max(map(len, variants.values()), default=0))}"
+        test = tests.get(name) or compare(runs, name, BASELINE)
+        p = p_value(tests[name]) if name in tests else None
+        cells = [describe(test) if test else MISSING, MISSING if p is None else f"{p:.2g}"]
+        rows.append(_row(name, seeds, rates) + cells)
+    rows = [(row + [MISSING] * 2)[: len(rows[0])] for row in rows]
+    caveat = _caveat(runs, max(map(len, variants.values()), default=0))
+    if tested:
+        family = max(test["family"] for test in tests.values())
+        corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
+        caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
+    return f"{layout(rows, markdown)}\n\n{caveat}"
 
 
-def _row(label: str, seeds: Sequence[Mapping[str, Any]], difference: str) -> list[str]:
-    rates = [rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1") for key in RATES]
+def _row(label: str, seeds: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
+    rates = [rate([_number(run, "metrics", key) for run in seeds], spread=key == "top1") for key in keys]
     seconds = [value for run in seeds if (value := _training_seconds(run)) is not None]
     values = [statistics.fmean(seconds) if seconds else None, _number(seeds[0], "student", "size_mb")]
-    return [label, *rates, *(MISSING if value is None else f"{value:.1f}" for value in values), difference]
+    return [label, *rates, *(MISSING if value is None else f"{value:.1f}" for value in values)]
+
+
+def rates_of(runs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The rates that a table of these runs shows: key in `metrics`, and header.
+
+    The macro average over the classes is among them where it is not top-1, as the classes differ in their numbers of
+    images.
+    """
+    pairs = [(_number(run, "metrics", "top1"), _number(run, "metrics", "macro_top1")) for run in runs]
+    differs = any(top1 is not None and macro is not None and abs(top1 - macro) > 1e-9 for top1, macro in pairs)
+    return {key: header for key, header in RATES.items() if differs or key != "macro_top1"}
 
 
 def rate(values: Sequence[float | None], spread: bool = True) -> str:
@@ -81,8 +106,8 @@ def _caveat(runs: Sequence[Mapping[str, Any]], most_seeds: int) -> str:
     text = f"Each row is one training run{named}, so a difference between rows has no error bar."
     if most_seeds > 1:
         text = (
-            f"Each row is the mean of {most_seeds} training runs{named}; ± is their standard deviation, in the last "
-            "column the half-width of the paired 95 % interval over the seeds."
+            f"Each row is the mean of {most_seeds} training runs{named}; ± is their standard deviation, of a "
+            "difference the half-width of its own paired 95 % interval over the seeds."
         )
     pairs = [(_number(run, "metrics", "top1"), _number(run, "data", "eval_size")) for run in runs]
     measured = [(top1, int(size)) for top1, size in pairs if top1 is not None and size]
@@ -90,6 +115,30 @@ def _caveat(runs: Sequence[Mapping[str, Any]], most_seeds: int) -> str:
         width, images = max(_half_width(*pair) for pair in measured), min(size for _, size in measured)
         text += f" Sampling error of one top-1 from {images} images: ±{width:.2f} points (95 %)."
     return text
+
+
+def log_table(run: Mapping[str, Any], most: int = 20) -> str:
+    """The training log as a Markdown table: a row for each step with an evaluation, or without any with a loss.
+
+    "" if there is none. Of more than `most` rows some are shown, evenly spaced, with the first and the last.
+    """
+    history, top1, loss = run.get("history") or [], eval_key(run, "top1"), eval_key(run, "loss")
+    evaluated = any(top1 in entry for entry in history)
+    found, training = {}, None
+    for entry in history:
+        training = entry.get("loss", training)
+        if (top1 if evaluated else "loss") in entry:
+            cells = [(entry.get("epoch"), ".4g"), (entry.get("step"), ""), (training, ".4g"), (entry.get(loss), ".4g")]
+            texts = [f"{value:{form}}" if isinstance(value, int | float) else MISSING for value, form in cells]
+            found[entry.get("step")] = [*texts, rate([entry.get(top1)])]
+    if not found:
+        return ""
+    rows = list(found.values())
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    header = ["epoch", "step", "training loss", "evaluation loss", "top-1 %"]
+    columns = len(header) if evaluated else 3
+    return layout([row[:columns] for row in [header, *rows]], markdown=True)
 
 
 def _half_width(rate: float, n: int, z: float = 1.96) -> float:

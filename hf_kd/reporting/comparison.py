@@ -1,0 +1,46 @@
+"""The files of a comparison, beside those of its runs: run.json, report.md, results.csv and curves.png."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .curves import plot_curves
+from .record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, redact, write_json
+from .significance import verdicts
+from .tables import comparison_table, teacher_row_of
+
+METRICS = ("loss", "top1", "macro_top1", "top5", "ece", "agreement", "kl")
+
+
+def write_comparison(
+    runs: Sequence[Mapping[str, Any]], folder: str | os.PathLike, command: str | None = None
+) -> dict[str, Any]:
+    """Writes what several runs together say. Returns what run.json has: command, runs and verdicts.
+
+    results.csv has a line for each run: name, seed, loss, metrics as in run.json (rates in [0, 1]; empty: not known),
+    and the seconds of training.
+    """
+    comparison = redact({"command": command, "runs": runs, "verdicts": verdicts(runs)})
+    folder, teacher = Path(folder), teacher_row_of(runs[0])
+    write_json(folder / RUN_FILE, comparison)
+    plot_curves(runs, folder / CURVES_FILE)
+    parts = [
+        f"# Comparison of {', '.join(dict.fromkeys(run['name'] for run in comparison['runs']))}",
+        comparison_table(comparison["runs"], teacher and redact(teacher), markdown=True),
+        "\n".join(f"- {verdict['sentence']}" for verdict in comparison["verdicts"]),
+        f"![training losses, top-1 and differences to ce]({CURVES_FILE})",
+        f"```bash\n{comparison['command']}\n```" if command else "",
+        f"All figures are from [{RUN_FILE}]({RUN_FILE}); those of each run are in [{RESULTS_FILE}]({RESULTS_FILE}).",
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    (folder / REPORT_FILE).write_bytes(f"{text}\n".encode("utf-8", errors="replace"))
+    with open(folder / RESULTS_FILE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "seed", "loss_name", *METRICS, "train_seconds"])
+        for run in comparison["runs"]:
+            metrics, seconds = run.get("metrics") or {}, (run.get("timings") or {}).get("train_seconds")
+            values = [metrics.get(key) for key in METRICS]
+            writer.writerow([run["name"], run.get("seed"), (run.get("loss") or {}).get("name"), *values, seconds])
+    return comparison
