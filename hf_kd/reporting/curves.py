@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .record import by_name
+from .record import by_name, results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +26,12 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     last value, of several seeds the mean ± standard deviation (n − 1). A dashed line is the teacher's top-1.
 
     Args:
-        runs: records (see `record`), at least one; only name is required.
+        runs: records (see `record`), at least one that did not diverge; only name is required.
         path: the file; missing folders are made.
     """
+    runs = results(runs)
     if not runs:
-        raise ValueError("no runs to plot; pass at least one")
+        raise ValueError("no runs to plot that did not diverge; pass at least one")
     # Slow to import, and training does not need it. Figure without pyplot leaves no global state behind.
     from matplotlib import color_sequences
     from matplotlib.figure import Figure

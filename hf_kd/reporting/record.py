@@ -3,8 +3,8 @@
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
 (name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`), and loss_description (of a loss that
-is not hf_kd's).
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`), diverged (None, or why this is no
+result: it has no metrics then, only a history), and loss_description (of a loss that is not hf_kd's).
 """
 
 import math
@@ -56,6 +56,22 @@ def loss_description(run: Mapping[str, Any]) -> dict[str, Any]:
     loss = run.get("loss") or {}
     own = LOSSES.get(loss.get("name", ""))
     return own.describe(loss) if own else run.get("loss_description") or {}
+
+
+def divergence(loss: float | None, classes: int) -> str | None:
+    """Why a student's cross entropy in an evaluation shows that its training diverged; None if it does not.
+
+    It is not finite, or above 100 · ln C, of which guessing among the C classes gives ln C. None is unknown.
+    """
+    most = 100 * math.log(classes)
+    if loss is None or loss <= most:
+        return None
+    return f"the evaluation loss is {loss:.3g}; guessing among {classes} classes gives {most / 100:.2f}"
+
+
+def results(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that count: all but those that diverged."""
+    return [run for run in runs if not run.get("diverged")]
 
 
 def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -64,7 +64,8 @@ def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if tests and tests[0]["against"] == BASELINE and len(tests[0]["seeds"]) > 1:
             verdict = {"loss": name, "seeds": tests[0]["seeds"]}
             verdict["helped"] = len(tests) == len(others) and all(_above(test) for test in tests)
-            found.append(verdict | {"sentence": _sentence(name, tests, verdict["helped"]), "tests": tests})
+            sentence = _sentence(name, tests, verdict["helped"]) + _not_counted(runs, [name, *others])
+            found.append(verdict | {"sentence": sentence, "tests": tests})
     return found
 
 
@@ -76,6 +77,12 @@ def describe(test: Mapping[str, Any], sign: str = "+") -> str:
 
 def _above(test: Mapping[str, Any]) -> bool:
     return test["half_width"] is not None and test["mean"] > test["half_width"]
+
+
+def _not_counted(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    diverged = [f"{run['name']} of seed {run.get('seed')}" for run in runs if run.get("diverged")]
+    diverged = [text for text in diverged if text.split(" of seed ")[0] in names]
+    return f" Not counted, because it diverged: {', '.join(diverged)}." if diverged else ""
 
 
 def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .record import by_name
+from .record import by_name, results
 from .significance import BASELINE, compare, describe
 
 MISSING = "–"
@@ -26,10 +26,11 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages,
-    "seconds" are those of training without evaluations, "MB" is the saved model. The last column is in top-1 points
-    against the run named "ce" of the same seed, with the half-width of the paired 95 % interval. What is missing or
-    not finite shows as "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
+    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1; those that diverged
+    count in no figure. Rates are percentages, "seconds" are those of training without evaluations, "MB" is the saved
+    model. The last column is in top-1 points against the run named "ce" of the same seed, with the half-width of the
+    paired 95 % interval. What is missing or not finite shows as "–". The sampling error is the half-width of the 95 %
+    interval of one top-1 (Wilson 1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
@@ -42,8 +43,9 @@ def comparison_table(
         label = f"teacher {teacher_row.get('id') or ''}".strip()
         rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], MISSING))
     for name, seeds in variants.items():
-        test = compare(runs, name, BASELINE)
-        rows.append(_row(name, seeds, describe(test) if test else MISSING))
+        test, kept = compare(runs, name, BASELINE), results(seeds)
+        label = name if len(kept) == len(seeds) else f"{name} ({len(seeds) - len(kept)} of {len(seeds)} diverged)"
+        rows.append(_row(label, kept or seeds, describe(test) if test else MISSING))
     return f"{layout(rows, markdown)}\n\n{_caveat(runs, max(map(len, variants.values()), default=0))}"
 
 
