@@ -1,14 +1,22 @@
 """What goes wrong is said in one message, with the right exit status: wrong arguments, and runs that diverge."""
 
 import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
-from cli_helpers import distill
+import yaml
+from cli_helpers import REPOSITORY, distill, images
 from trainer_helpers import rows, trainer_for
 
-from hf_kd import push
+from hf_kd import DistillationConfig, config, push
 from hf_kd.cli import main
+from hf_kd.cli.arguments import ScriptArguments, _read_config, make_parser
 from hf_kd.reporting import comparison_table, plot_curves, verdicts
 from hf_kd.reporting.card import model_card
 from hf_kd.reporting.record import divergence
@@ -21,6 +29,165 @@ HUGE = ["--learning_rate", "1e2", "--num_train_epochs", "1"]  # the loss stays f
 
 def run_json(folder):
     return json.loads((Path(folder) / "run.json").read_text())
+
+
+# ---- wrong arguments: exit status 2, before anything is loaded ----
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--loss", "nkd"], "loss='nkd' learns from a teacher and none is given"),
+        (["--loss", "uskd", "--teacher", "x"], "uses no teacher"),
+        (["--loss", "nkdd"], "did you mean nkd or kd?"),
+        (["--compare", "ce,nkdd"], "did you mean nkd or kd?"),
+        (["--compare", ","], "--compare has no loss in it"),
+        (["--compare", "ce,ce"], "names a loss twice"),
+        (["--compare", '{"../x": {"loss": "ce"}}'], "can't be the name of a folder"),
+        (["--compare", "ce", "--loss_kwargs", '{"weight": 3}'], "loss_kwargs belongs to a single run"),
+        (["--loss_kwargs", '{"weight": 1'], "loss_kwargs is not valid JSON"),
+        (["--loss_kwargs", "gamma=1.5"], "write '{\"gamma\": 1.5}'"),
+        (["--loss_kwargs", "{gamma: 1.5, temperature: 2}"], 'write \'{"gamma": 1.5, "temperature": 2}\''),
+        (["--loss_kwargs", "1.5"], "loss_kwargs must be a JSON object"),
+        (["--loss_kwargs", '{"weight": NaN}'], "weight=nan is not accepted"),
+        (["--gamma", "2"], "a hyperparameter of nkd. Write --loss_kwargs '{\"gamma\": 2}'"),
+        (["--gamma"], "--loss_kwargs '{\"gamma\": 1.5}'"),
+        (["--temperature=4"], "of kd, nkd. Write --loss_kwargs '{\"temperature\": 4}'"),
+        (["--target-in-rank", "false"], "Write --loss_kwargs '{\"target_in_rank\": false}'"),
+        (["--lerning_rate", "3"], "Nearest: --learning_rate"),
+        (["ce"], "there is no argument ce"),
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--learning_rate", ""], "--learning_rate is empty"),
+        (["--teacher="], "--teacher is empty"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type: invalid choice: 'cosin'"),
+        (["--lr_scheduler_kwargs", "[1]"], "lr_scheduler_kwargs must be a JSON object"),
+        (["--lr_scheduler_kwargs", '{"foo": 1}'], "do not fit linear"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        (["--optim", "sgd", "--optim_args", "momentum"], "optim_args='momentum' (name=value,...)"),
+        (["--optim", "sgd", "--optim_args", "momentum=high"], "could not convert string to float: 'high'"),
+        (["--optim", "adamw_bnb_8bit"], "optim='adamw_bnb_8bit'"),
+        (["--num_train_epochs", "-1"], "num_train_epochs=-1"),
+        (["--num_train_epochs", "0"], "num_train_epochs=0"),
+        (["--max_steps", "0"], "max_steps=0 trains nothing"),
+        (["--image_size", "0"], "image_size=0"),
+        (["--image_mean", "123.675", "116.28", "103.53"], "it would be: --image_mean 0.485 0.456 0.406"),
+        (["--image_mean", "0.5", "0.5"], "one for each of the 3 channels"),
+        (["--image_std", "0"], "image_std=0"),
+        (["--eval_fraction", "1"], "eval_fraction=1 leaves no images"),
+        (["--max_train_samples", "0"], "max_train_samples=0"),
+        (["--lr_step_epochs", "3", "1"], "lr_step_epochs=[3.0, 1.0] must be in rising order"),
+        (["--augment", "crop"], "augment='crop' is unknown"),
+        (["--teacher_dtype", "fp8"], "teacher_dtype='fp8' is unknown"),
+        (["--report_to", "wandb"], "report_to='wandb' needs its package"),
+        (["--report_to", "tensorbord"], "report_to='tensorbord'"),
+        (["--resume_from_checkpoint", "/missing/checkpoint-3"], "/missing/checkpoint-3 is no checkpoint"),
+        (["--metric_for_best_model", "top-1", "--load_best_model_at_end"], "there are: loss, top1, top5, ece"),
+        (["--load_best_model_at_end", "true", "--eval_strategy", "no", "--save_strategy", "no"], "set eval_strategy"),
+        (["--accelerator_config", '{"foo": 1}'], "unexpected keyword argument 'foo'"),
+        (["--class_map", "{a: b}"], "class_map is not valid JSON"),
+        (["--config", "missing.yaml"], "--config missing.yaml can't be read"),
+        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, cnn_finetune"),
+        (["--hub_strategy", "every_save"], "is not supported: the student is pushed at the end"),
+        (["--verdict"], "ce is what it is measured against"),
+        (["--loss", "uskd", "--verdict", "--seeds", "1"], "at least two seeds"),
+        (["--loss", "uskd", "--verdict", "--compare", "ce"], "drop it, or --compare"),
+        (["--seeds", "1", "1"], "names a seed twice"),
+        (["--seeds", "0", "-1"], "seeds=-1"),
+        (["--seeds", "1", "2", "--push_to_hub"], "hf-kd push FOLDER"),
+    ],
+)
+def test_wrong_usage_is_one_clear_error(more, message, things, tmp_path, capsys):
+    assert distill(things, "--output_dir", tmp_path / "out", *more) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()[1:]
+    assert line.startswith("error: ") and message in line and not said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_number_must_be_finite_and_in_its_range():
+    taken = {}
+    for name in config._NUMBERS:
+        for value in (math.nan, math.inf, -math.inf, -2):
+            with pytest.raises(ValueError, match=name) as caught:
+                DistillationConfig("out", use_cpu=True, **{name: [value] if name == "lr_step_epochs" else value})
+            taken[name, value] = str(caught.value)
+    assert len(config._NUMBERS) >= 35 and all("finite number" in text for text in taken.values())
+    DistillationConfig("out", use_cpu=True, learning_rate=0.0, num_train_epochs=0.5, max_steps=-1, warmup_steps=0.1)
+
+
+def test_every_option_of_a_file_has_its_type(tmp_path):
+    parser, file = make_parser(), tmp_path / "config.yaml"
+    numbers = {action.dest for action in parser._actions if action.type in (int, float)}
+    objects = "fsdp_config accelerator_config deepspeed liger_kernel_config".split()
+    for name in [f.name for cls in (ScriptArguments, DistillationConfig) for f in fields(cls)]:
+        wrong = ["", [[1]], *["many"] * (name in numbers)]
+        wrong += [{"a": 1}] * (name not in objects and not name.endswith("kwargs"))
+        for value in wrong if name not in ("compare", "class_map") else [""]:  # whose content is checked later
+            file.write_text(yaml.safe_dump({name: value}))
+            with pytest.raises(ValueError, match=rf"config\.yaml: (--)?{name}\b"):
+                _read_config(str(file), parser)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss: {}", "loss can't be {}"),
+        ("student: []", "student can't be []"),
+        ("student:", "--student must be given"),
+        ("num_train_epochs:", "num_train_epochs can't be None"),
+        ("seed: 1.5", "invalid int value: '1.5'"),
+        ("gamma: 2", 'a hyperparameter of nkd. Write loss_kwargs: {"gamma": 2}'),
+        ("learning_rat: 1", "Nearest: learning_rate"),
+        ("seeds: []", "--seeds: expected at least one argument"),
+        ("report_to: [wandb]", "report_to='wandb' needs its package"),
+        ("- a", "must hold `name: value` lines, it holds a list"),
+        ("a: b: c", "can't be read"),
+        ("\0", "can't be read"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_error(text, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(f"{text}\n")
+    assert main(["distill", "--config", str(tmp_path / "config.yaml"), "--use_cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"not weights" * 9, None])
+def test_weights_that_are_corrupt_are_named(content, things, tmp_path, capsys):
+    shutil.copytree(things / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    file.write_bytes(content or file.read_bytes()[:-100])
+    more = ["--loss", "nkd", "--teacher", tmp_path / "teacher", "--output_dir", tmp_path / "out"]
+    assert distill(things, *more) == 1
+    said = capsys.readouterr().err
+    assert f"the weights of {tmp_path / 'teacher'} can't be read" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        (datasets.Value("float64"), "column 'label' is Value('float64'): no labels, which are integers, texts or"),
+        (datasets.ClassLabel(names=["only"]), "one class only, 'only'"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(feature, message, things, tmp_path, capsys):
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        data = datasets.Dataset.from_dict({**images(8, 1), "label": [0] * 8}, features=features)
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    assert distill(things, "--dataset", tmp_path / "data", "--output_dir", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", [["-m", "hf_kd", "distill"], ["examples/run_distill.py"]])
+def test_the_exit_status_of_a_process(program):
+    """2 for wrong usage, as `hf-kd` and as a script; the others are those of `main`."""
+    done = subprocess.run(
+        [sys.executable, *program, "--student", "x", "--learning_rate", "-1", "--use_cpu"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "error: learning_rate=-1" in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- divergence ----
