@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from cli_helpers import REPOSITORY, distill, images
 from trainer_helpers import rows, trainer_for
+from transformers import TrainerCallback
 
 from hf_kd import DistillationConfig, config, push
 from hf_kd.cli import main
@@ -188,6 +190,35 @@ def test_the_exit_status_of_a_process(program):
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "error: learning_rate=-1" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("steps", "at step 5: 1 step\\(s\\) since OUT/checkpoint-4 are lost"),
+        ("no", "at step 5: 5 step\\(s\\) \\(there is no checkpoint\\) are lost"),
+    ],
+)
+def test_ctrl_c_twice_says_what_is_lost(strategy, message, tmp_path):
+    class PressTwice(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            for _ in range(2 * (state.global_step == 5)):
+                signal.raise_signal(signal.SIGINT)
+
+    trainer = trainer_for(tmp_path, max_steps=6, save_strategy=strategy, save_steps=2)
+    trainer.add_callback(PressTwice())
+    with pytest.raises(KeyboardInterrupt, match=message.replace("OUT", str(tmp_path))):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_the_command_is_imported_ends_it_silently(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_kd.cli.commands.run_command", stop)
+    assert main(["distill", "--student", "x"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 # ---- divergence ----
