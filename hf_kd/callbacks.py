@@ -11,6 +11,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .checkpointing import last_checkpoint
+
 logger = logging.get_logger(__name__)
 
 
@@ -25,7 +27,8 @@ class OnTrainBegin(TrainerCallback):
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training when a step ends, with a checkpoint (then `agreed` is True); a second one ends it at once.
+    """Ctrl-C ends training when a step ends, with a checkpoint (then `agreed` is True); a second one ends it at once,
+    and says what is lost.
 
     Several processes get the signal at different steps, or only one of them gets it: they agree every `EVERY` steps.
     """
@@ -34,18 +37,26 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.agreed = self._requested = False
-        self._previous = self._pid = None
+        self._previous = self._pid = self._run = None
 
     def _request(self, signum, frame):
         if os.getpid() != self._pid:  # a worker of the data loader inherits the handler
             return
         if self._requested:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self._lost())
         self._requested = True
         logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
 
+    def _lost(self) -> str:
+        args, state = self._run
+        folder = last_checkpoint(args.output_dir)
+        lost = state.global_step - (int(folder.rpartition("-")[2]) if folder else 0)
+        since = f"since {folder}" if folder else "(there is no checkpoint)"
+        return f"stopped at once, at step {state.global_step}: {lost} step(s) {since} are lost"
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.agreed = self._requested = False
+        self._run = args, state
         if self._previous is None and threading.current_thread() is threading.main_thread():
             self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
 

@@ -1,17 +1,34 @@
 """`DistillationConfig`: everything about a run that can be wrong is found here, before any download."""
 
 import json
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from transformers import TrainingArguments
 
 from .losses import LOSSES, DistillationLoss, get_loss, loss_class
+from .losses.functional import check_number
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow raises
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The lowest and the highest value of numbers; all others are finite and not negative.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
+    **dict.fromkeys(("label_smoothing_factor", "max_skipped_fraction"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "max_steps": (-1, math.inf),
+    "local_rank": (-1, math.inf),
+}
+_POSITIVE = (
+    "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "eval_accumulation_steps logging_steps eval_steps save_steps adam_epsilon lr_step_factor train_image_size "
+    "max_image_pixels dataloader_prefetch_factor ddp_timeout"
+).split()
 
 
 if TYPE_CHECKING:  # text becomes an object in __post_init__
@@ -25,10 +42,28 @@ def read_json(name: str, text: str) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not valid JSON ({error}): {text}") from error
+        pairs = re.findall(r"(\w+)\W*[=:]\s*([-+.\w]+)", text) if text.count("{") < 2 else []  # gamma=1, {gamma: 1}
+        hint = "{" + ", ".join(f'"{key}": {number}' for key, number in pairs) + "}"
+        hint = f"; write '{hint}'" if pairs else ""
+        raise ValueError(f"{name} is not valid JSON ({error}): {text}{hint}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a JSON object such as '{{\"gamma\": 1.0}}', got {text}")
     return value
+
+
+def check_numbers(
+    values: Any, names: Sequence[str], positive: Sequence[str] = (), **ranges: tuple[float, float]
+) -> None:
+    """Raises ValueError for attributes that are no finite numbers in their range, by default from 0 on.
+
+    None passes where it is the default. Of lists every number is checked.
+    """
+    for name in names:
+        low, high = ranges.get(name, (0, math.inf))
+        given = getattr(values, name)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is not None or getattr(type(values), name) is not None:
+                check_number(name, value, low, high, above=name in positive)
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -92,6 +127,9 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"hub_strategy={self.hub_strategy!r} is not supported: the student is pushed at the end.")
         if isinstance(self.loss_kwargs, str):  # parsed here: TrainingArguments' own parser names no argument
             self.loss_kwargs = read_json("loss_kwargs", self.loss_kwargs)
+        if isinstance(self.lr_scheduler_kwargs, str):
+            self.lr_scheduler_kwargs = read_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        check_numbers(self, _NUMBERS, _POSITIVE, **_RANGES)
         self.build_loss()
         self.augment_given = bool(self.augment)  # the default is not refused where it cannot apply
         self.augment = self.augment or "resized_crop"
@@ -106,17 +144,12 @@ class DistillationConfig(TrainingArguments):
             )
         if self.teacher_dtype is not None and self.teacher_dtype not in DTYPES:
             raise ValueError(f"teacher_dtype={self.teacher_dtype!r} is unknown; there are: {', '.join(DTYPES)}.")
-        for name in ("mixup_alpha", "cutmix_alpha", "teacher_check_batches"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if not 0 <= self.max_skipped_fraction <= 1:
-            raise ValueError(f"max_skipped_fraction={self.max_skipped_fraction} must be in [0, 1].")
-        if self.max_image_pixels < 1:
-            raise ValueError(f"max_image_pixels={self.max_image_pixels} must be at least 1.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give at least 1, or -1 to train for num_train_epochs.")
+        if sorted(self.lr_step_epochs or []) != list(self.lr_step_epochs or []):
+            raise ValueError(f"lr_step_epochs={self.lr_step_epochs} must be in rising order.")
         if self.lr_step_epochs and (self.max_steps > 0 or self.warmup_steps):
             raise ValueError("lr_step_epochs goes with num_train_epochs, not with max_steps or warmup_steps.")
-        if self.train_image_size is not None and self.train_image_size < 1:
-            raise ValueError(f"train_image_size={self.train_image_size} must be a positive number of pixels.")
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "top1"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ece")):
@@ -126,6 +159,8 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
+        _check_trackers(self.report_to)
+        _check_optimizer(self)
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
         if self.device.type == "cpu":
@@ -179,6 +214,52 @@ class DistillationConfig(TrainingArguments):
     def __getstate__(self) -> dict:
         # The trainer pickles its arguments into every checkpoint: no token may travel with them.
         return {k: None if k.endswith("token") else v for k, v in self.__dict__.items() if k != "_loss"}
+
+
+_NUMBERS = [f.name for f in fields(DistillationConfig) if re.search(r"\b(int|float)\b", str(f.type))]
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for trackers that transformers does not know, or that are not installed."""
+    if not names:
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    installed = [*get_available_reporting_integrations(), "flyte"]  # which transformers does not look for
+    for name in names:
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as error:
+            raise ValueError(f"report_to={name!r}: {error} Or none, or all.") from error
+        if name not in installed:
+            raise ValueError(
+                f"report_to={name!r} needs its package: install it, or choose of {', '.join(installed)}, none."
+            )
+
+
+def _check_optimizer(config: DistillationConfig) -> None:
+    """Raises ValueError for arguments that the optimizer or the scheduler does not take, and for missing packages."""
+    kind = config.lr_scheduler_type.value
+    if config.lr_scheduler_kwargs or kind not in ("linear", "cosine", "constant", "constant_with_warmup"):
+        from transformers import get_scheduler  # slow to import
+
+        try:
+            optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+            get_scheduler(kind, optimizer, 1, 100, config.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs} do not fit {kind}: {error}") from error
+    name = config.optim.value
+    if not config.optim_args and name.startswith(("adamw_torch", "sgd")):
+        return
+    if any(word in name for word in ("galore", "apollo", "lomo")):  # which need the model
+        return
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config)
+    except (TypeError, ValueError, ImportError, AttributeError) as error:
+        given = f" with optim_args={config.optim_args!r} (name=value,...)" if config.optim_args else ""
+        raise ValueError(f"optim={name!r}{given}: {error}") from error
 
 
 def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:

@@ -106,10 +106,12 @@ def push(
         The repository's address.
 
     Raises:
-        ValueError: there is no model in `folder`.
+        ValueError: there is no model in `folder`, or that of a run that diverged.
         HfHubHTTPError: the Hub refuses; see `hf_kd.hub.user_message`.
     """
     folder = Path(folder)
+    if reason := _record(folder).get("diverged"):
+        raise ValueError(f"{folder} holds a run that diverged, which is no result and is not pushed: {reason}")
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
     names = [file.name for file in files]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
@@ -140,12 +142,17 @@ def _content(file: Path, token: str | None) -> str | bytes:
     return text.encode("utf-8")
 
 
+def _record(folder: str | os.PathLike) -> dict:
+    """The run.json in a folder; {} if there is none."""
+    file = Path(folder) / RUN_FILE
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
 def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
     """`push`, after the repository's name is in the run's record and card."""
-    file = Path(folder) / RUN_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {"repo_id": repo_id}
-    if record.get("repo_id") != repo_id:
-        write_json(file, {**record, "repo_id": repo_id})
+    record = _record(folder)
+    if record and not record.get("diverged") and record.get("repo_id") != repo_id:
+        write_json(Path(folder) / RUN_FILE, {**record, "repo_id": repo_id})
         write_card(folder)
     return push(folder, repo_id, **options)
 
@@ -156,9 +163,9 @@ def add_missing_record(trainer) -> None:
 
     from .reporting.collect import make_record, write_record
 
-    file, missing = Path(trainer.args.output_dir) / RUN_FILE, [False]
+    missing = [False]
     if trainer.eval_dataset is not None and trainer.preprocessing is not None and trainer.is_world_process_zero():
-        history = json.loads(file.read_text()).get("history") if file.is_file() else None
+        history = _record(trainer.args.output_dir).get("history")
         missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
     if not missing[0]:  # on all ranks, as the first one has found

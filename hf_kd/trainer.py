@@ -288,18 +288,19 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term since the last log, as `loss_NAME`; they add up to `loss`. Raises
-        FloatingPointError when the loss has become NaN, which nothing heals. For `diagnostic_NAME` see `LossTerms`."""
+        FloatingPointError when the loss is not finite, which nothing heals. For `diagnostic_NAME` see `LossTerms`."""
         step = self.state.global_step
         if "loss" in logs:
             logs |= self._terms.means(step, self.accelerator.reduce)
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
-        if math.isnan(logs.get("loss", 0.0)):
+        if not math.isfinite(logs.get("loss", 0.0)):
             terms = {name: value for name, value in logs.items() if name.startswith("loss")}
             raise FloatingPointError(
-                f"the loss is NaN at step {step}: {terms}. Lower learning_rate, set max_grad_norm, or use bf16 in "
-                f"the place of fp16. Last checkpoint: {last_checkpoint(self.args.output_dir)}."
+                f"the loss is {'NaN' if math.isnan(logs['loss']) else 'infinite'} at step {step}: {terms}. Lower "
+                "learning_rate, set max_grad_norm, or use bf16 in the place of fp16. Last checkpoint: "
+                f"{last_checkpoint(self.args.output_dir)}."
             )
 
     def floating_point_ops(self, inputs) -> int:

@@ -154,10 +154,17 @@ def test_a_verdict_pushes_the_first_seed_with_its_evidence(here, tmp_path, monke
     assert not any("teacher" in file or "ce/" in file for file in here.files(name))
 
 
-def test_a_failed_push_is_a_warning_with_the_command_that_retries_it(here, tmp_path, monkeypatch, capsys):
+def test_what_diverged_is_not_pushed(here, tmp_path, monkeypatch, capsys):
+    here.patch(monkeypatch, tmp_path / "cache", TOKEN)
+    assert short("--push_to_hub", "--output_dir", "mine", "--learning_rate", "1e6", "--preset", "none") == 1
+    assert "1 of 1 runs diverged" in capsys.readouterr().err.splitlines()[-1]
+    assert ("model", "anna/mine") not in here.repos and Path("mine/model.safetensors").is_file()
+
+
+def test_a_failed_push_is_an_error_with_the_command_that_retries_it(here, tmp_path, monkeypatch, capsys):
     here.patch(monkeypatch, tmp_path / "cache", TOKEN)
     here.fail("POST .*/commit/", 500, times=None)
-    assert short("--push_to_hub", "--output_dir", "mine", "--hub_model_id", "theirs") == 0
+    assert short("--push_to_hub", "--output_dir", "mine", "--hub_model_id", "theirs") == 1
     said = capsys.readouterr().err
     command = re.search(r"Push it with: (hf-kd push .*)", said)[1]
     assert "failed" in said and "(500" in said and AutoModelForImageClassification.from_pretrained("mine")

@@ -24,9 +24,13 @@ def main(argv: list[str] | None = None) -> int:
 
         make_parser(help_all="--help_all" in argv).print_help()
         return 0 if argv[1:] else 2
-    from .commands import run_command
+    try:
+        from .commands import run_command
 
-    return run_command(argv[0], argv[1:])
+        return run_command(argv[0], argv[1:])
+    except KeyboardInterrupt:  # in the seconds that imports take; run_command says more
+        print("\nstopped", file=sys.stderr)
+        return 130
 
 
 __all__ = ["main"]

@@ -2,14 +2,19 @@
 
 import argparse
 import difflib
+import inspect
+import json
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import DistillationConfig, option
+from ..config import DistillationConfig, check_numbers, option
+from ..experiment.variants import run_configs
 from ..labels import read_class_map
+from ..losses import LOSSES
 from ..recipes import EVERY_EPOCH, names
 
 
@@ -27,7 +32,7 @@ class ScriptArguments:
         "auto; with a --config file that names no preset: none."
     )
     from_scratch: bool = option("Give the student random weights, not its pretrained ones.", False)
-    compare: dict | str | None = option(
+    compare: dict | str | list | None = option(
         "Train one student with each of these losses from one seed, and print one table: 'ce,nkd,uskd', or JSON with "
         'their numbers, \'{"ce": {}, "2xce": {"loss": "ce", "weight": 2}, "nkd": {"gamma": 1}}\'.'
     )
@@ -40,7 +45,7 @@ class ScriptArguments:
     image_size: int | None = option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
     image_std: list[float] | None = option("Channel standard deviations, in [0, 1].")
-    class_map: str | None = option(
+    class_map: dict | str | list | None = option(
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
     )
@@ -66,10 +71,19 @@ class ScriptArguments:
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
         self.class_map = read_class_map(self.class_map)
+        sizes = ("image_size", "max_train_samples", "max_eval_samples")
+        check_numbers(self, ("seeds", "eval_fraction", *sizes), sizes, seeds=(0, 2**32 - 1), eval_fraction=(0, 1))
+        if self.eval_fraction in (0, 1):
+            raise ValueError(f"eval_fraction={self.eval_fraction:g} leaves no images to train or to evaluate on.")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if values and max(values) > 1:
+                values = " ".join(f"{value / 255:.3f}" for value in values)
+                raise ValueError(f"--{name} is of pixels in [0, 1]; of 0 … 255 it would be: --{name} {values}")
+            check_numbers(self, [name], ["image_std"])
+            if values and len(values) not in (1, 3):
+                raise ValueError(f"--{name} has {len(values)} values: give one for each of the 3 channels.")
         seeds = self.seeds or []
-        for seed in seeds:
-            if not isinstance(seed, int) or not 0 <= seed < 2**32:
-                raise ValueError(f"--seeds has {seed!r}: a seed is a whole number from 0 to 2**32 - 1.")
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice.")
         if self.verdict:
@@ -85,10 +99,26 @@ class ScriptArguments:
                 "afterwards, or use --verdict, which pushes that of the first seed."
             )
         checkpoint = str(config.resume_from_checkpoint or "last")
-        if checkpoint.lower() not in ("true", "last") and (self.compare is not None or self.verdict or seeds):
-            raise ValueError(f"a comparison resumes every run: --resume_from_checkpoint last, not {checkpoint}.")
+        if checkpoint.lower() not in ("true", "last"):
+            if self.compare is not None or self.verdict or seeds:
+                raise ValueError(f"a comparison resumes every run: --resume_from_checkpoint last, not {checkpoint}.")
+            if not Path(checkpoint, "trainer_state.json").is_file():
+                raise ValueError(
+                    f"--resume_from_checkpoint {checkpoint} is no checkpoint (a folder checkpoint-N of an output "
+                    "folder): give one, or 'last' for the newest in --output_dir."
+                )
         if self.compare is not None and config.loss_kwargs:
             raise ValueError("loss_kwargs belongs to a single run; --compare holds each loss's numbers.")
+        _check_metric(config.metric_for_best_model, self.teacher is not None)
+        run_configs(self, config, None)
+
+
+def _check_metric(name: str | None, has_teacher: bool) -> None:
+    from ..reporting.collect import METRICS  # slow to import
+
+    measured = [metric for metric in METRICS if has_teacher or metric not in ("agreement", "kl", "teacher_top1")]
+    if name and name.removeprefix("eval_") not in measured:
+        raise ValueError(f"metric_for_best_model={name!r} is not measured here; there are: {', '.join(measured)}.")
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -134,6 +164,7 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
         "`accelerate launch` or `torchrun`: examples/run_distill.py, same options.",
         formatter_class=_Formatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with these arguments; the command line wins.")
     parser.add_argument("--help_all", action="help", help="Also list every argument of transformers' Trainer.")
@@ -155,47 +186,99 @@ def make_parser(help_all: bool = False) -> HfArgumentParser:
 
 
 def parse(argv: list[str]) -> tuple[ScriptArguments, DistillationConfig]:
-    """Arguments from the command line over those of `--config FILE` over the defaults."""
+    """Arguments from the command line over those of `--config FILE` over the defaults.
+
+    Raises ValueError for all that can be wrong about them without looking at data or models.
+    """
+    for word, before in zip(argv, ["", *argv], strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            raise ValueError(f"{word.rstrip('=') or before} is empty: give it a value, or leave it out.")
     parser = make_parser(help_all="--help_all" in argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--preset")
-    early = first.parse_known_args(argv)[0]
-    values = _read_config(early.config, {a.dest: a for a in reversed(parser._actions)}) if early.config else {}
-    preset = early.preset or values.get("preset") or ("none" if early.config else "auto")
-    # What all presets set is known now; else load_best_model_at_end would be refused before they are applied.
-    parser.set_defaults(**({} if preset == "none" else EVERY_EPOCH) | values)
-    script, config, _, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        early = first.parse_known_args(argv)[0]
+        values = _read_config(early.config, parser) if early.config is not None else {}
+        preset = early.preset or values.get("preset") or ("none" if early.config else "auto")
+        # What all presets set is known now; else load_best_model_at_end would be refused before they are applied.
+        parser.set_defaults(**({} if preset == "none" else EVERY_EPOCH) | values)
+        script, config, _, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(_named(error)) from error
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
-        raise ValueError(f"there is no argument {unknown[0]}. Nearest: {', '.join(near) or 'none; see --help'}.")
+        option, _, value = unknown[0].partition("=")
+        if not value and unknown[1:] and not unknown[1].startswith("--"):
+            value = unknown[1]
+        raise ValueError(_unknown(option, value, parser))
     options = {argument.split("=")[0] for argument in argv}
     script.explicit = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
     script.explicit |= {*values}
     script.preset = preset
+    script.check(config)
     return script, config
 
 
-def _read_config(path: str, known: dict[str, argparse.Action]) -> dict:
+def _named(error: argparse.ArgumentError) -> str:
+    """The error's text with one spelling of the argument."""
+    return f"{(error.argument_name or '').split('/')[0]}: {error.message}"
+
+
+def _unknown(option: str, value: Any, parser: argparse.ArgumentParser) -> str:
+    """What to type in the place of an argument that there is not: in a file without the dashes."""
+    name, dashes = option.lstrip("-").replace("-", "_"), "--" if option.startswith("--") else ""
+    losses = [loss for loss, cls in LOSSES.items() if name in inspect.signature(cls).parameters]
+    if losses:
+        if value in (None, ""):
+            value = inspect.signature(LOSSES[losses[0]]).parameters[name].default
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            pass
+        loss_kwargs = json.dumps({name: value}, default=str)
+        how = f"--loss_kwargs '{loss_kwargs}'" if dashes else f"loss_kwargs: {loss_kwargs}"
+        return f"there is no argument {option}: it is a hyperparameter of {', '.join(losses)}. Write {how}"
+    near = difflib.get_close_matches(name, sorted({action.dest for action in parser._actions}), n=3)
+    names = ", ".join(dashes + other for other in near if other != name)
+    return f"there is no argument {option}. Nearest: {names or 'none; see --help'}."
+
+
+def _read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The arguments in a YAML file, each as the parser makes it of the same text on the command line."""
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} can't be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `name: value` lines, it holds a {type(values).__name__}.")
-    for key, value in list(values.items()):
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=3)
-            raise ValueError(f"--config {path}: there is no argument {key!r}. Nearest: {', '.join(near) or 'none'}.")
-        if known[key].nargs == "+" and value is not None and not isinstance(value, list):
-            values[key] = [value]
-        if value is False and "no" in (known[key].choices or ()):  # YAML reads `no` as False
-            values[key] = "no"
-    return values
+    known = {action.dest: action for action in reversed(parser._actions)}
+    types = get_type_hints(ScriptArguments) | get_type_hints(DistillationConfig)
+    words: list[str] = []
+    objects: dict[str, Any] = {}  # which are no text on the command line
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"--config {path}: {_unknown(str(key), value, parser)}")
+        action, several, accepted = known[key], value if isinstance(value, list) else [value], str(types[key])
+        structured = isinstance(value, (dict, list)) and action.nargs is None
+        nested = any(item == "" or isinstance(item, (dict, list, type(None))) for item in several)
+        if (value is None and action.default is None) or (
+            structured and type(value).__name__ in accepted and not (nested and "list[" in accepted)
+        ):
+            objects[key] = value
+        elif structured or nested:
+            raise ValueError(f"--config {path}: {key} can't be {value!r}.")
+        elif action.nargs == "+":
+            words += [f"--{key}", *map(str, several)]
+        else:  # YAML reads `no` as False
+            words.append(f"--{key}={'no' if value is False and 'no' in (action.choices or ()) else value}")
+    try:
+        parsed = vars(parser.parse_known_args(words)[0])
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--config {path}: {_named(error)}") from error
+    return {key: objects[key] if key in objects else parsed[key] for key in values}
 
 
 # Of a command, what says how to push, resume and show errors is not needed to reproduce its run.

@@ -20,8 +20,9 @@ from .arguments import command_to_record, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    traceback, folder = "--traceback" in argv, None
+    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 2 for wrong arguments, 130
+    after Ctrl-C."""
+    traceback, folder, status = "--traceback" in argv, None, 1
     try:
         if name == "push":
             _push(argv)
@@ -30,8 +31,9 @@ def run_command(name: str, argv: list[str]) -> int:
             folder = parser.parse_args(argv).folder
             resume(folder)
         else:
+            status = 2
             script, config = parse(argv)
-            traceback = script.traceback
+            traceback, status = script.traceback, 1
             experiment = plan(script, config, shlex.join(launch_command(["distill", *command_to_record(argv)])))
             folder = experiment.output_dir
             if config.process_index == 0:
@@ -45,12 +47,13 @@ def run_command(name: str, argv: list[str]) -> int:
         return 130
     except Exception as error:
         message = hub.user_message(error)
-        if message is None and isinstance(error, (ValueError, OSError, FloatingPointError)):
+        expected: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError)
+        if message is None and isinstance(error, expected + (TypeError, ImportError) * (status == 2)):
             message = str(error)
         if traceback or message is None:  # the traceback helps with an error that is not expected
             raise
         print(f"\nerror: {message}", file=sys.stderr)
-        return 1
+        return status
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -106,7 +106,10 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
         labels = {split: values.cast(pa.int64()) for split, values in labels.items()}
     elif not dtype.startswith(("int", "uint")):
         columns = ", ".join(next(iter(splits.values())).column_names)
-        raise ValueError(f"column {label_column!r} is {feature}: no labels; the columns are: {columns}")
+        raise ValueError(
+            f"column {label_column!r} is {feature}: no labels, which are integers, texts or a ClassLabel. Cast it, or "
+            f"pass another --label_column, of: {columns}"
+        )
     arrays = {split: values.fill_null(-1).to_numpy() for split, values in labels.items()}
     if names is None:
         names = [str(label) for label in range(max(int(array.max()) for array in arrays.values()) + 1)]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,11 +110,24 @@ def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
 def check_disk(experiment: Experiment) -> None:
     """Raises OSError where the file system of the output folder has less room than the plan says is needed."""
     needed = (experiment.requirements or {}).get("disk_bytes") or 0
-    folder = Path(experiment.output_dir).absolute()
-    folder = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(experiment.output_dir)).free
     if free < needed:
         raise OSError(
             f"{needed / 1e9:.1f} GB are needed in {experiment.output_dir} and {free / 1e9:.1f} GB are free: "
             "choose another --output_dir, or keep fewer checkpoints with --save_total_limit 1 or --save_strategy no."
         )
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises OSError where the output folder can't be made or written to. Leaves nothing there."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        raise OSError(f"output_dir {folder} can't be written to ({error}): choose another --output_dir.") from error
+
+
+def _existing(folder: str | os.PathLike) -> Path:
+    """The folder, or of one that is to be made the nearest that there is."""
+    folder = Path(folder).absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -26,7 +26,7 @@ from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
-from .folder import continues, earlier_plan
+from .folder import check_writable, continues, earlier_plan
 from .variants import run_configs
 
 logger = logging.get_logger(__name__)
@@ -35,15 +35,15 @@ logger = logging.get_logger(__name__)
 def plan(script, config: DistillationConfig, command: str | None = None) -> Experiment:
     """Resolves what the arguments ask for: commits, recipe, runs, data, sizes and the disk space that it takes.
 
-    `script` (`ScriptArguments`) says what to distil, `config` how, and `command` is kept for the record.
+    `script` (`ScriptArguments`, checked) says what to distil, `config` how, and `command` is kept for the record.
     """
     check_processes(config)
-    script.check(config)
     if config.output_dir == "trainer_output":  # transformers' default
         trained_with = "compare" if script.compare else config.loss_class().name
         name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=config.hub_model_id or name)
+    check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
     student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
@@ -61,6 +61,10 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)
+    if len(data.names) < 2:
+        raise ValueError(
+            f"{source.id} has images of one class only, {data.names[0]!r}: nothing can be learned from it."
+        )
     source = _with_facts(source, data)
     teacher, teacher_side = None, 0
     if script.teacher:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..push import publish
 from ..reporting.card import write_card
 from ..reporting.collect import describe_model, make_record, write_record
 from ..reporting.comparison import write_comparison
-from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, write_json
+from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
@@ -35,11 +34,16 @@ from .progress import Progress
 logger = logging.get_logger(__name__)
 
 
+class ExperimentError(ValueError):
+    """Runs that diverged, or a push that failed. What was computed is in the output folder."""
+
+
 def run(experiment: Experiment, resume: bool | str = False, token: str | None = None) -> list[dict]:
     """Trains the runs of a plan, and writes models, records, curves and cards; pushes if the plan says so.
 
     `resume` goes on with each run from its newest complete checkpoint (True), or with the only run from a path's;
     False trains the runs that nobody has started. Returns the records of the finished runs that this process knows.
+    Raises ExperimentError after all else, if runs diverged or the push failed.
     """
     configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
     state = PartialState()
@@ -74,9 +78,10 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
                     print(progress.finish(record))
             finally:
                 lock.release()
-    if state.is_main_process:
-        _conclude(experiment, records, token)
+    problems = _conclude(experiment, records, token) if state.is_main_process else []
     state.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
+    if problems:
+        raise ExperimentError("\n".join(problems))
     return list(records.values())
 
 
@@ -120,7 +125,7 @@ def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -
     """The record of a run that is finished; else whether it is ours to train."""
     record = finished_record(experiment, spec)
     claim = record or lock.acquire(new=not resume)
-    if resume and record:
+    if resume and record and not record.get("diverged"):
         logger.warning(f"{spec.key}: already finished, see {experiment.folder(spec) / RUN_FILE}")
     elif resume and not claim:
         logger.warning(f"{spec.key} is being trained by {lock.holder()}: left to it")
@@ -173,9 +178,14 @@ def _train(
     if teacher is not None and teacher_metrics is None:
         teacher_metrics = trainer.measure_teacher()
     trainer.teacher_metrics = teacher_metrics
-    trainer.train(resume_from_checkpoint=checkpoint)
+    diverged = None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:  # the other runs go on
+        diverged = str(error)
+        trainer.callback_handler.on_train_end(config, trainer.state, trainer.control)  # closes the trackers
     trainer.save_model()  # before anything else can go wrong
-    metrics = _final_metrics(trainer)
+    metrics = None if diverged else _final_metrics(trainer)
     skipped, eval_skipped = (
         sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
     )
@@ -202,6 +212,7 @@ def _train(
         command=experiment.command,
         preset=experiment.preset,
         teacher=described,
+        diverged=diverged,
     )
     write_record(record, config.output_dir)
     return record
@@ -224,21 +235,32 @@ def _source_options(experiment: Experiment) -> dict:
     return values | {"class_map": teacher and teacher.class_map}
 
 
-def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None) -> None:
-    """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them."""
+def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None) -> list[str]:
+    """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them. Returns what
+    went wrong."""
     for spec in experiment.runs:
         if spec.key not in records and (record := finished_record(experiment, spec)):
             records[spec.key] = record
+    diverged = [spec for spec in experiment.runs if records.get(spec.key, {}).get("diverged")]
+    problems = []
     missing = [spec.key for spec in experiment.runs if spec.key not in records]
     if missing:
         print(
             f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
             f"follows when they are; go on with interrupted ones with: {resume_command(experiment.output_dir)}"
         )
-        return
-    _report(experiment, [records[spec.key] for spec in experiment.runs])
-    if experiment.push:
-        _push(experiment, experiment.push, token)
+    elif len(diverged) < len(experiment.runs):
+        _report(experiment, [records[spec.key] for spec in experiment.runs])
+        to = experiment.push
+        if to and to["folder"] not in [spec.folder for spec in diverged]:
+            problems += _push(experiment, to, token)
+    if diverged:
+        reasons = "; ".join(f"{spec.key}: {records[spec.key]['diverged'].rstrip('.')}" for spec in diverged)
+        problems.append(
+            f"{len(diverged)} of {len(experiment.runs)} runs diverged and are no results: {reasons}. Records "
+            f"and weights are in {experiment.output_dir}. Try a lower --learning_rate in another --output_dir."
+        )
+    return problems
 
 
 def _report(experiment: Experiment, runs: list[dict]) -> None:
@@ -250,20 +272,22 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
     if len(runs) > 1:
         comparison = write_comparison(runs, output_dir, experiment.command)
         keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
-        brief = [{key: record[key] for key in keys if key in record} for record in runs]
+        brief = [{key: record[key] for key in keys if key in record} for record in results(runs)]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
         for spec, record in zip(experiment.runs, runs, strict=True):
             own = verdict_of.get(record["name"])
             if own != record.get("verdict"):
                 record |= {"verdict": own, "command": comparison["command"]}
                 write_json(experiment.folder(spec) / RUN_FILE, record)
-    for spec in experiment.runs:
-        write_card(experiment.folder(spec))
+    for spec, record in zip(experiment.runs, runs, strict=True):
+        if not record.get("diverged"):
+            write_card(experiment.folder(spec))
     several = f"{REPORT_FILE}, {RESULTS_FILE}, " if len(runs) > 1 else ""
     print(f"\nModels, cards, {several}{RUN_FILE} and {CURVES_FILE} are in {output_dir}")
 
 
-def _push(experiment: Experiment, to: dict[str, Any], token: str | None) -> None:
+def _push(experiment: Experiment, to: dict[str, Any], token: str | None) -> list[str]:
+    """Pushes one student. Returns what went wrong."""
     folder = str(Path(experiment.output_dir) / to["folder"])
     try:
         url = publish(folder, to["repo_id"], token=token, private=to["private"], revision=to["revision"])
@@ -271,10 +295,9 @@ def _push(experiment: Experiment, to: dict[str, Any], token: str | None) -> None
         branch = ["--revision", to["revision"]] if to["revision"] else []
         private = ["--private"] if to["private"] else []
         again = shlex.join(["hf-kd", "push", os.path.normpath(folder), to["repo_id"], *branch, *private])
-        print(
-            f"\nwarning: the push to {to['repo_id']} failed: {hub.user_message(error) or error}\n"
-            f"The model is in {folder}. Push it with: {again}",
-            file=sys.stderr,
-        )
-    else:
-        print(f"Pushed to {url}")
+        return [
+            f"the push to {to['repo_id']} failed: {hub.user_message(error) or error}\n"
+            f"The model is in {folder}. Push it with: {again}"
+        ]
+    print(f"Pushed to {url}")
+    return []

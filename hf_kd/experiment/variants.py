@@ -23,7 +23,7 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
     if isinstance(asked, str):
         asked = read_json("compare", asked) if asked.lstrip().startswith("{") else asked.split(",")
     if not isinstance(asked, dict):
-        names = [str(name).strip() for name in asked]
+        names = [name for word in asked if (name := str(word).strip())]
         asked = {loss_class(name).name if ":" in name else name: {"loss": name} for name in names}
         if len(asked) < len(names):
             raise ValueError(

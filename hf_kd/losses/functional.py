@@ -59,9 +59,13 @@ def mask_targets(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Ten
     return logits.scatter(1, index, MASKED_LOGIT)
 
 
+class DivergedError(ValueError, FloatingPointError):
+    """The student's logits are NaN or infinite."""
+
+
 def check_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high], or in (low, high] with `above`."""
-    accepted = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+    accepted = f"{'>' if above else '>='} {low:g}" + (f" and <= {high:.10g}" if high < math.inf else "")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (value > low if above else value >= low) or not value <= high or value == math.inf:
         raise ValueError(f"{name}={value!r} is not accepted: pass a finite number {accepted}")
@@ -133,7 +137,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     bad = ~values.isfinite()
     if bad.any():
         row = readable((~tensor.isfinite()).any(1)).nonzero()[0, -1].item()
-        raise ValueError(
+        raise (ValueError if name in ("labels", "teacher_logits") else DivergedError)(
             f"{name} holds {bad.sum().item()} NaN or infinite value(s) of {bad.numel()}, the first in row {row}: "
             "look for a diverged model, a too high learning rate, or an overflow in half precision"
         )

@@ -102,9 +102,11 @@ def _import(origin: str) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(f"loss file {origin} can't be run: {type(error).__name__}: {error}") from error
     return sys.modules[name]
 
 

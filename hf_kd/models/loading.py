@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -117,6 +118,9 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
             model, info = AutoModelForImageClassification.from_pretrained(
                 name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
             )
+    except SafetensorError as error:
+        hint = "the file is corrupt or was cut off; save or download it again"
+        raise ValueError(f"the weights of {name} can't be read ({error}): {hint}.") from error
     finally:
         log.removeFilter(keep)
     faults = dict.fromkeys(info["missing_keys"]) | {key: shape for key, shape, _ in info["mismatched_keys"]}
