@@ -126,7 +126,7 @@ def _end_of_the_last_but_one_stage(student: nn.Module, trace: _Trace) -> _Output
     first = next(filter(trace.is_cut, earlier), None)
     if last is None or first is None:
         return None
-    # Padding may make a map a little larger. And not what the last stage begins with, as far as there is anything else.
+    # Padding may make a map a little larger. Not what the last stage begins with, if there is anything else.
     stage = [output for output in earlier if last.positions < output.positions < 1.5 * first.positions]
     whole = [output for output in stage if not output.is_layer and trace.is_cut(output)]
     found = next((o for o in whole if not _begins_the_last_stage(student, o, trace)), whole[0] if whole else first)
