@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
     """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
 
+    Weights that several modules share are written under each of their names, which safetensors alone refuses.
     A TimmWrapper's weights and config are made such that timm and transformers both load what is saved: transformers
     writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
     """
@@ -127,7 +129,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     if timm_model is None:
         if state_dict is None and not isinstance(student, PreTrainedModel):
             state_dict = _without_head(student, student.state_dict())
-        return state_dict
+        return state_dict and _without_sharing(state_dict)
     config: Any = student.config
     architecture = timm_model.pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
@@ -137,7 +139,12 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     config.model_args = config.model_args or {}
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
     state_dict = student.state_dict() if state_dict is None else state_dict
-    return {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+    return _without_sharing({name.removeprefix("timm_model."): value for name, value in state_dict.items()})
+
+
+def _without_sharing(state_dict: dict) -> dict:
+    uses = Counter(value.untyped_storage().data_ptr() for value in state_dict.values() if value.numel())
+    return {k: v.clone() if uses[v.untyped_storage().data_ptr()] > 1 else v for k, v in state_dict.items()}
 
 
 def _without_head(student: nn.Module, state: dict) -> dict:

@@ -30,6 +30,7 @@ def label_maps(names: Sequence[str] | Mapping[int, str]) -> dict:
 
 def name_classes(config, id2label) -> None:
     config.id2label, config.label2id = label_maps(id2label).values()
+    config.num_labels = len(config.id2label)  # of most configs the same fact, of PVT's one of its own
     if config.model_type == "timm_wrapper":  # timm's own key, which is the one that is saved
         config.label_names = list(config.id2label.values())
 

@@ -29,6 +29,7 @@ from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
+from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
 from .reporting.collect import write_plan
 from .spec import Experiment
@@ -126,6 +127,7 @@ class DistillationTrainer(Trainer):
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         self.skipped: dict[str, None] = {}
         self.eval_skipped: dict[str, None] = {}
+        warn_distillation_head(student)
         self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
         self._started = time.perf_counter()
         super().__init__(

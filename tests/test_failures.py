@@ -169,7 +169,7 @@ def test_weights_that_are_corrupt_are_named(content, things, tmp_path, capsys):
     ("feature", "message"),
     [
         (datasets.Value("float64"), "column 'label' is Value('float64'): no labels, which are integers, texts or"),
-        (datasets.ClassLabel(names=["only"]), "one class only, 'only'"),
+        (datasets.ClassLabel(names=["only"]), "only the class ['only']"),
     ],
 )
 def test_labels_that_are_no_classes_are_named(feature, message, things, tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The layer that feeds the auxiliary head, found by tracing: in the paper's own models, and where rules go wrong."""
 
+import dataclasses
 import re
 
 import pytest
 import timm
 import torch
+from tiny import KINDS, tiny
+from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_kd.models.features import find_feature_layer
@@ -33,6 +36,11 @@ TIMM = {
     "efficientnet_b0": ("blocks.4", (112, 14, 14), "nchw"),
     "inception_v3": ("Mixed_6e", (768, 17, 17), "nchw"),
     "naflexvit_base_patch16_gap": ("blocks.5", (580, 768), MEAN),
+    "volo_d1_224": ("network.0", (28, 28, 192), "nhwc"),  # the list of class attention blocks comes after it
+    # The stage after it begins with a block of the same resolution, before its downsampling.
+    "efficientvit_m0": ("stages.1", (128, 7, 7), "nchw"),
+    "repvit_m0_9": ("stages.2", (192, 14, 14), "nchw"),
+    "shvit_s1": ("stages.1", (224, 7, 7), "nchw"),
 }
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 TRANSFORMERS = {
@@ -88,15 +96,56 @@ def test_layers_of_transformers(model_type):
     assert (layer.name, layer.shape, layer.pooling) == tuple(expected)
 
 
-@pytest.mark.parametrize("architecture", ["hrnet_w18_small", "crossvit_9_240"])
-def test_branches_side_by_side_need_feature_module(architecture):
+class Wrapper(nn.Module):
+    """A student in a module without its attributes, a few levels down."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.around = nn.ModuleDict({"net": nn.ModuleList([model])})
+
+    def forward(self, pixel_values):
+        return self.around["net"][0](pixel_values)
+
+
+SIDE_BY_SIDE = {  # the right module, which the message must name
+    "hrnet_w18_small": ("incre_modules.2", (512, 14, 14), "nchw"),
+    "crossvit_9_240": ("blocks.1.blocks.1", (197, 256), TOKEN),
+    "coat_tiny": ("serial_blocks3.1", (197, 152), TOKEN),
+    "mobilenetv5_base": ("blocks.2", (512, 16, 16), "nchw"),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("architecture", SIDE_BY_SIDE)
+def test_branches_side_by_side_need_feature_module(architecture, wrap):
     with torch.device("meta"):
         model = timm.create_model(architecture)
-    size = model.default_cfg["input_size"][1:]
+    size, student = model.default_cfg["input_size"][1:], wrap(model)
     with pytest.raises(ValueError, match="no single module of .* gives it.*feature_module") as error:
-        find_feature_layer(model, size)
-    name = re.search(r"one of: ([\w.]+) \(", str(error.value))[1]
-    assert find_feature_layer(model, size, name).name == name
+        find_feature_layer(student, size)
+    candidates = re.findall(r"([\w.]+) \(", str(error.value).partition("one of: ")[2])
+    name, *expected = SIDE_BY_SIDE[architecture]
+    name = f"around.net.0.{name}" if student is not model else name
+    assert name in candidates and len(candidates) <= 40
+    layer = find_feature_layer(student, size, name)
+    assert [layer.shape, layer.pooling] == expected
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv2_100", "vit_tiny_patch16_224", "ghostnet_100"])
+def test_a_wrapper_changes_the_names_only(architecture):
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    layer, wrapped = (find_feature_layer(student, (224, 224)) for student in (model, Wrapper(model)))
+    assert wrapped == dataclasses.replace(layer, name=f"around.net.0.{layer.name}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_with_lora_has_the_same_layer(kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    plain, (student, _) = find_feature_layer(tiny(kind)[0], (32, 32)), tiny(kind)
+    layers = [name for name, m in student.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][:-1]
+    student = peft.get_peft_model(student, peft.LoraConfig(target_modules=layers, r=2))
+    assert find_feature_layer(student, (32, 32)) == dataclasses.replace(plain, name=f"base_model.model.{plain.name}")
 
 
 def test_small_images_of_a_network_for_large_ones():

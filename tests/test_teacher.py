@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 from transformers.integrations import deepspeed
 
-from hf_kd import Teacher, load_teacher
+from hf_kd import Teacher, load_student, load_teacher
 from hf_kd.losses import nkd_loss
 
 NAMES = ["tabby cat", "fire truck", "daisy", "great white shark", "golf ball", "moped"]
@@ -256,6 +256,21 @@ def test_a_head_that_would_be_random_is_refused_by_name(kind, fault, tmp_path):
     save_file(state, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"1 weights are missing.*{head.replace('.', '[.]')}"):
         load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000, b"version https://git-lfs.github.com/spec/v1\n", None])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(("load", "role"), [(load_teacher, "teacher"), (load_student, "student")])
+def test_weights_that_cannot_be_read_are_named_with_the_option(load, role, file, content, tmp_path):
+    save(tmp_path)
+    if content is None:
+        content = (tmp_path / "model.safetensors").read_bytes()[:5000]
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_bytes(content)
+    message = rf"the weights of {role} {tmp_path} cannot be read .*another --{role}\."
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_config_with_another_count_of_classes_is_refused(tmp_path):

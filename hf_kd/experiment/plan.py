@@ -16,10 +16,10 @@ from transformers.utils import logging
 from .. import hub, recipes
 from ..config import DistillationConfig
 from ..data import ImageData, load_data, overlap
-from ..labels import ClassMapping
+from ..labels import ClassMapping, name_classes
 from ..launcher import check_processes
 from ..losses import loss_source
-from ..models.loading import adjust_processor, build, load_config, model_family, processor_for
+from ..models.loading import adjust_processor, build, check_architecture, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
 from ..models.student import student_config
 from ..push import check_push
@@ -60,25 +60,24 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
-    data = load_data(**source.load_arguments)
-    if len(data.names) < 2:
-        raise ValueError(
-            f"{source.id} has images of one class only, {data.names[0]!r}: nothing can be learned from it."
-        )
-    source = _with_facts(source, data)
-    teacher, teacher_side = None, 0
+    config_of_student = _config(student)
+    side = _input_side(student, config_of_student)
+    teacher = None
     if script.teacher:
-        origin = _origin("teacher", script, earlier)
         teacher = ModelSource(
-            **origin,
+            **_origin("teacher", script, earlier),
             trust_remote_code=script.trust_remote_code,
             class_map=script.class_map,
-            seen_evaluation_images=_seen(origin, data),
         )
-        teacher_side = _check_teacher(teacher, data.names)
-    parameters, student_side = _measure(student, data.names)
+        side = max(side, _input_side(teacher, load_config(teacher.id, teacher.hub)))
+    data = load_data(**source.load_arguments)
+    source = _with_facts(source, data)
+    if teacher:
+        teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
+        ClassMapping.between(load_config(teacher.id, teacher.hub).id2label, data.names, teacher.class_map)
+    parameters = _count_parameters(config_of_student, data.names, student.trust_remote_code)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
-    found["train_image_size"] = config.train_image_size or max(teacher_side, student_side)
+    found["train_image_size"] = config.train_image_size or side
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
     )
@@ -178,30 +177,25 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
     return dataclasses.replace(source, **found)
 
 
-def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
-    """The student's number of parameters, without memory for them, and the side of its input."""
-    config = _config(student)
-    config.num_labels = len(names)
+def _count_parameters(config, names: list[str], trust_remote_code: bool) -> int:
+    """The student's number of parameters, without memory for them."""
+    name_classes(config, names)
     with torch.device("meta"):
-        model = build(config, student.trust_remote_code)
-    return sum(p.numel() for p in model.parameters()), _input_side(student, config)
-
-
-def _check_teacher(teacher: ModelSource, names: list[str]) -> int:
-    """The side of the teacher's input. Raises ValueError for classes that are not those of the data."""
-    config = load_config(teacher.id, teacher.hub)
-    ClassMapping.between(config.id2label, names, teacher.class_map)
-    return _input_side(teacher, config)
+        return sum(p.numel() for p in build(config, trust_remote_code).parameters())
 
 
 def _input_side(source: ModelSource, config) -> int:
+    """The longer side of a model's input. Raises ValueError if the model gives no logits for images of that size."""
     processor = processor_for(SimpleNamespace(config=config), source.id, source.hub)
-    return max(Preprocessing(adjust_processor(processor, source.image_size, source.image_mean, source.image_std)).size)
+    processor = adjust_processor(processor, source.image_size, source.image_mean, source.image_std)
+    size = Preprocessing(processor).size
+    check_architecture(source.id, config, size, source.trust_remote_code)
+    return max(size)
 
 
-def _seen(teacher: dict[str, Any], data: ImageData) -> int | None:
+def _seen(teacher: ModelSource, data: ImageData) -> int | None:
     """How many of our evaluation images the teacher was trained on; None if its record does not tell."""
-    name, commit = teacher["id"], teacher["commit"]
+    name, commit = teacher.id, teacher.commit
     try:
         file = Path(hf_hub_download(name, RUN_FILE, revision=commit) if commit else Path(name, RUN_FILE))
         seen = overlap(data.describe(), json.loads(file.read_text("utf-8"))["plan"]["data"])

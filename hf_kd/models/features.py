@@ -18,8 +18,9 @@ HEAD = "aux_head"
 # Where the paper taps another layer than the last-but-one stage: the module, by how the architecture's name begins.
 # Of MobileNetV2 it is the last inverted residual block (320 channels at width 1), in timm and in transformers.
 EXCEPTIONS = {"mobilenetv2": "blocks.6", "mobilenet_v2": "mobilenet_v2.layer.15"}
-_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")  # how the names of their parameters begin
 _BATCH, _MOST_TOKENS = 2, 16  # images in the trace; tokens before those of the grid
+_CANDIDATES = 40  # named in an error
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,24 @@ def find_feature_layer(student: nn.Module, size: tuple[int, int], feature_module
     if name in trace.outputs:
         return trace.outputs[name].layer
     what = f"no module named {name!r} gives one" if name else f"no single module of {type(student).__name__} gives it"
-    inner = [output for output in trace.outputs.values() if not output.is_layer and output.positions > 1]
-    blocks = [str(output.layer) for output in inner if output.layer.name[-1].isdigit()]
+    inner = [output.layer for output in trace.outputs.values() if not output.is_layer and output.positions > 1]
+    blocks = [layer for layer in inner if layer.name[-1].isdigit()] or inner
+    outermost = sorted(blocks, key=lambda layer: layer.name.count("."))[:_CANDIDATES]
     raise ValueError(
         f"USKD needs an intermediate feature of the student, but {what}. Pass feature_module= (--feature_module), the "
-        f"name of one of: {'; '.join((blocks or [str(output.layer) for output in inner])[-40:])}."
+        f"name of one of: {'; '.join(str(layer) for layer in blocks if layer in outermost)}."
     )
 
 
 def _exception(student: nn.Module) -> str | None:
-    config: Any = getattr(student, "config", None)
-    timm_config = getattr(student, "default_cfg", None) or {}
-    names = [
-        getattr(config, "model_type", ""),
-        getattr(config, "architecture", ""),
-        timm_config.get("architecture", ""),
-    ]
-    for beginning, module in EXCEPTIONS.items():
-        if any(name.startswith(beginning) for name in names):
-            return f"timm_model.{module}" if hasattr(student, "timm_model") else module
+    for network in student.modules():  # the network itself may be in a wrapper, at any depth
+        config: Any = getattr(network, "config", None)
+        timm_config = getattr(network, "default_cfg", None) or {}
+        architecture = timm_config.get("architecture") or getattr(config, "model_type", "")
+        for beginning, module in EXCEPTIONS.items():
+            if architecture.startswith(beginning):
+                names = [name for name, _ in student.named_modules()]
+                return next((name for name in names if f".{name}".endswith(f".{module}")), module)
     return None
 
 
@@ -114,7 +114,7 @@ def _middle_block(student: nn.Module, trace: _Trace) -> _Output | None:
             if len({type(child) for child in module.children()}) == 1 and len(whole) == len(module):
                 lists += [whole] if all(map(trace.is_cut, whole)) else []
     if any(each[-1].tokens for each in lists):
-        lists = [each for each in lists if each[-1].tokens]
+        lists = [each for each in lists if each[-1].layer.pooling != "nchw"]
     longest = max(lists, key=len, default=[])
     isotropic = {block.positions for each in lists for block in each} == {trace.last and trace.last.positions}
     return longest[len(longest) // 2 - 1] if isotropic else None
@@ -126,25 +126,34 @@ def _end_of_the_last_but_one_stage(student: nn.Module, trace: _Trace) -> _Output
     first = next(filter(trace.is_cut, earlier), None)
     if last is None or first is None:
         return None
-    # Padding may make a map a little larger. And not what the next stage begins with: its normalization, or the first
-    # layers of its first block.
+    # Padding may make a map a little larger. Not what the last stage begins with, if there is anything else.
     stage = [output for output in earlier if last.positions < output.positions < 1.5 * first.positions]
-    whole = [o for o in stage if not o.is_layer and not _is_part_of_a_block(student, o, trace.outputs)]
-    found = next(filter(trace.is_cut, whole), first)
+    whole = [output for output in stage if not output.is_layer and trace.is_cut(output)]
+    found = next((o for o in whole if not _begins_the_last_stage(student, o, trace)), whole[0] if whole else first)
     # Where timm lists stages, it knows their resolutions: of branches that run side by side none is a cut.
-    model: Any = getattr(student, "timm_model", student)
-    stages: Any = getattr(model, "feature_info", None)
+    stages: Any = next((m.feature_info for m in student.modules() if hasattr(m, "feature_info")), None)
     reductions = sorted({each["reduction"] for each in getattr(stages, "info", stages) or () if "reduction" in each})
-    wanted = (reductions[-1] / reductions[-2]) ** 2 if len(reductions) > 1 else math.inf
-    return found if found.positions < 1.5 * wanted * last.positions else None
+    positions = math.prod(trace.size) / reductions[-2] ** 2 if len(reductions) > 1 else math.inf
+    return found if found.positions < 2 * positions else None
 
 
-def _is_part_of_a_block(student: nn.Module, output: _Output, outputs: dict[str, _Output]) -> bool:
-    """Whether the module around it is no list of blocks and ends at a lower resolution."""
-    name = output.layer.name.rpartition(".")[0]
-    around = outputs.get(name)
-    is_list = isinstance(student.get_submodule(name), (nn.ModuleList, nn.Sequential))
-    return not is_list and around is not None and 1 < around.positions < output.positions
+def _begins_the_last_stage(student: nn.Module, output: _Output, trace: _Trace) -> bool:
+    """Whether it is in a module that starts at its resolution, ends at a lower one, and has most weights after it.
+
+    A stage that ends with its downsampling has most of them before.
+    """
+    ours, modules = output.layer.name, dict(student.named_modules())
+    later = trace.order[trace.order.index(ours) + 1 :]
+    for name, around in trace.outputs.items():
+        inside = [each.positions for other, each in trace.outputs.items() if other.startswith(f"{name}.")]
+        is_one_of_a_list = isinstance(modules[name], nn.Sequential) and name == ours.rpartition(".")[0]
+        if not ours.startswith(f"{name}.") or is_one_of_a_list or max(inside) >= 1.5 * output.positions:
+            continue
+        after = [p for n in later if n.startswith(f"{name}.") for p in modules[n].parameters(recurse=False)]
+        weights = sum(p.numel() for p in modules[name].parameters())
+        if 1 < around.positions < output.positions and 2 * sum(p.numel() for p in after) > weights:
+            return True
+    return False
 
 
 def _larger_trace(student: nn.Module, size: tuple[int, int]) -> _Trace | None:
@@ -162,7 +171,8 @@ class _Trace:
 
     def __init__(self, student: nn.Module, size: tuple[int, int]):
         self.outputs: dict[str, _Output] = {}
-        has_class_token = any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in student.named_parameters())
+        self.size = size
+        has_class_token = any(n.split(".")[-1].startswith(_CLASS_TOKENS) for n, _ in student.named_parameters())
         calls: Counter[str] = Counter()
 
         def note(module: nn.Module, args, output, name: str) -> None:
@@ -173,7 +183,8 @@ class _Trace:
                 item, (layer, positions) = next(iter(found.items()))
                 layer = layer if isinstance(output, torch.Tensor) else replace(layer, item=item)
                 nodes = frozenset(part.grad_fn for part in parts if isinstance(part, torch.Tensor))
-                is_layer = not any(module.children()) or all(p.ndim < 2 for p in module.parameters())
+                inner = getattr(module, "base_layer", module)  # PEFT's layers contain the one that they adapt
+                is_layer = not any(inner.children()) or all(p.ndim < 2 for p in inner.parameters())
                 self.outputs[name] = _Output(layer, positions, nodes, is_layer)
 
         modules = {name: module for name, module in student.named_modules() if name and not name.startswith(HEAD)}
@@ -186,6 +197,7 @@ class _Trace:
         finally:
             for handle in handles:
                 handle.remove()
+        self.order = [*calls]
         self.outputs = {name: output for name, output in self.outputs.items() if calls[name] == 1}
         self.maps = [output for output in reversed(self.outputs.values()) if output.positions > 1]
 

@@ -37,8 +37,8 @@ def tensor_of(output) -> torch.Tensor:
 
 
 def logits_of(output) -> torch.Tensor:
-    """The logits (B, C) of a classifier's output."""
-    return output["logits"] if isinstance(output, dict) else tensor_of(output)
+    """The logits (B, C) of a classifier's output: those called so, or else (as of PP-LCNet) the first tensor."""
+    return output["logits"] if isinstance(output, dict) and "logits" in output else tensor_of(output)
 
 
 def id2label_of(model: nn.Module) -> dict[int, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
 
+# What timm changes for pretrained weights only, which transformers does not let it load: by architecture.
+_TIMM_ARGUMENTS = {"fbnetc_100": {"bn_eps": 1e-3}}
+
 _deepspeed_config = None
 
 
@@ -46,9 +50,15 @@ def load_config(name: str, hub: dict):
         hub["revision"] = resolve(name, hub["revision"])
     config = AutoConfig.from_pretrained(name, **hub)
     config._commit_hash = getattr(hub["revision"], "resolved", None)
-    if getattr(config, "model_args", None):  # timm exports the count of classes, which transformers passes by itself
-        config.model_args.pop("num_classes", None)
+    if config.model_type == "timm_wrapper":
+        complete_timm_config(config)
     return config
+
+
+def complete_timm_config(config) -> None:
+    """Makes transformers build the network of a TimmWrapperConfig as timm does."""
+    config.model_args = _TIMM_ARGUMENTS.get(config.architecture, {}) | (config.model_args or {})
+    config.model_args.pop("num_classes", None)  # which timm exports, and transformers passes by itself
 
 
 def commit_of(model: nn.Module) -> str | None:
@@ -102,9 +112,10 @@ def outside_deepspeed():
         _deepspeed_config.config = config  # which the Trainer completes later
 
 
-def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module, dict[str, tuple | None]]:
+def load_classifier(name: str, config, hub: dict, role: str, **options) -> tuple[nn.Module, dict[str, tuple | None]]:
     """A pretrained classifier of a config, and its weights that are not the checkpoint's: by name, the shape that they
-    have there, or None. transformers' own table of them is silenced: which may be new is for the caller to say."""
+    have there, or None. transformers' own table of them is silenced: which may be new is for the caller to say. `role`
+    is "student" or "teacher". ValueError for files that cannot be read."""
     if not is_offline_mode():  # offline, transformers sends no request
         _has_file(name, SAFE_WEIGHTS_NAME, config._commit_hash)
     log: Any = logging.get_logger("transformers.modeling_utils")
@@ -118,9 +129,11 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
             model, info = AutoModelForImageClassification.from_pretrained(
                 name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub, **options
             )
-    except SafetensorError as error:
-        hint = "the file is corrupt or was cut off; save or download it again"
-        raise ValueError(f"the weights of {name} can't be read ({error}): {hint}.") from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"the weights of {role} {name} cannot be read ({_first_line(error)}): the file is damaged or not "
+            f"complete. Download or copy it again, or choose another --{role}."
+        ) from error
     finally:
         log.removeFilter(keep)
     faults = dict.fromkeys(info["missing_keys"]) | {key: shape for key, shape, _ in info["mismatched_keys"]}
@@ -129,25 +142,54 @@ def load_classifier(name: str, config, hub: dict, **options) -> tuple[nn.Module,
 
 
 def head_layers(module: Any) -> list[Any]:
-    """The linear layers as wide as there are classes in timm's own head, or outside the body of a classifier."""
+    """The linear layers as wide as there are classes in timm's own head, or outside the body of a classifier.
+
+    Where the body gives the logits (Perceiver), it is the body's last one.
+    """
     if hasattr(module, "timm_model"):
         heads = module.timm_model.get_classifier()
         heads = heads if isinstance(heads, (tuple, list)) else [heads]
-        layers = [m for head in heads for m in head.modules()]
+        layers = [("", m) for head in heads for m in head.modules()]
     else:
-        body = f"{getattr(module, 'base_model_prefix', None)}."
-        layers = [m for name, m in module.named_modules() if not name.startswith(body)]
+        layers = [*module.named_modules()]
     # A convolution of size 1 is linear, too: its weight has one value for each input and output.
-    linear = [m for m in layers if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight[0, 0].numel() == 1]
-    return [m for m in linear if len(m.weight) == module.config.num_labels]
+    linear = [(n, m) for n, m in layers if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight[0, 0].numel() == 1]
+    wide = [(name, m) for name, m in linear if len(m.weight) == module.config.num_labels]
+    body = f"{getattr(module, 'base_model_prefix', None)}."
+    return [m for name, m in wide if not name.startswith(body)] or [m for _, m in wide[-1:]]
 
 
 def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> int:
-    """The number of a model's logits. Raises ValueError if there are class names, and another number of them."""
-    width = dry_run(model, size).shape[1]
+    """The number of a model's logits for images of `size`.
+
+    Raises ValueError if it gives none, or if there are class names and another number of them.
+    """
+    try:
+        logits = dry_run(model, size)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{_first_line(error)} If it is their size, image_size=N gives another."
+        if (input_name := getattr(model, "main_input_name", "pixel_values")) not in ("pixel_values", "inputs"):
+            reason = f"its input is {input_name}."
+        raise ValueError(f"{name} does not accept images as tensors (3, {size[0]}, {size[1]}): {reason}") from error
+    if logits.ndim != 2:
+        raise ValueError(f"{name} gives {tuple(logits.shape)} for an image, not one logit for each class.")
+    width = logits.shape[1]
     if names is not None and width != len(names):
         raise ValueError(f"{name} names {len(names)} classes and gives {width} logits.")
     return width
+
+
+def check_architecture(name: str, config, size: tuple[int, int], trust_remote_code: bool = False) -> None:
+    """Raises ValueError if the architecture of a config gives no logits for images of `size`. Reads no weights."""
+    for device in ("meta", "cpu"):  # what does not run without memory for its weights gets it
+        with torch.device(device):
+            model = build(config, trust_remote_code)
+        try:
+            check_width(name, model, size, config.id2label)
+            return
+        except ValueError:
+            if device == "cpu":
+                raise
 
 
 def select_classes(module: Any, rows: list[int], size: tuple[int, int]) -> None:
@@ -212,6 +254,10 @@ def _square_processor(side: int, mean, std, resample: int = 3):
 
     size = {"height": side, "width": side}
     return ViTImageProcessor(size=size, resample=resample, image_mean=list(mean), image_std=list(std))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _has_file(name: str, file: str, commit: str | None) -> bool:

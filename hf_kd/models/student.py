@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from ..labels import head_rows, name_classes
 from . import loading
-from .forward import dry_run
 from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
@@ -56,6 +55,8 @@ def load_student(
     """
     module: Any
     config: Any
+    if id2label is not None and len(id2label) < 2:
+        raise ValueError(f"id2label names one class only, {id2label}: a classifier needs two or more.")
     if isinstance(model, nn.Module):
         if from_scratch:
             raise ValueError("from_scratch=True builds a model from an id or a folder, but a module was given.")
@@ -78,18 +79,12 @@ def load_student(
             module = loading.build(config, trust_remote_code)
         else:
             # The default dtype is that of the checkpoint, which may be too coarse to train.
-            module, faults = loading.load_classifier(name, config, hub, dtype=torch.float32)
+            module, faults = loading.load_classifier(name, config, hub, "student", dtype=torch.float32)
             _check_loaded(module, name, faults, own)
         processor = processor or loading.processor_for(module, name, hub)
     processor = loading.adjust_processor(processor, image_size, image_mean, image_std)
-    if image_size:
-        try:
-            dry_run(module, (image_size, image_size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{name} can't take images of image_size={image_size}: {error}") from error
     names = id2label if config is None else config.id2label
-    if module is model and names is not None:
-        loading.check_width(name, module, Preprocessing(processor).size, names)
+    loading.check_width(name, module, Preprocessing(processor).size, names)
     if rows is not None:
         if rows != list(range(config.num_labels)):
             loading.select_classes(module, rows, Preprocessing(processor).size)
@@ -118,6 +113,7 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
         # Of the weights' own settings only the preprocessing holds without them.
         data = timm.data.resolve_data_config(known(architecture).to_dict())
         config = TimmWrapperConfig(architecture=architecture, pretrained_cfg=data)  # type: ignore[call-arg]  # taken by **kwargs
+        loading.complete_timm_config(config)
     else:
         config = loading.load_config(name, hub)
     # Position embeddings depend on the size of the input.
@@ -125,7 +121,7 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
         if known(config.architecture).fixed_input_size:
             config.model_args = {**(config.model_args or {}), "img_size": image_size}
     elif image_size and hasattr(config, "image_size"):
-        config.image_size = image_size
+        config.image_size = image_size if isinstance(config.image_size, int) else [image_size] * 2
     kept = _PROBABILITY_TO_KEEP.get(config.model_type)
     if kept and config.classifier_dropout_prob == kept:
         config.classifier_dropout_prob = round(1 - kept, 3)
@@ -134,6 +130,17 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
             f"TensorFlow's probability to keep one: training with {1 - kept:.1%}."
         )
     return config
+
+
+def warn_distillation_head(student: Any) -> None:
+    """Warns, once for each class, of a student whose second head is meant to learn from a teacher of its own."""
+    heads = {id(layer) for layer in loading.head_layers(student)} if hasattr(student, "config") else set()
+    named = [name for name, module in student.named_modules() if id(module) in heads and "dist" in name]
+    if named:
+        logger.warning_once(
+            f"{type(student).__name__} has a distillation head, {named[0]}: it is trained and evaluated by the mean "
+            "of its two heads, so the distillation token learns nothing of its own."
+        )
 
 
 def _check_loaded(module: Any, name: str, faults: dict, own: int) -> None:

@@ -129,7 +129,7 @@ def load_teacher(
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
-        module, faults = loading.load_classifier(name, loading.load_config(name, hub), hub)
+        module, faults = loading.load_classifier(name, loading.load_config(name, hub), hub, "teacher")
         if faults:
             raise ValueError(
                 f"teacher {name}: {len(faults)} weights are missing from its checkpoint or have another shape, and "
