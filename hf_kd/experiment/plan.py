@@ -62,6 +62,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
     data = load_data(**source.load_arguments)
     source = _with_facts(source, data)
+    if source.streaming:
+        source = dataclasses.replace(source, stream_workers=config.dataloader_num_workers)
     teacher, teacher_side = None, 0
     if script.teacher:
         origin = _origin("teacher", script, earlier)
