@@ -1,6 +1,10 @@
 """Streams: each row once, in the order and with the images of a map-style run, resumed without reading the past."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -266,3 +270,74 @@ def test_the_command_line(tmp_path, things, capsys, undrawn_figures):
     assert run(*again) == 0
     after = json.loads((tmp_path / "out" / "run.json").read_text())
     assert after["metrics"] == record["metrics"]
+
+
+# ---- two processes; run by torchrun too: `test_streaming.py FOLDER` ----
+
+
+def train_two_passes(folder):
+    """A pass of 53 images, of which the last step has 5; in one process with the batches of two."""
+    rows = StreamedRows(sorted(map(str, (folder / "d").glob("train*"))), FEATURES)
+    test = StreamedRows(sorted(map(str, (folder / "d").glob("test*"))), FEATURES)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    options = {"per_device_train_batch_size": 16 // world, "save_strategy": "steps", "save_steps": 3, "loss": "nkd"}
+    trainer = trainer_for(folder / f"out-{world}", train=rows, evaluation=test, **SETTINGS | options)
+    seen, keep = [], trainer._prepare_inputs
+
+    def noting(inputs):
+        if trainer.model.training:
+            seen.append(inputs["index"].tolist())
+        return keep(inputs)
+
+    trainer._prepare_inputs = noting
+    if (folder / "resume").exists():
+        trainer.train(str(folder / f"out-{world}" / "checkpoint-6"))
+    else:
+        trainer.train()
+    metrics = trainer.evaluate()
+    rank = trainer.args.process_index
+    (folder / f"seen-{world}-{rank}.json").write_text(json.dumps(seen))
+    if trainer.is_world_process_zero():
+        torch.save(weights(trainer), folder / f"weights-{world}.pt")
+        (folder / f"metrics-{world}.json").write_text(json.dumps(metrics))
+    trainer.accelerator.wait_for_everyone()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, monkeypatch):
+    write(tmp_path / "d", SHARDS[4])
+    write(tmp_path / "d", [9, 4], "test", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+
+    def launch():
+        done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen = [json.loads((tmp_path / f"seen-2-{rank}.json").read_text()) for rank in (0, 1)]
+        return [list(map(sorted, (a + b for a, b in zip(*seen, strict=True))))[: 2 * 4], torch.load(tmp_path / "weights-2.pt")]
+
+    seen, two = launch()
+    assert [sum(map(len, seen[i : i + 4])) for i in (0, 4)] == [53, 53]
+    assert sorted(row for batch in seen[:4] for row in batch) == list(range(53)) and len(seen[3]) == 5
+    keep = StreamSampler._batches
+
+    def merged(self):
+        self.sizes, self.processes = batch_sizes(53, 8, 2), 2
+        parts = keep(self)
+        self.processes = 1
+        return [np.concatenate(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+
+    monkeypatch.setattr(StreamSampler, "_batches", merged)
+    monkeypatch.setattr(StreamSampler, "__len__", lambda self: 4)
+    train_two_passes(tmp_path)
+    torch.testing.assert_close(two, torch.load(tmp_path / "weights-1.pt"), rtol=1e-4, atol=1e-5)
+    first, second = (json.loads((tmp_path / f"metrics-{n}.json").read_text()) for n in (1, 2))
+    for name in ("loss", "kl"):
+        assert first[f"eval_{name}"] == pytest.approx(second[f"eval_{name}"], rel=1e-4)
+    (tmp_path / "resume").touch()
+    resumed, again = launch()
+    assert resumed[:2] == seen[6:8] and torch.equal(two, again)
+
+
+if __name__ == "__main__":
+    train_two_passes(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
