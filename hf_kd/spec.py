@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
 PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer that was built in Python
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
-STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
+STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std", "model_kwargs")
 DATA_OPTIONS = (
     "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples streaming"
 ).split()
@@ -52,6 +52,7 @@ class ModelSource:
     image_size: int | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    model_kwargs: dict[str, Any] | None = None
     class_map: Any = None
     # Teachers: how many images of our evaluation split it was trained on; None: its record does not tell.
     seen_evaluation_images: int | None = resumable()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import DistillationConfig, option
+from ..config import DistillationConfig, JSONObject, option, read_json
 from ..labels import read_class_map
 from ..recipes import EVERY_EPOCH, names
 
@@ -40,6 +40,9 @@ class ScriptArguments:
     image_size: int | None = option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
     image_std: list[float] | None = option("Channel standard deviations, in [0, 1].")
+    model_kwargs: JSONObject | None = option(
+        "Arguments of the student's architecture, as JSON: '{\"drop_path_rate\": 0.1}'."
+    )
     class_map: str | None = option(
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
@@ -67,6 +70,8 @@ class ScriptArguments:
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
         self.class_map = read_class_map(self.class_map)
+        if isinstance(self.model_kwargs, str):
+            self.model_kwargs = read_json("model_kwargs", self.model_kwargs)
         seeds = self.seeds or []
         for seed in seeds:
             if not isinstance(seed, int) or not 0 <= seed < 2**32:

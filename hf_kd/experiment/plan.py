@@ -166,7 +166,7 @@ def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple
 
 
 def _config(student: ModelSource) -> Any:
-    return student_config(student.id, student.from_scratch, student.image_size, student.hub)
+    return student_config(student.id, student.from_scratch, student.image_size, student.hub, student.model_kwargs)
 
 
 def _with_facts(source: DataSource, data: ImageData) -> DataSource:
@@ -180,8 +180,11 @@ def _measure(student: ModelSource, names: list[str]) -> tuple[int, int]:
     """The student's number of parameters, without memory for them, and the side of its input."""
     config = _config(student)
     config.num_labels = len(names)
-    with torch.device("meta"):
-        model = build(config, student.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = build(config, student.trust_remote_code)
+    except TypeError as error:
+        raise ValueError(f"--model_kwargs {student.model_kwargs}: {error}") from error
     return sum(p.numel() for p in model.parameters()), _input_side(student, config)
 
 
