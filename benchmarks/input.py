@@ -2,7 +2,7 @@
 
     python benchmarks/input.py --rounds 7 --markdown
 
-The images have ImageNet's usual size: JPEGs of 500 × 375 px, quality 90, made from the photographs that foolbox brings.
+The images have ImageNet's usual size: JPEGs of 500 × 375 px, quality 90, made from photographs of foolbox.
 In every round each contender makes the same batches in turn, in one process with one thread; the ratio is the median
 over rounds. Contenders:
 
@@ -41,7 +41,9 @@ FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.Class
 
 def photographs(n: int) -> list[bytes]:
     folder = resources.files("foolbox") / "data"
-    files = sorted(file.name for file in folder.iterdir() if file.name.startswith("imagenet") and file.name.endswith("jpg"))
+    files = sorted(
+        file.name for file in folder.iterdir() if file.name.startswith("imagenet") and file.name.endswith("jpg")
+    )
     encoded = []
     for i in range(n):
         with Image.open(folder / files[i % len(files)]) as image:
@@ -92,7 +94,9 @@ def contenders(encoded: list[bytes], folder: Path) -> dict[str, Callable[[], Non
     steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     plain = {"interpolation": "bicubic", "color_jitter": None, "mean": mean, "std": std}
     deit = plain | {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
-    pq.write_table(data.with_format("arrow")[:].replace_schema_metadata(None), folder / "a.parquet", row_group_size=100)
+    pq.write_table(
+        data.with_format("arrow")[:].replace_schema_metadata(None), folder / "a.parquet", row_group_size=100
+    )
 
     def sampler(images):
         return StreamSampler(images, BATCH, (1, 0, 0))
@@ -139,7 +143,9 @@ def main() -> None:
         middle = statistics.median(ratios)
         print(f"| {name} | {against} | {middle:.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {asked} |")
     speeds = {name: f"{arguments.images / statistics.median(seconds):.0f}/s" for name, seconds in times.items()}
-    versions = {key: value for key, value in collect_versions().items() if key in ("python", "torch", "torchvision", "timm")}
+    versions = {
+        key: value for key, value in collect_versions().items() if key in ("python", "torch", "torchvision", "timm")
+    }
     print(f"\nimages a second: {speeds}; {arguments.rounds} rounds of {arguments.images} images, 1 thread, {versions}")
 
 

@@ -93,7 +93,9 @@ def start(data: Path, output: Path, processes: int, workers: int) -> subprocess.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     here = [__file__, "--train", str(data), str(output), "--processes", str(processes), "--workers", str(workers)]
     command = [sys.executable, *(launcher if processes > 1 else []), *here]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def lines(folder: Path, rank: int) -> list[dict]:
@@ -154,14 +156,15 @@ def main() -> None:
     per_pass = sorted(i for rank in expected for batch in rank[: steps // EPOCHS] for i in batch)
     once = per_pass == list(range(sum(SHARDS)))
     text = [
-        f"{len(rows)} kills at the steps {', '.join(map(str, rows))} of {steps}; {processes} processes, {workers} workers",
+        f"{len(rows)} kills at the steps {', '.join(map(str, rows))} of {steps}; {processes} process(es), {workers} "
+        "worker(s) each",
         f"each row once a pass: {once}; same ids in the same order: {good}; weights bit-identical: {same}",
     ]
     if sessions:
         size = sum(file.stat().st_size for file in data.glob("train*"))
         text.append(
-            f"before the first new batch of a session: {max(sessions)[0]} images decoded besides those of this batch and "
-            f"the next, at most {max(read for _, read in sessions):,} bytes read of {size:,}"
+            f"before the first new batch of a session: {max(sessions)[0]} images decoded besides those of this batch "
+            f"and the next, at most {max(read for _, read in sessions):,} bytes read of {size:,}"
         )
     print(("\n\n" if arguments.markdown else "\n").join(text))
     raise SystemExit(0 if once and good and same else 1)

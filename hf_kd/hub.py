@@ -166,7 +166,7 @@ def _unreachable(repo: str) -> str:
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether it may go away by itself: too many requests, a server error, or a connection that failed or broke off."""
+    """Whether it may pass: too many requests, a server error, or a connection that failed or broke off."""
     for each in _chain(error):
         if isinstance(each, errors.OfflineModeIsEnabled):
             return False

@@ -22,8 +22,8 @@ from .callbacks import LogLastStep, OnTrainBegin, SaveOnInterrupt
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
-from .data.order import StreamSampler, evaluation_order
 from .data.collators import evaluation_collator, note_skipped, training_collator
+from .data.order import StreamSampler, evaluation_order
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms

@@ -35,7 +35,9 @@ def write(folder, sizes, split="train", seed=0, rows_per_group=4, features=FEATU
         start = sum(sizes[:i])
         paths.append(str(folder / f"{split}-{i:05d}-of-{len(sizes):05d}.parquet"))
         part = table.select(range(start, start + size)).with_format("arrow")[:]
-        pq.write_table(part.replace_schema_metadata(table.data.schema.metadata), paths[-1], row_group_size=rows_per_group)
+        pq.write_table(
+            part.replace_schema_metadata(table.data.schema.metadata), paths[-1], row_group_size=rows_per_group
+        )
     return paths, table
 
 
@@ -175,7 +177,10 @@ def test_a_failure_of_the_network_is_tried_again_and_others_are_not(tmp_path, mo
 def test_load_data_streams_a_folder(tmp_path):
     write(tmp_path / "d", [30, 23])
     write(tmp_path / "d", [20], "test", 1)
-    local, streamed = load_data(str(tmp_path / "d")), load_data(str(tmp_path / "d"), streaming=True, max_train_samples=33)
+    local, streamed = (
+        load_data(str(tmp_path / "d")),
+        load_data(str(tmp_path / "d"), streaming=True, max_train_samples=33),
+    )
     assert (len(streamed.train), len(streamed.eval), streamed.names) == (33, 20, local.names)
     assert (streamed.image_column, streamed.label_column) == ("image", "label")
     assert [row["label"] for row in streamed.train.__getitems__(range(33))] == local.train["label"][:33]
@@ -220,7 +225,10 @@ def test_a_run_is_that_of_the_data_on_disk_in_the_same_order(tmp_path):
     local = ImageDataset(table, seed=3)
     local.groups = rows.groups
     found = []
-    for train, evaluation in ((local, test), (rows, StreamedRows(write(tmp_path / "e", [9, 4], "test", 1)[0], FEATURES))):
+    for train, evaluation in (
+        (local, test),
+        (rows, StreamedRows(write(tmp_path / "e", [9, 4], "test", 1)[0], FEATURES)),
+    ):
         trainer = trainer_for(tmp_path / "out", train=train, evaluation=evaluation, **SETTINGS)
         trainer.train()
         metrics = trainer.evaluate()
@@ -313,7 +321,10 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
         done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         seen = [json.loads((tmp_path / f"seen-2-{rank}.json").read_text()) for rank in (0, 1)]
-        return [list(map(sorted, (a + b for a, b in zip(*seen, strict=True))))[: 2 * 4], torch.load(tmp_path / "weights-2.pt")]
+        return [
+            list(map(sorted, (a + b for a, b in zip(*seen, strict=True))))[: 2 * 4],
+            torch.load(tmp_path / "weights-2.pt"),
+        ]
 
     seen, two = launch()
     assert [sum(map(len, seen[i : i + 4])) for i in (0, 4)] == [53, 53]

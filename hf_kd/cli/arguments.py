@@ -53,7 +53,9 @@ class ScriptArguments:
     eval_fraction: float = option("Share of train to hold out where there is no such split.", 0.1)
     max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
     max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
-    streaming: bool = option("Read the images while training, from parquet files, without downloading them first.", False)
+    streaming: bool = option(
+        "Read the images while training, from parquet files, without downloading them first.", False
+    )
     student_revision: str | None = option("Branch, tag or commit of the student.")
     teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")

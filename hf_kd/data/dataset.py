@@ -68,8 +68,8 @@ class ImageDataset(Dataset):
         image_column, label_column, transform, max_pixels: see `find_columns` and `read_item`.
         seed: not negative.
 
-    `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another dataset,
-    they make it be read in the same order.
+    `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another
+    dataset, they make it be read in the same order.
 
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, so that every process has a batch.
@@ -193,7 +193,9 @@ def as_image_dataset(dataset, id2label: dict[int, str] | None, args: Distillatio
     if isinstance(dataset, dict):
         return {name: as_image_dataset(part, id2label, args, wrap) for name, part in dataset.items()}
     if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
-        raise ValueError("iterable datasets are not supported: pass load_data(NAME, streaming=True).train, whose rows are numbered.")
+        raise ValueError(
+            "iterable datasets are not supported: pass load_data(NAME, streaming=True).train, whose rows are numbered."
+        )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
     if not wrap and not _has_image_rows(dataset):

@@ -95,8 +95,8 @@ def load_data(
         if limit is not None and limit < 1:
             raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
     if streaming:
-        columns, limits = (image_column, label_column), (max_train_samples, max_eval_samples)
-        return _load_stream(name, config_name, revision, train_split, eval_split, columns, limits)
+        columns, first = (image_column, label_column), (max_train_samples, max_eval_samples)
+        return _load_stream(name, config_name, revision, train_split, eval_split, columns, first)
     splits, commit = _read(name, config_name, revision)
     sizes = ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
     train_split, eval_split = _choose_splits(name, splits, sizes, train_split, eval_split)
@@ -168,7 +168,7 @@ def load_data(
 def _choose_splits(
     name: str, splits: Mapping[str, Sized], sizes: str, train_split: str | None, eval_split: str | None
 ) -> tuple[str, str]:
-    """The splits to train and to evaluate on: those asked for, or the usual ones; where there is one only, twice that."""
+    """The splits to train and to evaluate on: those asked for, or the usual ones; of a single split twice that."""
     train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
     for option, split in (("train_split", train_split), ("eval_split", eval_split)):
@@ -204,15 +204,17 @@ def _load_stream(
         low, largest[split] = rows[split].label_range(label_column)
         if low < 0:
             raise ValueError(
-                f"split {split!r} of {name} has labels of -1 or missing ones in column {label_column!r}: it is published "
-                "without labels. Pass another --eval_split or --label_column"
+                f"split {split!r} of {name} has labels of -1 or missing ones in column {label_column!r}: it is "
+                "published without labels. Pass another --eval_split or --label_column"
             )
         origin = [name, commit, config_name] if commit else rows[split].describe()
         fingerprints[split] = fingerprint(*origin, split, image_column, label_column)
     names = getattr(features[label_column], "names", None) or [str(i) for i in range(max(largest.values()) + 1)]
     for split, label in largest.items():
         if label >= len(names):
-            raise ValueError(f"split {split!r} of {name} has the label {label}, and there are {len(names)} class names")
+            raise ValueError(
+                f"split {split!r} of {name} has the label {label}, and there are {len(names)} class names"
+            )
     return ImageData(
         train=rows[train_split],
         eval=rows[eval_split],

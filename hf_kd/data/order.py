@@ -26,7 +26,7 @@ class RowGroup:
 
 
 def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.ndarray:
-    """All rows in the order of an epoch: row groups shuffled, then the rows of each block; without a seed as they are."""
+    """All rows in the order of an epoch: row groups shuffled, then rows within blocks; unchanged without a seed."""
     rows = [np.arange(group.start, group.start + group.rows) for group in groups]
     if seed is None:
         return np.concatenate(rows)
@@ -77,7 +77,7 @@ def _readers(count: int, processes: int, workers: int) -> np.ndarray:
 
 
 def reading_factor(groups: Sequence[RowGroup], every: Sequence[np.ndarray], processes: int, workers: int) -> float:
-    """How many times each row is read in an epoch, on average: a row group is read by each reader that has a row of it."""
+    """How often a row is read in an epoch, on average: each reader that has a row of a row group reads all of it."""
     starts, rows = np.array([group.start for group in groups]), np.array([group.rows for group in groups])
     readers = _readers(len(every), processes, workers)
     places = [np.searchsorted(starts, batch, side="right") - 1 for batch in every]
@@ -110,9 +110,9 @@ class StreamSampler(BatchRebalanceSampler):
         factor = reading_factor(dataset.groups, self._batches(), self.processes, self.workers)
         if factor > 1.2:
             logger.warning_once(
-                f"{self.processes} processes with {max(1, self.workers)} loader workers read {len(dataset.groups)} row "
-                f"groups, so that each image is read {factor:.1f} times: use fewer --dataloader_num_workers, or files "
-                "with more row groups."
+                f"{self.processes} processes with {max(1, self.workers)} loader workers read {len(dataset.groups)} "
+                f"row groups, so that each image is read {factor:.1f} times: use fewer --dataloader_num_workers, or "
+                "files with more row groups."
             )
 
     def __iter__(self) -> Iterator[list[int]]:

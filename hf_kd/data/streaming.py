@@ -40,7 +40,7 @@ class StreamedRows:
         limit: only so many of the first rows.
 
     `groups` are its row groups. A worker holds those of the current block and, read ahead, of the next one in memory,
-    as they are in the files. What cannot be reached is asked for again for ten minutes, except where that is of no use.
+    as they are in the files. What cannot be reached is tried again for ten minutes, unless that is of no use.
     """
 
     def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
@@ -169,8 +169,6 @@ def _patiently(read: Callable[[], Any], file: str) -> Any:
             logger.warning(f"{file} could not be read ({error}): trying again in {wait:.0f} s")
         time.sleep(wait)
         wait = min(2 * wait, 60)
-
-
 
 
 def stream_splits(
