@@ -1,9 +1,12 @@
 """Streams: each row once, in the order and with the images of a map-style run, resumed without reading the past."""
 
+import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -13,6 +16,7 @@ import pytest
 import torch
 from cli_helpers import NAMES, distill, images
 from data_helpers import alone as alone
+from data_helpers import encode
 from data_helpers import pytestmark as pytestmark
 from torch.utils.data import DataLoader
 from trainer_helpers import trainer_for
@@ -207,6 +211,34 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     iterable = datasets.load_dataset("parquet", data_files={"train": paths}, split="train", streaming=True)
     with pytest.raises(ValueError, match="streaming=True"):
         trainer_for(tmp_path / "out", train=iterable)
+
+
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_a_webdataset_is_streamed(tmp_path, monkeypatch, label):
+    monkeypatch.setattr(streaming, "TAR_GROUP", 4)
+    sources = {"train": (SHARDS[4], images(53, 0)), "test": ([9], images(9, 1))}
+    (tmp_path / "d").mkdir()
+    for split, (sizes, rows) in sources.items():
+        pairs = iter(enumerate(zip(rows["image"], rows["label"], strict=True)))
+        for shard, size in enumerate(sizes):
+            with tarfile.open(tmp_path / "d" / f"{split}-{shard:04d}.tar", "w") as tar:
+                for i, (image, y) in itertools.islice(pairs, size):
+                    content = str(y).encode() if label == "cls" else json.dumps({"label": y, "text": "x"}).encode()
+                    for name, data in ((f"a/{i:05d}.{label}", content), (f"a/{i:05d}.png", encode(image))):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    data = load_data(str(tmp_path / "d"), streaming=True)
+    assert (len(data.train), len(data.eval), data.names) == (53, 9, list("012345"))
+    assert [group.rows for group in data.train.groups] == [1, *[4] * 5, 4, 4, 1, *[4] * 5, 3]
+    dataset = ImageDataset(data.train).for_training(None, None)
+    items = [item for batch in StreamSampler(dataset, 8, (1, 0, 0)) for item in dataset.__getitems__(batch)]
+    assert sorted(item["index"] for item in items) == list(range(53))
+    for item in items:
+        expected = np.asarray(sources["train"][1]["image"][item["index"]])
+        assert item["labels"] == item["index"] % 6
+        assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), expected)
+    assert len(load_data(str(tmp_path / "d"), streaming=True, max_train_samples=10).train) == 10
 
 
 # ---- training ----

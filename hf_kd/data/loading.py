@@ -188,7 +188,7 @@ def _load_stream(
     limits: tuple[int | None, int | None],
 ) -> ImageData:
     """`load_data` with `streaming`: from the files' footers alone."""
-    splits, features, commit = stream_splits(name, config_name, revision)
+    rows_class, splits, features, commit = stream_splits(name, config_name, revision)
     train_split, eval_split = _choose_splits(name, splits, ", ".join(splits), train_split, eval_split)
     if eval_split == train_split:
         raise ValueError(
@@ -200,7 +200,7 @@ def _load_stream(
     features = datasets.Features({key: features[key] for key in (image_column, label_column)})
     rows, fingerprints, largest = {}, {}, {}
     for split, limit in zip((train_split, eval_split), limits, strict=True):
-        rows[split] = StreamedRows(splits[split], features, limit)
+        rows[split] = rows_class(splits[split], features, limit)
         low, largest[split] = rows[split].label_range(label_column)
         if low < 0:
             raise ValueError(

@@ -7,10 +7,14 @@ of its own, a block of them at a time. A run is resumed by its step alone: the r
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import os
+import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +32,7 @@ from .order import BLOCK_ROWS, RowGroup
 
 logger = logging.get_logger(__name__)
 
+TAR_GROUP = 64  # samples of a tar file that are read together
 PATIENCE = 600  # seconds of failures after which a file is given up
 
 
@@ -45,19 +50,23 @@ class StreamedRows:
 
     def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
         self.features = features
+        self._footers: dict[str, Any] = {}
         with ThreadPoolExecutor(16) as pool:
-            footers = dict(zip(files, pool.map(_footer, files), strict=True))
+            self._rows = dict(zip(files, pool.map(self._index, files), strict=True))
         self.groups: list[RowGroup] = []
-        for file, footer in footers.items():
-            for index in range(footer.num_row_groups):
+        for file, counts in self._rows.items():
+            for index, rows in enumerate(counts):
                 start = self.groups[-1].start + self.groups[-1].rows if self.groups else 0
-                rows = footer.row_group(index).num_rows
                 rows = rows if limit is None else min(rows, limit - start)
                 if rows > 0:
                     self.groups.append(RowGroup(file, index, start, rows))
         self._starts = np.array([group.start for group in self.groups])
-        self._footers = footers
         self._clear()
+
+    def _index(self, file: str) -> list[int]:
+        """The numbers of rows of a file's row groups."""
+        self._footers[file] = _footer(file)
+        return [self._footers[file].row_group(i).num_rows for i in range(self._footers[file].num_row_groups)]
 
     def _clear(self) -> None:
         self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()
@@ -125,7 +134,7 @@ class StreamedRows:
 
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
-        return [f"{os.path.basename(file)} {_size(file)} {footer.num_rows}" for file, footer in self._footers.items()]
+        return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
 
     def _groups_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -137,6 +146,73 @@ class StreamedRows:
                 return parquet.read_row_group(group.index, columns=columns or self.column_names)
 
         return _patiently(read, group.file)
+
+
+class TarRows(StreamedRows):
+    """The samples of a webdataset: an image (jpg, jpeg, png or webp) and a label (cls, or the "label" of a json).
+
+    Its files have no index: their headers are read once for it, which on the Hub takes as long as reading all of them.
+    """
+
+    def _index(self, file: str) -> list[int]:
+        def read() -> tuple[list[tuple[int, int]], list[int], list[int]]:
+            spans, counts, labels = [], list[int](), list[int]()
+            with fsspec.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+                start = 0
+                for sample in _samples(tar, file):
+                    labels.append(sample["label"])
+                    if not counts or counts[-1] == TAR_GROUP:
+                        counts.append(0)
+                        spans.append((start, start))
+                    counts[-1] += 1
+                    spans[-1] = (spans[-1][0], start := sample["end"])
+            return spans, counts, labels
+
+        spans, counts, labels = _patiently(read, file)
+        self._footers[file] = spans, min(labels, default=0), max(labels, default=0)
+        return counts
+
+    def label_range(self, column: str) -> tuple[int, int]:
+        footers = self._footers.values()
+        return min(low for _, low, _ in footers), max(high for _, _, high in footers)
+
+    def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
+        def read() -> pa.Table:
+            start, stop = self._footers[group.file][0][group.index]
+            with fsspec.open(group.file, "rb") as file:
+                file.seek(start)
+                data = io.BytesIO(file.read(stop - start))
+            with tarfile.open(fileobj=data, mode="r:") as tar:
+                rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
+            return pa.Table.from_pylist(rows)
+
+        return _patiently(read, group.file)
+
+
+def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
+    """The samples of a tar file: members that follow each other and have the same name up to its first dot."""
+
+    def key(member: tarfile.TarInfo) -> str:
+        folder, _, name = member.name.rpartition("/")
+        return f"{folder}/{name.partition('.')[0]}"
+
+    for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
+        sample: dict[str, Any] = {"image": None, "label": None}
+        for member in members:
+            kind = member.name.rpartition("/")[2].partition(".")[2].lower()
+            content: Any = tar.extractfile(member)
+            if kind in ("jpg", "jpeg", "png", "webp"):
+                sample["image"] = {"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"}
+            elif kind == "cls":
+                sample["label"] = int(content.read())
+            elif kind == "json" and sample["label"] is None:
+                sample["label"] = json.loads(content.read()).get("label")
+            sample["end"] = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if sample["image"] is None or type(sample["label"]) is not int:
+            raise ValueError(
+                f'{file} has no image (jpg, png, webp) or no whole number as label (cls, or "label" in json) for {name}'
+            )
+        yield sample
 
 
 def _size(file: str) -> int:
@@ -173,24 +249,28 @@ def _patiently(read: Callable[[], Any], file: str) -> Any:
 
 def stream_splits(
     name: str, config_name: str | None, revision: str | None
-) -> tuple[dict[str, list[str]], datasets.Features | None, str | None]:
-    """The parquet files of each split of a dataset, its features where they are known without a file, and its commit.
+) -> tuple[type[StreamedRows], dict[str, list[str]], datasets.Features | None, str | None]:
+    """How the rows of a dataset are read, the files of each split, the features if known without a file, the commit.
 
     Raises ValueError for a dataset of other files.
     """
     path = bundled(name) or name
     commit = None
     if os.path.isfile(path):
-        return {"train": [str(path)]}, None, None
+        return StreamedRows, {"train": [str(path)]}, None, None
     if not os.path.exists(path):
         revision = resolve(name, revision, "dataset")
         commit = revision.resolved
     builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
     files: Any = builder.config.data_files or {}
-    if builder.info.builder_name != "parquet":
+    kind = builder.info.builder_name
+    if kind not in ("parquet", "webdataset"):
         raise ValueError(
-            f"{name} is made of {builder.info.builder_name} files, of which a stream would be in the order of their "
-            "classes or has no numbers of rows: leave --streaming out, or write it as parquet with "
+            f"{name} is made of {kind} files, of which a stream would be in the order of their classes or has no "
+            "numbers of rows: leave --streaming out, or write it as parquet with "
             "load_dataset(...).to_parquet(...)"
         )
-    return {str(split): [str(file) for file in paths] for split, paths in files.items()}, builder.info.features, commit
+    paths = {str(split): [str(file) for file in each] for split, each in files.items()}
+    if kind == "webdataset":
+        return TarRows, paths, datasets.Features(image=datasets.Image(), label=datasets.Value("int64")), commit
+    return StreamedRows, paths, builder.info.features, commit
