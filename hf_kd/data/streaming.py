@@ -210,7 +210,7 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
             sample["end"] = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if sample["image"] is None or type(sample["label"]) is not int:
             raise ValueError(
-                f'{file} has no image (jpg, png, webp) or no whole number as label (cls, or "label" in json) for {name}'
+                f'{file}: {name} has no image (jpg, png, webp), or no number as label (cls, or "label" in json)'
             )
         yield sample
 
