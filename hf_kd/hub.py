@@ -165,6 +165,18 @@ def _unreachable(repo: str) -> str:
     )
 
 
+def is_temporary(error: BaseException) -> bool:
+    """Whether it may pass: too many requests, a server error, or a connection that failed or broke off."""
+    for each in _chain(error):
+        if isinstance(each, errors.OfflineModeIsEnabled):
+            return False
+        if isinstance(each, errors.HfHubHTTPError):
+            return each.response.status_code == 429 or each.response.status_code >= 500
+        if isinstance(each, (errors.HTTPError, ConnectionError, TimeoutError)):
+            return True
+    return False
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says so, by its number or only by its text."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))

@@ -18,9 +18,9 @@ SCHEMA_VERSION = 1
 PLAN_FILE = "plan.json"
 PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer that was built in Python
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
-STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std")
+STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std", "model_kwargs")
 DATA_OPTIONS = (
-    "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples"
+    "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples streaming"
 ).split()
 # Arguments of the trainer that say how a run is carried out and reported, not what is learned.
 EXECUTION = (
@@ -52,6 +52,7 @@ class ModelSource:
     image_size: int | None = None
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    model_kwargs: dict[str, Any] | None = None
     class_map: Any = None
     # Teachers: how many images of our evaluation split it was trained on; None: its record does not tell.
     seen_evaluation_images: int | None = resumable()
@@ -77,6 +78,8 @@ class DataSource:
     label_column: str | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    streaming: bool = False
+    stream_workers: int | None = None  # loader workers, on which the order of a stream depends
     train_size: int | None = None
     eval_size: int | None = None
     classes: list[str] | None = None

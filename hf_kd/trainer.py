@@ -23,6 +23,7 @@ from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, note_skipped, training_collator
+from .data.order import StreamSampler, evaluation_order
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
@@ -201,6 +202,10 @@ class DistillationTrainer(Trainer):
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
+        if isinstance(dataset, ImageDataset) and dataset.groups:
+            readers = self.args.world_size, self.args.process_index, self.args.dataloader_num_workers
+            make_sampler = StreamSampler if is_training else evaluation_order
+            sampler_fn = functools.partial(make_sampler, batch_size=batch_size, readers=readers)
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
         try:

@@ -23,7 +23,7 @@ does otherwise than the Hub:
   fine-grained token says of gated repositories; of its permissions only repo.content.read and repo.write count, for a
   user, an organisation or one repository; a member of an organisation has one role in all of its repositories.
 
-What `deit_tiny` and `cifar100` make has the real ones' files and forms, not their contents: their docstrings.
+What `deit_tiny`, `cifar100` and `imagenet` make has the real ones' files and forms, not their contents.
 """
 
 import contextlib
@@ -294,6 +294,38 @@ def deit_tiny(folder, seed=0, layers=3):
     Path(folder, "preprocessor_config.json").write_text(json.dumps(processor))
     card = "---\nlicense: apache-2.0\npipeline_tag: image-classification\nlibrary_name: transformers\n---\n\n# DeiT\n"
     Path(folder, "README.md").write_text(card)
+    return Path(folder)
+
+
+def imagenet(folder, n_train=48, n_test=16, shards=7, seed=0):
+    """A random ILSVRC/imagenet-1k with columns, features and kinds of files of the real one; returns `folder`.
+
+    JPEGs of several sizes, some of them grey or CMYK, in row groups of 4 rows. The train split has `shards` files.
+    """
+    import io
+
+    import numpy as np
+    import pyarrow.parquet as pq
+    import timm
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as PIL
+
+    info, rng = timm.data.ImageNetInfo(), np.random.default_rng(seed)
+    names = [info.index_to_description(i, detailed=True) for i in range(1000)]
+    features = Features(image=Image(), label=ClassLabel(names=names))
+    Path(folder, "data").mkdir(parents=True)
+    for split, count, files in (("train", n_train, shards), ("validation", n_test, 1)):
+        encoded = []
+        for i in range(count):
+            buffer, size = io.BytesIO(), tuple(rng.integers(30, 60, 2).tolist())
+            pixels = PIL.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+            pixels.convert(("RGB", "RGB", "L", "CMYK")[i % 4]).save(buffer, "JPEG")
+            encoded.append({"bytes": buffer.getvalue(), "path": f"{split}_{i}.JPEG"})
+        columns = {"image": encoded, "label": rng.integers(0, 1000, count).tolist()}
+        table = Dataset.from_dict(columns, features=features).with_format("arrow")
+        for i, rows in enumerate(np.array_split(np.arange(count), files)):
+            path = Path(folder, "data", f"{split}-{i:05d}-of-{files:05d}.parquet")
+            pq.write_table(table[rows.tolist()], path, row_group_size=4)
     return Path(folder)
 
 

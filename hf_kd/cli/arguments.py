@@ -11,7 +11,7 @@ from typing import Any, ClassVar, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..config import DistillationConfig, check_numbers, option
+from ..config import DistillationConfig, JSONObject, check_numbers, option, read_json
 from ..experiment.variants import run_configs
 from ..labels import read_class_map
 from ..losses import LOSSES
@@ -45,6 +45,9 @@ class ScriptArguments:
     image_size: int | None = option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
     image_std: list[float] | None = option("Channel standard deviations, in [0, 1].")
+    model_kwargs: JSONObject | None = option(
+        "Arguments of the student's architecture, as JSON: '{\"drop_path_rate\": 0.1}'."
+    )
     class_map: dict | str | list | None = option(
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
@@ -55,6 +58,9 @@ class ScriptArguments:
     eval_fraction: float = option("Share of train to hold out where there is no such split.", 0.1)
     max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
     max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
+    streaming: bool = option(
+        "Read the images while training, from parquet files, without downloading them first.", False
+    )
     student_revision: str | None = option("Branch, tag or commit of the student.")
     teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
@@ -71,6 +77,8 @@ class ScriptArguments:
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
         self.class_map = read_class_map(self.class_map)
+        if isinstance(self.model_kwargs, str):
+            self.model_kwargs = read_json("model_kwargs", self.model_kwargs)
         sizes = ("image_size", "max_train_samples", "max_eval_samples")
         check_numbers(self, ("seeds", "eval_fraction", *sizes), sizes, seeds=(0, 2**32 - 1), eval_fraction=(0, 1))
         if self.eval_fraction in (0, 1):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -14,6 +15,8 @@ from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
 from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
+from .order import BLOCK_ROWS, RowGroup, epoch_order
+from .streaming import StreamedRows
 from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
 
 
@@ -66,12 +69,17 @@ class ImageDataset(Dataset):
         seed: not negative.
 
     `labelled` is False where `as_image_dataset` has put -100 in the place of missing labels.
+
+    `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another
+    dataset, they make it be read in the same order.
+
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, so that every process has a batch.
     """
 
     replacement = False
     labelled = True
+    _places: tuple[int, np.ndarray, np.ndarray] | None = None  # of an epoch its order, and where in it each row is
 
     def __init__(
         self,
@@ -87,10 +95,12 @@ class ImageDataset(Dataset):
             self._keys = dataset.select_columns(INDEX_COLUMN).with_format("numpy")[:][INDEX_COLUMN]
         if self._undecoded:
             image_column, label_column = find_columns(dataset, image_column, label_column)
-            dataset = dataset.with_format(None).select_columns([image_column, label_column])
-            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+            if isinstance(dataset, datasets.Dataset):
+                dataset = dataset.with_format(None).select_columns([image_column, label_column])
+                dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
         self.transform, self.seed, self.max_pixels = transform, seed, max_pixels
+        self.groups: list[RowGroup] | None = getattr(dataset, "groups", None)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -129,6 +139,19 @@ class ImageDataset(Dataset):
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
         return items
 
+    def epoch_order(self) -> np.ndarray:
+        """All rows of a stream in the order of the current epoch; for evaluation as they are."""
+        assert self.groups is not None
+        return epoch_order(self.groups, self.seed if self.replacement else None, int(self._epoch))
+
+    def _following(self, index: int) -> np.ndarray:
+        """The rows of about a block that come next after one."""
+        if self._places is None or self._places[0] != int(self._epoch):
+            order = self.epoch_order()
+            self._places = int(self._epoch), order, np.argsort(order)
+        _, order, places = self._places
+        return order[places[index] + 1 :][:BLOCK_ROWS]
+
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
         options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column, self.max_pixels)
         with forked_rng():
@@ -137,7 +160,9 @@ class ImageDataset(Dataset):
     def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         keys = [index % len(self) if self._keys is None else int(self._keys[index]) for index in indices]
         if self._undecoded:
-            yield from zip(keys, self.dataset.__getitems__(indices), strict=True)
+            ahead = isinstance(self.dataset, StreamedRows) and len(indices) > 1  # as a loader asks
+            following = [self._following(indices[-1])] if ahead else []
+            yield from zip(keys, self.dataset.__getitems__(indices, *following), strict=True)
             return
         for index, key in zip(indices, keys, strict=True):
             seed_rngs(sample_seed(self.seed, int(self._epoch), key, 2))  # 2: not the numbers of our own transform
@@ -148,6 +173,8 @@ class ImageDataset(Dataset):
 
 
 def _has_image_rows(dataset) -> bool:
+    if isinstance(dataset, StreamedRows):
+        return True
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return False
     return not {"pixel_values", "pixels"} & set(dataset.column_names)
@@ -172,7 +199,9 @@ def as_image_dataset(
     if isinstance(dataset, dict):
         return {name: as_image_dataset(part, id2label, args, wrap, labelled) for name, part in dataset.items()}
     if isinstance(dataset, (torch.utils.data.IterableDataset, datasets.IterableDataset)):
-        raise ValueError("streamed (iterable) datasets are not supported yet: load it without streaming=True.")
+        raise ValueError(
+            "iterable datasets are not supported: pass load_data(NAME, streaming=True).train, whose rows are numbered."
+        )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("the dataset is empty.")
     if not wrap and not _has_image_rows(dataset):
@@ -198,7 +227,7 @@ def augmentation_of(dataset, args: DistillationConfig) -> str | None:
         reason = "your data_collator receives its items unchanged"
     elif dataset.transform or (isinstance(dataset._source, ImageDataset) and dataset._source.transform):
         reason = "it has a transform of its own"
-    elif "pixel_values" in dataset[0]:
+    elif not dataset._undecoded and "pixel_values" in dataset[0]:
         reason = "its pixel_values are normalised already; give images, under the key image"
     else:
         return args.augment

@@ -1,6 +1,7 @@
 """Finds, reads and checks a dataset: two splits of images with labels in [0, C) and the names of the C classes."""
 
 import logging
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..labels import name_key
 from ..quickstart import bundled
 from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
+from .streaming import StreamedRows, stream_features, stream_splits
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,8 @@ class ImageData:
     is that of both with their names.
     """
 
-    train: Dataset
-    eval: Dataset
+    train: Dataset | StreamedRows
+    eval: Dataset | StreamedRows
     image_column: str
     label_column: str
     names: list[str]
@@ -64,6 +66,7 @@ def load_data(
     eval_fraction: float = 0.1,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    streaming: bool = False,
 ) -> ImageData:
     """Loads an image classification dataset and checks every label of it.
 
@@ -82,18 +85,21 @@ def load_data(
         eval_fraction: of the training split to hold out, between 0 and 1.
         max_train_samples, max_eval_samples: at most so many images, each class in proportion, by the same hashes: the
             largest to train on, the smallest to evaluate on.
+        streaming: read the images while training, from parquet files here or on the Hub, without downloading them
+            first. Nothing can be held out, labels are integers, and the limits take the first rows.
 
     Raises:
         ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
     """
+    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
+    if streaming:
+        columns, first = (image_column, label_column), (max_train_samples, max_eval_samples)
+        return _load_stream(name, config_name, revision, train_split, eval_split, columns, first)
     splits, commit = _read(name, config_name, revision)
-    train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
     sizes = ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
-    for option, split in (("train_split", train_split), ("eval_split", eval_split)):
-        if not len(splits.get(split, ())):
-            problem = "is empty" if split in splits else f"is not there: pass --{option}"
-            raise ValueError(f"split {split!r} of {name!r} {problem}; there are: {sizes}")
+    train_split, eval_split = _choose_splits(name, splits, sizes, train_split, eval_split)
     image_column, label_column = find_columns(splits[train_split], image_column, label_column)
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
@@ -136,9 +142,6 @@ def load_data(
             f"other {len(train)} (eval_fraction={eval_fraction}); for another split pass --eval_split, one of {sizes}"
         )
         logger.warning(message)
-    for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
     train, evaluation = np.sort(train[::-1][:max_train_samples]), np.sort(evaluation[:max_eval_samples])
     without = {"train on": np.setdiff1d(range(len(names)), labels[train_split][train])}
     if held_out:
@@ -157,6 +160,73 @@ def load_data(
         config_name=config_name,
         eval_fraction=eval_fraction if held_out else None,
         split_sizes={split: len(data) for split, data in chosen.items()},
+        split_fingerprints=fingerprints,
+        fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
+    )
+
+
+def _choose_splits(
+    name: str, splits: Mapping[str, Sized], sizes: str, train_split: str | None, eval_split: str | None
+) -> tuple[str, str]:
+    """The splits to train and to evaluate on: those asked for, or the usual ones; of a single split twice that."""
+    train_split = train_split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), train_split)
+    for option, split in (("train_split", train_split), ("eval_split", eval_split)):
+        if not len(splits.get(split, ())):
+            problem = "is empty" if split in splits else f"is not there: pass --{option}"
+            raise ValueError(f"split {split!r} of {name!r} {problem}; there are: {sizes}")
+    return train_split, eval_split
+
+
+def _load_stream(
+    name: str,
+    config_name: str | None,
+    revision: str | None,
+    train_split: str | None,
+    eval_split: str | None,
+    columns: tuple[str | None, str | None],
+    limits: tuple[int | None, int | None],
+) -> ImageData:
+    """`load_data` with `streaming`: from the files' footers alone."""
+    rows_class, splits, features, commit = stream_splits(name, config_name, revision)
+    train_split, eval_split = _choose_splits(name, splits, ", ".join(splits), train_split, eval_split)
+    if eval_split == train_split:
+        raise ValueError(
+            f"{name} has the splits {', '.join(splits)}: a stream has no hold-out, so pass --eval_split with another "
+            "than the training split, or leave --streaming out"
+        )
+    features = features or stream_features(splits[train_split][0])
+    image_column, label_column = find_columns(features, *columns)
+    features = datasets.Features({key: features[key] for key in (image_column, label_column)})
+    rows, fingerprints, largest = {}, {}, {}
+    for split, limit in zip((train_split, eval_split), limits, strict=True):
+        rows[split] = rows_class(splits[split], features, limit)
+        low, largest[split] = rows[split].label_range(label_column)
+        if low < 0:
+            raise ValueError(
+                f"split {split!r} of {name} has labels of -1 or missing ones in column {label_column!r}: it is "
+                "published without labels. Pass another --eval_split or --label_column"
+            )
+        origin = [name, commit, config_name] if commit else rows[split].describe()
+        fingerprints[split] = fingerprint(*origin, split, image_column, label_column)
+    names = getattr(features[label_column], "names", None) or [str(i) for i in range(max(largest.values()) + 1)]
+    for split, label in largest.items():
+        if label >= len(names):
+            raise ValueError(
+                f"split {split!r} of {name} has the label {label}, and there are {len(names)} class names"
+            )
+    return ImageData(
+        train=rows[train_split],
+        eval=rows[eval_split],
+        image_column=image_column,
+        label_column=label_column,
+        names=names,
+        name=name,
+        revision=commit,
+        train_split=train_split,
+        eval_split=eval_split,
+        config_name=config_name,
+        split_sizes={split: len(part) for split, part in rows.items()},
         split_fingerprints=fingerprints,
         fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )

@@ -72,10 +72,12 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         side = max(side, _input_side(teacher, load_config(teacher.id, teacher.hub)))
     data = load_data(**source.load_arguments)
     source = _with_facts(source, data)
+    if source.streaming:
+        source = dataclasses.replace(source, stream_workers=config.dataloader_num_workers)
     if teacher:
         teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
         ClassMapping.between(load_config(teacher.id, teacher.hub).id2label, data.names, teacher.class_map)
-    parameters = _count_parameters(config_of_student, data.names, student.trust_remote_code)
+    parameters = _count_parameters(config_of_student, data.names, student)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
     found["train_image_size"] = config.train_image_size or side
     runs = tuple(
@@ -167,7 +169,7 @@ def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple
 
 
 def _config(student: ModelSource) -> Any:
-    return student_config(student.id, student.from_scratch, student.image_size, student.hub)
+    return student_config(student.id, student.from_scratch, student.image_size, student.hub, student.model_kwargs)
 
 
 def _with_facts(source: DataSource, data: ImageData) -> DataSource:
@@ -177,11 +179,16 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
     return dataclasses.replace(source, **found)
 
 
-def _count_parameters(config, names: list[str], trust_remote_code: bool) -> int:
+def _count_parameters(config, names: list[str], student: ModelSource) -> int:
     """The student's number of parameters, without memory for them."""
     name_classes(config, names)
-    with torch.device("meta"):
-        return sum(p.numel() for p in build(config, trust_remote_code).parameters())
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in build(config, student.trust_remote_code).parameters())
+    except TypeError as error:
+        if not student.model_kwargs:
+            raise
+        raise ValueError(f"--model_kwargs {student.model_kwargs}: {error}") from error
 
 
 def _input_side(source: ModelSource, config) -> int:

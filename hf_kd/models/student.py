@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import Any
 
@@ -29,6 +30,7 @@ def load_student(
     image_std: list[float] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
 ):
     """A student and its image processor.
 
@@ -45,6 +47,8 @@ def load_student(
         image_mean, image_std: channel statistics of pixels in [0, 1]; default: the processor's.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run modelling code from the Hub repository. Off unless you have read it.
+        model_kwargs: arguments of the architecture, such as {"drop_path_rate": 0.1}: of timm's `create_model`, or
+            attributes of a config of transformers.
 
     Returns:
         `(model, processor)`. The model is on the CPU, in train mode if `from_scratch`.
@@ -63,7 +67,7 @@ def load_student(
         module, name, config = model, type(model).__name__, getattr(model, "config", None)
     else:
         name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
-        module, config = None, student_config(name, from_scratch, image_size, hub)
+        module, config = None, student_config(name, from_scratch, image_size, hub, model_kwargs)
     rows, renamed = None, 0
     if config is not None and id2label is not None and not from_scratch:
         rows, renamed = head_rows(config.id2label, id2label)
@@ -97,10 +101,12 @@ def load_student(
     return module, processor
 
 
-def student_config(name: str, from_scratch: bool, image_size: int | None, hub: dict):
+def student_config(
+    name: str, from_scratch: bool, image_size: int | None, hub: dict, model_kwargs: dict[str, Any] | None = None
+):
     """The config that `load_student` builds on; see there for the arguments, and `load_config` for `hub`."""
     if not from_scratch:
-        return loading.load_config(name, hub)
+        return _with_kwargs(loading.load_config(name, hub), model_kwargs)
     import timm
     from transformers import TimmWrapperConfig
 
@@ -129,6 +135,18 @@ def student_config(name: str, from_scratch: bool, image_size: int | None, hub: d
             f"{name}: its config drops {kept:.1%} of the features before the head (classifier_dropout_prob). That is "
             f"TensorFlow's probability to keep one: training with {1 - kept:.1%}."
         )
+    return _with_kwargs(config, model_kwargs)
+
+
+def _with_kwargs(config, model_kwargs: dict[str, Any] | None):
+    for key, value in (model_kwargs or {}).items():
+        if config.model_type == "timm_wrapper":
+            config.model_args = {**(config.model_args or {}), key: value}
+        elif key in config.to_dict():
+            setattr(config, key, value)
+        else:
+            near = ", ".join(difflib.get_close_matches(key, config.to_dict(), n=3)) or "-"
+            raise ValueError(f"--model_kwargs: a {config.model_type} has no {key!r}. Near: {near}.")
     return config
 
 

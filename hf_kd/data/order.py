@@ -1,0 +1,132 @@
+"""The order in which an epoch reads a stream: which rows, in which batches, by which process and loader worker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BLOCK_ROWS = 1024  # rows that are shuffled among themselves, from row groups that follow each other
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a parquet file: the rows `start` to `start + rows` of its split."""
+
+    file: str
+    index: int
+    start: int
+    rows: int
+
+
+def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.ndarray:
+    """All rows in the order of an epoch: row groups shuffled, then rows within blocks; unchanged without a seed."""
+    rows = [np.arange(group.start, group.start + group.rows) for group in groups]
+    if seed is None:
+        return np.concatenate(rows)
+    rng = np.random.default_rng((seed, epoch))
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
+    sizes = np.array([len(each) for each in shuffled])
+    block = np.repeat((np.cumsum(sizes) - sizes) // BLOCK_ROWS, sizes)  # of each row: where its group begins
+    order = np.concatenate(shuffled)
+    return order[np.lexsort((rng.random(len(order)), block))]
+
+
+def batch_sizes(rows: int, batch_size: int, processes: int) -> list[int]:
+    """The sizes of all batches of an epoch, one after the other for each process, as many for all of them.
+
+    They are full but in the last step (or two), which the processes share evenly.
+    """
+    steps, step = math.ceil(rows / (batch_size * processes)), batch_size * processes
+    totals = [step] * (steps - 1) + [rows - step * (steps - 1)]
+    if totals[-1] < processes:  # someone would have none
+        missing = processes - totals[-1]
+        if steps < 2 or step - missing < processes:
+            raise ValueError(
+                f"{rows} images cannot be shared by {processes} processes in batches of {batch_size}: take larger "
+                "ones with per_device_train_batch_size, or fewer processes."
+            )
+        totals[-2:] = [step - missing, processes]
+    return [total // processes + (rank < total % processes) for total in totals for rank in range(processes)]
+
+
+def batches(order: np.ndarray, sizes: Sequence[int], processes: int, workers: int) -> list[np.ndarray]:
+    """All batches of an epoch. Each reader has consecutive parts of the order, so that it reads few row groups.
+
+    Batch i is that of process i % processes; of its batches, each goes to the next of its `workers` readers.
+    """
+    by_reader = np.argsort(_readers(len(sizes), processes, workers), kind="stable")
+    stops = np.cumsum(np.asarray(sizes)[by_reader])
+    parts = np.split(order, stops[:-1])
+    found: list[np.ndarray] = [order[:0]] * len(sizes)
+    for i, part in zip(by_reader, parts, strict=True):
+        found[i] = part
+    return found
+
+
+def _readers(count: int, processes: int, workers: int) -> np.ndarray:
+    """The reader of each of so many batches."""
+    step, rank = np.divmod(np.arange(count), processes)
+    return rank * max(1, workers) + step % max(1, workers)
+
+
+def reading_factor(groups: Sequence[RowGroup], every: Sequence[np.ndarray], processes: int, workers: int) -> float:
+    """How often a row is read in an epoch, on average: each reader that has a row of a row group reads all of it."""
+    starts, rows = np.array([group.start for group in groups]), np.array([group.rows for group in groups])
+    readers = _readers(len(every), processes, workers)
+    places = [np.searchsorted(starts, batch, side="right") - 1 for batch in every]
+    pairs = {(reader, place) for reader, found in zip(readers, places, strict=True) for place in np.unique(found)}
+    return float(sum(rows[place] for _, place in pairs) / rows.sum())
+
+
+def spaced_rows(groups: Sequence[RowGroup], count: int, places: int = 8) -> list[int]:
+    """At most `count` rows from a few row groups that are evenly spaced, so that few are read."""
+    places = min(places, len(groups))
+    chosen = [groups[i * len(groups) // places] for i in range(places)]
+    rows = [range(group.start, group.start + min(group.rows, math.ceil(count / places))) for group in chosen]
+    return [row for part in rows for row in part][:count]
+
+
+class StreamSampler(BatchRebalanceSampler):
+    """The batches of one process in an epoch of a stream.
+
+    A `BatchRebalanceSampler` because that is what transformers takes as a sampler of batches which knows its rank.
+
+    Args:
+        dataset: an `ImageDataset` with `groups`, whose seed and epoch are used.
+        batch_size: images of one process.
+        readers: number of processes, rank of this one, and its number of loader workers.
+    """
+
+    def __init__(self, dataset, batch_size: int, readers: tuple[int, int, int]) -> None:
+        self.dataset, (self.processes, self.rank, self.workers) = dataset, readers
+        self.sizes = batch_sizes(len(dataset), batch_size, self.processes)
+        factor = reading_factor(dataset.groups, self._batches(), self.processes, self.workers)
+        if factor > 1.2:
+            logger.warning_once(
+                f"{self.processes} processes with {max(1, self.workers)} loader workers read {len(dataset.groups)} "
+                f"row groups, so that each image is read {factor:.1f} times: use fewer --dataloader_num_workers, or "
+                "files with more row groups."
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self._batches()[self.rank :: self.processes])
+
+    def _batches(self) -> list[np.ndarray]:
+        return batches(self.dataset.epoch_order(), self.sizes, self.processes, self.workers)
+
+    def __len__(self) -> int:
+        return len(self.sizes) // self.processes
+
+
+def evaluation_order(dataset, batch_size: int, readers: tuple[int, int, int]) -> list[int]:
+    """The rows in the order in which an evaluation takes them, whose batches accelerate shares among processes."""
+    full, rest = divmod(len(dataset), batch_size)
+    sizes = [batch_size] * full + ([rest] if rest else [])
+    return np.concatenate(batches(dataset.epoch_order(), sizes, readers[0], readers[2])).tolist()

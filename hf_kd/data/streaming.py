@@ -1,0 +1,276 @@
+"""Images that are read from parquet files, here or on the Hub, while training goes on: nothing is downloaded first.
+
+The rows keep their numbers, and the order of an epoch is a function of seed and epoch, so that a stream is a map-style
+dataset with an order that is cheap to read: every reader (each loader worker of each process) goes through row groups
+of its own, a block of them at a time. A run is resumed by its step alone: the rows before it are not read again.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import tarfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from transformers.utils import logging
+
+from ..hub import is_temporary, resolve
+from ..quickstart import bundled
+from .order import BLOCK_ROWS, RowGroup
+
+logger = logging.get_logger(__name__)
+
+TAR_GROUP = 64  # samples of a tar file that are read together
+PATIENCE = 600  # seconds of failures after which a file is given up
+
+
+class StreamedRows:
+    """The rows of parquet files by their numbers in the split, read a row group at a time.
+
+    Args:
+        files: paths or addresses of fsspec, in order.
+        features: of the columns that are read.
+        limit: only so many of the first rows.
+
+    `groups` are its row groups. A worker holds those of the current block and, read ahead, of the next one in memory,
+    as they are in the files. What cannot be reached is tried again for ten minutes, unless that is of no use.
+    """
+
+    def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
+        self.features = features
+        self._footers: dict[str, Any] = {}
+        with ThreadPoolExecutor(16) as pool:
+            self._rows = dict(zip(files, pool.map(self._index, files), strict=True))
+        self.groups: list[RowGroup] = []
+        for file, counts in self._rows.items():
+            for index, rows in enumerate(counts):
+                start = self.groups[-1].start + self.groups[-1].rows if self.groups else 0
+                rows = rows if limit is None else min(rows, limit - start)
+                if rows > 0:
+                    self.groups.append(RowGroup(file, index, start, rows))
+        self._starts = np.array([group.start for group in self.groups])
+        self._clear()
+
+    def _index(self, file: str) -> list[int]:
+        """The numbers of rows of a file's row groups."""
+        self._footers[file] = _footer(file)
+        return [self._footers[file].row_group(i).num_rows for i in range(self._footers[file].num_row_groups)]
+
+    def _clear(self) -> None:
+        self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict(), "_pool": None}
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.features)
+
+    def __len__(self) -> int:
+        return self.groups[-1].start + self.groups[-1].rows if self.groups else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int], following: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """These rows; the row groups of those that will follow are read meanwhile."""
+        rows = np.asarray(indices)
+        places = self._groups_of(rows)
+        self._start_reading([*places, *self._groups_of(rows[:0] if following is None else following)])
+        found: list[Any] = [None] * len(rows)
+        for place in np.unique(places):
+            here = np.flatnonzero(places == place)
+            table = self._tables[place].result().take(rows[here] - self.groups[place].start)
+            for i, row in zip(here, table.to_pylist(), strict=True):
+                found[i] = row
+        return found
+
+    def _start_reading(self, places: list[int]) -> None:
+        """Starts to read these row groups, and forgets others, those first that were used the longest ago."""
+        if self._pid != os.getpid():  # threads do not live on in a forked worker
+            self._clear()
+        self._pool = self._pool or ThreadPoolExecutor(4)
+        for place in dict.fromkeys(places):
+            table = self._tables.get(place)
+            if table is None or (table.done() and table.exception()):
+                self._tables[place] = self._pool.submit(self._read, self.groups[place])
+            self._tables.move_to_end(place)
+        held = sum(self.groups[place].rows for place in self._tables)
+        while held > 4 * BLOCK_ROWS and next(iter(self._tables)) not in places:
+            oldest, _ = self._tables.popitem(last=False)
+            held -= self.groups[oldest].rows
+
+    def label_range(self, column: str) -> tuple[int, int]:
+        """The smallest and the largest label of a column of integers, a missing one counting as -1."""
+        if not getattr(self.features[column], "dtype", "").startswith(("int", "uint")):
+            raise ValueError(f"column {column!r} is {self.features[column]}: a stream needs integers as labels")
+        low, high = 0, 0
+        for group in self.groups:
+            footer = self._footers[group.file].row_group(group.index)
+            chunk = next(c for c in map(footer.column, range(footer.num_columns)) if c.path_in_schema == column)
+            statistics = chunk.statistics
+            if statistics is not None and statistics.has_min_max and statistics.has_null_count:
+                least, most, missing = statistics.min, statistics.max, statistics.null_count
+            else:
+                values = self._read(group, [column])[column]
+                least, most, missing = pc.min(values).as_py(), pc.max(values).as_py(), values.null_count
+            low = min(low, -1 if missing else least)
+            high = max(high, -1 if most is None else most)
+        return low, high
+
+    def describe(self) -> list[str]:
+        """Names, sizes and row counts of the files."""
+        return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
+
+    def _groups_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
+    def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
+        def read() -> pa.Table:
+            with fsspec.open(group.file, "rb") as file:
+                parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
+                return parquet.read_row_group(group.index, columns=columns or self.column_names)
+
+        return _patiently(read, group.file)
+
+
+class TarRows(StreamedRows):
+    """The samples of a webdataset: an image (jpg, jpeg, png or webp) and a label (cls, or the "label" of a json).
+
+    Its files have no index: their headers are read once for it, which on the Hub takes as long as reading all of them.
+    """
+
+    def _index(self, file: str) -> list[int]:
+        def read() -> tuple[list[tuple[int, int]], list[int], list[int]]:
+            spans, counts, labels = [], list[int](), list[int]()
+            with fsspec.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+                start = 0
+                for sample in _samples(tar, file):
+                    labels.append(sample["label"])
+                    if not counts or counts[-1] == TAR_GROUP:
+                        counts.append(0)
+                        spans.append((start, start))
+                    counts[-1] += 1
+                    spans[-1] = (spans[-1][0], start := sample["end"])
+            return spans, counts, labels
+
+        spans, counts, labels = _patiently(read, file)
+        self._footers[file] = spans, min(labels, default=0), max(labels, default=0)
+        return counts
+
+    def label_range(self, column: str) -> tuple[int, int]:
+        footers = self._footers.values()
+        return min(low for _, low, _ in footers), max(high for _, _, high in footers)
+
+    def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
+        def read() -> pa.Table:
+            start, stop = self._footers[group.file][0][group.index]
+            with fsspec.open(group.file, "rb") as file:
+                file.seek(start)
+                data = io.BytesIO(file.read(stop - start))
+            with tarfile.open(fileobj=data, mode="r:") as tar:
+                rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
+            return pa.Table.from_pylist(rows)
+
+        return _patiently(read, group.file)
+
+
+def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
+    """The samples of a tar file: members that follow each other and have the same name up to its first dot."""
+
+    def key(member: tarfile.TarInfo) -> str:
+        folder, _, name = member.name.rpartition("/")
+        return f"{folder}/{name.partition('.')[0]}"
+
+    for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
+        sample: dict[str, Any] = {"image": None, "label": None}
+        for member in members:
+            kind = member.name.rpartition("/")[2].partition(".")[2].lower()
+            content: Any = tar.extractfile(member)
+            if kind in ("jpg", "jpeg", "png", "webp"):
+                sample["image"] = {"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"}
+            elif kind == "cls":
+                sample["label"] = int(content.read())
+            elif kind == "json" and sample["label"] is None:
+                sample["label"] = json.loads(content.read()).get("label")
+            sample["end"] = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if sample["image"] is None or type(sample["label"]) is not int:
+            raise ValueError(
+                f'{file}: {name} has no image (jpg, png, webp), or no number as label (cls, or "label" in json)'
+            )
+        yield sample
+
+
+def _size(file: str) -> int:
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.size(path)
+
+
+def stream_features(file: str) -> datasets.Features:
+    """The features that a parquet file says its columns have."""
+    return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
+
+
+def _footer(file: str) -> pq.FileMetaData:
+    def read() -> pq.FileMetaData:
+        with fsspec.open(file, "rb") as opened:
+            return pq.ParquetFile(opened).metadata
+
+    return _patiently(read, file)
+
+
+def _patiently(read: Callable[[], Any], file: str) -> Any:
+    """What `read()` gives; after an error of the network again, for `PATIENCE` seconds."""
+    wait, given_up = 1.0, time.monotonic() + PATIENCE
+    while True:
+        try:
+            return read()
+        except Exception as error:
+            if not is_temporary(error) or time.monotonic() + wait > given_up:
+                raise
+            logger.warning(f"{file} could not be read ({error}): trying again in {wait:.0f} s")
+        time.sleep(wait)
+        wait = min(2 * wait, 60)
+
+
+def stream_splits(
+    name: str, config_name: str | None, revision: str | None
+) -> tuple[type[StreamedRows], dict[str, list[str]], datasets.Features | None, str | None]:
+    """How the rows of a dataset are read, the files of each split, the features if known without a file, the commit.
+
+    Raises ValueError for a dataset of other files.
+    """
+    path = bundled(name) or name
+    commit = None
+    if os.path.isfile(path):
+        return StreamedRows, {"train": [str(path)]}, None, None
+    if not os.path.exists(path):
+        revision = resolve(name, revision, "dataset")
+        commit = revision.resolved
+    builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
+    files: Any = builder.config.data_files or {}
+    kind = builder.info.builder_name
+    if kind not in ("parquet", "webdataset"):
+        raise ValueError(
+            f"{name} is made of {kind} files, of which a stream would be in the order of their classes or has no "
+            "numbers of rows: leave --streaming out, or write it as parquet with "
+            "load_dataset(...).to_parquet(...)"
+        )
+    paths = {str(split): [str(file) for file in each] for split, each in files.items()}
+    if kind == "webdataset":
+        return TarRows, paths, datasets.Features(image=datasets.Image(), label=datasets.Value("int64")), commit
+    return StreamedRows, paths, builder.info.features, commit

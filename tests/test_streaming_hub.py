@@ -1,0 +1,131 @@
+"""Streams from the Hub: the same rows as from disk, whatever the connection does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hub_helpers import hub as hub
+from hub_helpers import told
+from hub_records import BODY_FAULTS
+from local_hub import cifar100, imagenet
+from tiny import tiny
+
+from hf_kd.cli import main
+from hf_kd.data import ImageDataset, load_data, streaming
+from hf_kd.data.order import StreamSampler
+
+NAME = "uoft-cs/cifar100"
+OPTIONS = {"label_column": "fine_label", "streaming": True}
+
+
+@pytest.fixture
+def cifar(hub, tmp_path, monkeypatch):
+    hub.add_repo(NAME, cifar100(tmp_path / "cifar100"), repo_type="dataset")
+    monkeypatch.setattr(
+        streaming, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=streaming.time.monotonic)
+    )
+    return hub
+
+
+def rows_of(data):
+    dataset = ImageDataset(data.train, "img", "fine_label").for_training(None, None)
+    batches = [dataset.__getitems__(batch) for batch in StreamSampler(dataset, 16, (1, 0, 0))]
+    return sorted((item["index"], item["labels"], item["pixels"].sum().item()) for batch in batches for item in batch)
+
+
+def test_a_stream_has_the_rows_the_names_and_the_fingerprint_of_the_dataset(cifar):
+    streamed, local = load_data(NAME, **OPTIONS), load_data(NAME, label_column="fine_label")
+    assert streamed.describe() == local.describe() and streamed.names == local.names
+    on_disk = ImageDataset(local.train, "img", "fine_label")
+    expected = [
+        (item["index"], item["labels"], item["pixels"].sum().item()) for item in map(on_disk.__getitem__, range(200))
+    ]
+    assert rows_of(streamed) == expected
+
+
+@pytest.mark.parametrize("kind", [429, 500, 503, "drop", "cut", "slow"])
+def test_a_fault_that_passes_loses_no_row_and_repeats_none(cifar, monkeypatch, kind):
+    expected = rows_of(load_data(NAME, **OPTIONS))
+    data = load_data(NAME, **OPTIONS)
+    monkeypatch.setattr(cifar, "delay", 0.0)
+    fault = cifar.fail("GET .*/lfs/.*train" if kind in BODY_FAULTS else r"/resolve/.*train", kind, times=8)
+    assert rows_of(data) == expected and fault.hits
+
+
+@pytest.mark.parametrize("kind", [401, 403])
+def test_a_fault_that_stays_is_told_at_once(cifar, kind):
+    data = load_data(NAME, **OPTIONS)
+    fault = cifar.fail(r"/resolve/.*train", kind, times=None)
+    assert {401: "does not accept the token", 403: "is gated"}[kind] in told(rows_of, data)
+    assert fault.hits <= 2
+
+
+# ---- ImageNet ----
+
+CONFIGS = sorted(Path(__file__).resolve().parents[1].glob("examples/configs/imagenet_*.yaml"))
+SMALL = (
+    "--image_size 32 --train_image_size 32 --max_steps 4 --per_device_train_batch_size 4 --use_cpu "
+    "--disable_tqdm true --gradient_accumulation_steps 1 --dataloader_num_workers 0 --save_strategy steps "
+    "--save_steps 2 --logging_steps 1 --eval_strategy no"
+).split()
+
+
+@pytest.fixture
+def imagenet_hub(hub, tmp_path):
+    """A gated ImageNet, whose conditions the user who is logged in has accepted, and the teachers."""
+    hub.add_repo("ILSVRC/imagenet-1k", imagenet(tmp_path / "imagenet"), repo_type="dataset")
+    names = [f"class {i}" for i in range(1000)]
+    for name in ("resnet34", "resnet50"):
+        for part in tiny("timm_resnet", num_labels=1000, names=names):
+            part.save_pretrained(tmp_path / name)
+        hub.add_repo(f"timm/{name}.tv_in1k", tmp_path / name)
+    return hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_an_imagenet_recipe_runs_on_a_stand_in(imagenet_hub, tmp_path, config, undrawn_figures):
+    taught = "teacher" in yaml.safe_load(config.read_text())
+    more = ["--class_map", "by_index", "--teacher_check_batches", "0"] if taught else []
+    argv = ["distill", "--config", str(config), "--output_dir", str(tmp_path / "out"), *SMALL, *more]
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["metrics"]["n"] if "n" in record["metrics"] else record["data"]["eval_size"] == 16
+    assert record["data"]["classes"] == 1000 and record["plan"]["data"]["streaming"]
+
+
+@pytest.mark.slow
+def test_an_imagenet_recipe_is_killed_and_resumed_under_a_launcher(imagenet_hub, tmp_path):
+    config = next(path for path in CONFIGS if path.stem == "imagenet_mobilenetv1_uskd")
+    script = Path(__file__).resolve().parents[1] / "examples" / "run_distill.py"
+    options = ["--config", str(config), *SMALL]
+    environment = os.environ | imagenet_hub.env(tmp_path / "other-cache")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--cpu"]
+
+    def start(*command):
+        return subprocess.Popen(
+            [*launch, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    whole = start(str(script), *options, "--output_dir", str(tmp_path / "whole"))
+    assert whole.wait() == 0, whole.stderr.read()[-2000:]
+    killed = start(str(script), *options, "--output_dir", str(tmp_path / "out"))
+    for line in killed.stdout:
+        if b"'loss'" in line and (tmp_path / "out" / "checkpoint-2").exists():
+            break
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    resumed = start("-m", "hf_kd", "resume", str(tmp_path / "out"))
+    assert resumed.wait() == 0, resumed.stderr.read()[-2000:]
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "out")]
+    assert records[0]["metrics"] == records[1]["metrics"]
