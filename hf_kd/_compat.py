@@ -19,7 +19,7 @@ SEEN = {"transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
 OVERRIDDEN = (
     "_get_dataloader _get_num_items_in_batch _get_output_dir _load_best_model _load_from_checkpoint _save "
     "_save_checkpoint call_model_init compute_loss create_scheduler evaluation_loop floating_point_ops "
-    "get_decay_parameter_names get_eval_dataloader init_hf_repo log prediction_step save_model"
+    "get_batch_samples get_decay_parameter_names get_eval_dataloader init_hf_repo log prediction_step save_model"
 ).split()
 LATER = {"private"}  # parameters that not all of the supported versions have
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
     """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
     if head is not None:
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
+
+
+@contextlib.contextmanager
+def saved_without_data(trainer) -> Iterator[None]:
+    """Where the data of the next step cannot be had, a single process saves its state before the error goes on."""
+    try:
+        yield
+    except Exception:
+        folder = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        if trainer.args.world_size == 1 and trainer.state.global_step and not folder.exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            logger.warning(f"there is no data for the next step; the state is saved in {folder}")
+        raise
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:

@@ -185,6 +185,15 @@ def write_run_card(folder: str | os.PathLike) -> None:
         logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
 
 
+def create_model_card(self, *args, **kwargs) -> None:
+    """A trainer's method. Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is
+    passed. A single process makes run.json first where it is missing (it takes an evaluation)."""
+    if self.args.world_size == 1:
+        add_missing_record(self)
+    if self.is_world_process_zero():
+        write_run_card(self.args.output_dir)
+
+
 def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
     """A trainer's method. With `args.push_to_hub`: checks, before training, that a push will be allowed. Creates
     nothing."""

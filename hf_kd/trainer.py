@@ -23,7 +23,8 @@ from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, note_skipped, training_collator
-from .data.order import StreamSampler, evaluation_order
+from .data.order import sampler_of_stream
+from .data.wait import DataWait
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
@@ -203,15 +204,17 @@ class DistillationTrainer(Trainer):
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
         if isinstance(dataset, ImageDataset) and dataset.groups:
-            readers = self.args.world_size, self.args.process_index, self.args.dataloader_num_workers
-            make_sampler = StreamSampler if is_training else evaluation_order
-            sampler_fn = functools.partial(make_sampler, batch_size=batch_size, readers=readers)
+            sampler_fn = sampler_of_stream(self.args, batch_size, is_training)
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
         try:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        with checkpointing.saved_without_data(self), self._data_wait.waiting():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -299,6 +302,7 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step
         if "loss" in logs:
             logs |= self._terms.means(step, self.accelerator.reduce)
+            logs["data_wait"] = self._data_wait.share(self.args.dataloader_num_workers)
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
@@ -395,7 +399,7 @@ class DistillationTrainer(Trainer):
 
     def _begin(self) -> None:
         """When training begins, with the state of the checkpoint that it continues from, if any."""
-        self._terms, self._staging = LossTerms(), None
+        self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         if self.args.should_save:
@@ -438,10 +442,4 @@ class DistillationTrainer(Trainer):
     init_hf_repo = push.init_hf_repo
     push_to_hub = push.push_trained  # type: ignore[assignment]  # neither blocking nor further arguments
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is passed. A single
-        process makes run.json first where it is missing (it takes an evaluation)."""
-        if self.args.world_size == 1:
-            push.add_missing_record(self)
-        if self.is_world_process_zero():
-            push.write_run_card(self.args.output_dir)
+    create_model_card = push.create_model_card

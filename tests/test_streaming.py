@@ -21,7 +21,7 @@ from data_helpers import pytestmark as pytestmark
 from torch.utils.data import DataLoader
 from trainer_helpers import trainer_for
 
-from hf_kd.data import ImageDataset, load_data, order, streaming
+from hf_kd.data import ImageDataset, load_data, order, streaming, wait
 from hf_kd.data import dataset as dataset_module
 from hf_kd.data.order import RowGroup, StreamSampler, batch_sizes, epoch_order
 from hf_kd.data.streaming import StreamedRows
@@ -294,6 +294,42 @@ def test_a_run_goes_on_where_it_was_without_the_rows_before(tmp_path, monkeypatc
     assert torch.equal(weights(resumed), weights(whole))
     if not workers:  # else others decode
         assert len(decoded) == sum(map(len, seen))
+
+
+def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch, caplog):
+    rows = StreamedRows(write(tmp_path / "d", SHARDS[4])[0], FEATURES)
+    whole = trainer_for(tmp_path / "whole", train=rows, **SETTINGS)
+    whole.train()
+    keep, calls = StreamedRows.__getitems__, []
+
+    def fail(self, *args):
+        calls.append(args)
+        if len(calls) == 5:  # the loader is one batch ahead
+            raise PermissionError("access was withdrawn")
+        return keep(self, *args)
+
+    monkeypatch.setattr(StreamedRows, "__getitems__", fail)
+    with pytest.raises(PermissionError, match="withdrawn"):
+        trainer_for(tmp_path / "out", train=rows, **SETTINGS).train()
+    assert f"the state is saved in {tmp_path / 'out' / 'checkpoint-3'}" in caplog.text
+    resumed = trainer_for(tmp_path / "out", train=rows, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_the_wait_for_data_is_logged_and_warned_of_once(tmp_path, monkeypatch, caplog):
+    trainer = trainer_for(tmp_path / "out", train=StreamedRows(write(tmp_path / "d", [24])[0], FEATURES), **SETTINGS)
+    trainer.train()
+    waits = [entry["data_wait"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(waits) == 6 and all(0 < share < 1 for share in waits) and not caplog.text
+    monkeypatch.setattr(wait, "AFTER", 0)
+    monkeypatch.setattr(wait, "MOST", 0)
+    meter = wait.DataWait()
+    for _ in range(2):
+        with meter.waiting():
+            pass
+        assert 0 < meter.share(2) < 1
+    assert caplog.text.count("raise --dataloader_num_workers (now 2)") == 1
 
 
 def test_the_command_line(tmp_path, things, capsys, undrawn_figures):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers.trainer_pt_utils import BatchRebalanceSampler
@@ -130,3 +132,10 @@ def evaluation_order(dataset, batch_size: int, readers: tuple[int, int, int]) ->
     full, rest = divmod(len(dataset), batch_size)
     sizes = [batch_size] * full + ([rest] if rest else [])
     return np.concatenate(batches(dataset.epoch_order(), sizes, readers[0], readers[2])).tolist()
+
+
+def sampler_of_stream(args, batch_size: int, is_training: bool) -> Callable[[Any], Any]:
+    """What makes the sampler of a stream, for the process of a trainer with these arguments."""
+    make = StreamSampler if is_training else evaluation_order
+    readers = args.world_size, args.process_index, args.dataloader_num_workers
+    return functools.partial(make, batch_size=batch_size, readers=readers)
