@@ -33,6 +33,7 @@ USED = {
     "transformers.Trainer.push_to_hub": "commit_message token revision",
     "transformers.Trainer.train": "resume_from_checkpoint",
     "transformers.TrainingArguments._VALID_DICT_FIELDS": None,
+    "transformers.PreTrainedModel._hf_peft_config_loaded": None,
     "transformers.PreTrainedModel._keys_to_ignore_on_save": None,
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"

@@ -20,7 +20,15 @@ def is_adapter(student: nn.Module) -> bool:
 
 
 def check_adapter(student: nn.Module) -> None:
-    """ValueError for batch norms that an adapter leaves out: training changes statistics that would not be saved."""
+    """ValueError for batch norms that an adapter leaves out: training changes statistics that would not be saved.
+
+    Also for an adapter of `model.add_adapter`, whose checkpoints could not be resumed.
+    """
+    if getattr(student, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the student has an adapter of its add_adapter(), which is not supported: make it with "
+            "peft.get_peft_model(student, LoraConfig(...))."
+        )
     if not is_adapter(student):
         return
     kept = ("modules_to_save.", "original_module.")  # a copy that is trained and saved, and what it is a copy of

@@ -108,3 +108,10 @@ def test_batch_norms_that_an_adapter_would_lose_are_refused(kind, tmp_path):
     values = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(reopened(values)), logits_of(trainer.model.eval()(values)))
+
+
+def test_an_adapter_of_transformers_own_is_refused(tmp_path):
+    student, processor = tiny("vit", names=NAMES)
+    student._hf_peft_config_loaded = True  # as add_adapter() sets it, which asks for a version of its own of peft
+    with pytest.raises(ValueError, match=r"add_adapter\(\).*peft.get_peft_model\(student"):
+        DistillationTrainer(student, config(tmp_path), train_dataset=rows(), processing_class=processor)
