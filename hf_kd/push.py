@@ -4,17 +4,18 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
-from .hub import LOGIN, user_message
+from .hub import LOGIN, is_unsupported, user_message
 from .reporting.card import write_card
 from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
 
-__all__ = ["check_push", "publish", "push"]
+__all__ = ["check_push", "publish", "push", "repo_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def check_push(
     """Finds out before training, without creating anything, whether a push would be allowed.
 
     Args:
-        repo_id: "owner/name", or "name" in the user's own namespace; default: the name of `folder`.
+        repo_id: "owner/name", or "name" in the user's own namespace; default: `repo_name` of the name of `folder`.
         token: default: the one of `hf auth login` or HF_TOKEN.
         private: what is asked of the repository; one that exists stays as it is.
 
@@ -37,9 +38,10 @@ def check_push(
         The full "owner/name".
 
     Raises:
-        ValueError: it would not be allowed, or can't be asked; with the reason and what to change.
+        ValueError: it would not be allowed, or can't be asked; with the reason and what to change. A mirror of the Hub
+            that does not answer such questions is only warned about.
     """
-    repo_id = repo_id or Path(folder).resolve().name
+    repo_id = repo_id or repo_name(Path(folder).resolve().name)
     try:
         validate_repo_id(repo_id)
     except errors.HFValidationError as error:
@@ -61,8 +63,19 @@ def check_push(
         elif private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} exists and is public, but a private one is asked for: choose another name.")
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}") from error
+        if "/" in repo_id and is_unsupported(error):
+            logger.warning(f"could not check whether you may push to {repo_id}, and will try: {user_message(error)}")
+            return repo_id
+        hint = " Set --hub_model_id OWNER/NAME." if is_unsupported(error) else ""
+        raise ValueError(f"can't push to {repo_id}: {user_message(error) or error}{hint}") from error
     return repo_id
+
+
+def repo_name(text: str) -> str:
+    """A name that is valid on the Hub, made of any text."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]+", "-", ascii_text)).strip("-.")
+    return name[:90].removesuffix(".git").rstrip("-.") or "image-classifier"
 
 
 def _check_may_create(me: dict, repo_id: str) -> None:

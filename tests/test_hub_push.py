@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import hub_helpers
+import hub_routes
 import huggingface_hub
 import pytest
 import timm
@@ -267,6 +268,33 @@ def test_a_push_that_cannot_be_checked(fault, message, hub):
     hub.fail("whoami", fault, times=None)
     with pytest.raises(ValueError, match=f"can't push to student: .*{message}"):
         check_push("student", ANNA)
+
+
+@pytest.mark.parametrize("missing", ["auth_check", "whoami"])
+def test_a_mirror_that_cannot_be_asked_is_a_warning(missing, hub, caplog, monkeypatch):
+    monkeypatch.setattr("hub_routes.ROUTES", [route for route in hub_routes.ROUTES if route[-1] != missing])
+    assert check_push("anna/student", ANNA) == "anna/student"
+    (record,) = caplog.records
+    assert "could not check whether you may push to anna/student" in record.getMessage()
+    if missing == "whoami":
+        with pytest.raises(ValueError, match="can't push to student: .*Set --hub_model_id OWNER/NAME"):
+            check_push("student", ANNA)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("deit uskd", "deit-uskd"),
+        ("Übungsläufe/größe 3", "groe-3"),
+        ("..versteckt--a..b-", "versteckt-a.b"),
+        ("x" * 200, "x" * 90),
+        ("日本", "image-classifier"),
+        ("mine.git", "mine"),
+        ("läufe & 'more' (2)", "laufe-more-2"),
+    ],
+)
+def test_the_default_name_is_valid_whatever_the_folder_is_called(folder, name, hub, tmp_path):
+    assert check_push(token=ANNA, folder=tmp_path / folder) == f"anna/{name}"
 
 
 def test_the_trainer_pushes_when_it_is_asked_and_not_before(hub, tmp_path):

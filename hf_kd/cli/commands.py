@@ -13,7 +13,7 @@ from ..experiment.plan import plan, resumes
 from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
 from ..launcher import launch_command, resume_command
-from ..push import check_push, publish
+from ..push import check_push, publish, repo_name
 from ..reporting.card import title
 from ..reporting.record import RUN_FILE
 from .arguments import command_to_record, parse
@@ -79,7 +79,7 @@ def _push(argv: list[str]) -> None:
         folders = {str(path.parent) for path in Path(arguments.folder).rglob(RUN_FILE) if path != file}
         some = ", ".join(sorted(folders)[:9])
         raise ValueError(f"{arguments.folder} holds a comparison: push one of its students, such as {some}.")
-    name = arguments.repo_id or record.get("repo_id") or (title(record) if record else None)
+    name = arguments.repo_id or record.get("repo_id") or (repo_name(title(record)) if record else None)
     private = arguments.private or record.get("settings", {}).get("hub_private_repo")
     repo_id = check_push(name, private=private, folder=arguments.folder)
     print(f"Pushed to {publish(arguments.folder, repo_id, private=private, revision=arguments.revision)}")
