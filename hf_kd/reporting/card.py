@@ -55,6 +55,8 @@ def model_card(run: Mapping[str, Any]) -> str:
     """
     if "runs" in run:
         raise ValueError("this run.json compares several runs: take the one in the folder of one of them")
+    if run.get("diverged"):
+        raise ValueError(f"this run diverged and is no result, so that there is nothing for a card: {run['diverged']}")
     run = redact(run)  # records are written redacted, but this one may have another origin
     run |= {section: run.get(section) or {} for section in SECTIONS}
     description = loss_description(run)

@@ -135,16 +135,21 @@ def make_record(
 
     Args:
         trainer: the `DistillationTrainer`, after training.
-        metrics: what `trainer.evaluate()` gave; default: a new evaluation.
+        metrics: what `trainer.evaluate()` gave; default: a new evaluation, unless `diverged` is known.
         data: what the datasets were loaded with; without it they may tell their name and split themselves.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
         skipped: images that could not be decoded in training and in evaluation; default: those of this process.
-        **known: further keys of the record, or other values: name, teacher, command, settings, preset, license, ….
+        **known: further keys of the record, or other values: name, teacher, command, settings, preset, license,
+            diverged, ….
     """
     args, loss, history, teacher = trainer.args, trainer.train_loss, trainer.state.log_history, trainer.eval_teacher
     model = trainer.accelerator.unwrap_model(trainer.model)
-    metrics = metrics or trainer.evaluate()
+    if not known.get("diverged"):
+        metrics = metrics or trainer.evaluate()
+    metrics = metrics or {}
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    measured = _metrics(metrics, f"eval_{next(iter(sets))}" if sets else "eval")
+    known["diverged"] = known.get("diverged") or records.divergence(measured.get("loss"), model.config.num_labels)
     if sets:
         evaluated = {k: {"size": _size(v), "metrics": _metrics(metrics, f"eval_{k}")} for k, v in sets.items()}
         known["evaluation_sets"] = evaluated
@@ -180,7 +185,7 @@ def make_record(
         "seed": args.seed,
         "versions": records.collect_versions(),
         "settings": args.to_dict(),
-        "metrics": _metrics(metrics, f"eval_{next(iter(sets))}" if sets else "eval"),
+        "metrics": {} if known["diverged"] else measured,
         "teacher_metrics": trainer.teacher_metrics,
         "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
@@ -202,7 +207,11 @@ def _last_with(key: str, history: list[dict]) -> dict:
 
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:
-    """Writes a run's run.json, curves.png and card (README.md) into its folder."""
+    """Writes a run's run.json, curves.png and card (README.md) into its folder; of one that diverged run.json only."""
     records.write_json(Path(folder) / records.RUN_FILE, record)
+    if record.get("diverged"):
+        for name in (records.CURVES_FILE, records.CARD_FILE):  # of an earlier training
+            Path(folder, name).unlink(missing_ok=True)
+        return
     plot_curves([record], Path(folder) / records.CURVES_FILE)
     write_card(folder)

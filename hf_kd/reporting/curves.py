@@ -10,7 +10,7 @@ import numpy as np
 
 from ..metrics.loss_terms import DIAGNOSTIC
 from .metadata import one_line
-from .record import by_name, eval_key
+from .record import by_name, eval_key, results
 from .significance import BASELINE, compare, describe
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     top-1. A difference is that of each seed, as in `significance.compare`, with the mean and its 95 % interval.
 
     Args:
-        runs: records (see `record`), at least one; only name is required.
+        runs: records (see `record`), at least one that did not diverge; only name is required.
         path: the file; missing folders are made.
     """
+    runs = results(runs)
     if not runs:
-        raise ValueError("no runs to plot; pass at least one")
+        raise ValueError("no runs to plot that did not diverge; pass at least one")
     # Slow to import, and training does not need it. Figure without pyplot leaves no global state behind.
     from matplotlib.figure import Figure
 

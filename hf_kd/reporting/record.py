@@ -3,9 +3,10 @@
 A *run* is a plain dict, one student trained with one loss: name, loss, student, teacher (or None), data, seed,
 command, versions, settings, metrics, teacher_metrics (or None), terms, history, timings, device, created, preset
 (name, source and what the user changed, or None), latency (how it was measured), repo_id (or None), verdict (None,
-or what `significance.verdicts` says of its loss, with the metrics of all `runs`), loss_description (of a loss that is
-not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are those of the first), and license (of
-the model, as the Hub writes it, if it is known; of pretrained weights it is a key of student).
+or what `significance.verdicts` says of its loss, with the metrics of all `runs`), diverged (None, or why this is no
+result: it has no metrics then, only a history), loss_description (of a loss that is not hf_kd's), evaluation_sets (of
+several, size and metrics by name; `metrics` are those of the first), and license (of the model, as the Hub writes it,
+if it is known; of pretrained weights it is a key of student).
 """
 
 import math
@@ -64,6 +65,22 @@ def eval_key(run: Mapping[str, Any], metric: str) -> str:
     """The key of a metric in the history: of several evaluation sets, that of the first, whose metrics the run has."""
     sets = list(run.get("evaluation_sets") or ())
     return f"eval_{sets[0]}_{metric}" if sets else f"eval_{metric}"
+
+
+def divergence(loss: float | None, classes: int) -> str | None:
+    """Why a student's cross entropy in an evaluation shows that its training diverged; None if it does not.
+
+    It is not finite, or above 100 · ln C, of which guessing among the C classes gives ln C. None is unknown.
+    """
+    most = 100 * math.log(classes)
+    if loss is None or loss <= most:
+        return None
+    return f"the evaluation loss is {loss:.3g}; guessing among {classes} classes gives {most / 100:.2f}"
+
+
+def results(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that count: all but those that diverged."""
+    return [run for run in runs if not run.get("diverged")]
 
 
 def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

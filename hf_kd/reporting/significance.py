@@ -85,7 +85,8 @@ def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         tests = [first, *(test for other in controls if other != BASELINE and (test := compare(runs, name, other)))]
         beats_all = len(tests) == len({BASELINE, *controls}) and all(_above(test) for test in tests)
         verdict = {"loss": name, "seeds": first["seeds"], "helped": beats_all}
-        found.append(verdict | {"sentence": _sentence(name, tests, beats_all), "tests": tests})
+        sentence = _sentence(name, tests, beats_all) + _not_counted(runs, [name, BASELINE, *controls])
+        found.append(verdict | {"sentence": sentence, "tests": tests})
     return found
 
 
@@ -107,6 +108,12 @@ def _significant(test: Mapping[str, Any]) -> bool:
 
 def _above(test: Mapping[str, Any]) -> bool:
     return _significant(test) and test["mean"] > 0
+
+
+def _not_counted(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    diverged = [f"{run['name']} of seed {run.get('seed')}" for run in runs if run.get("diverged")]
+    diverged = [text for text in diverged if text.split(" of seed ")[0] in names]
+    return f" Not counted, because it diverged: {', '.join(diverged)}." if diverged else ""
 
 
 def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .record import by_name, eval_key
+from .record import by_name, eval_key, results
 from .significance import BASELINE, baseline_tests, compare, describe, p_value
 
 MISSING = "–"
@@ -27,12 +27,12 @@ def comparison_table(
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
-    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1. Rates are percentages
-    (for the macro average see `rates_of`), "seconds" are those of training without evaluations, "MB" is the saved
-    model. The difference is in top-1 points against the run named "ce" of the same seed, with the half-width of the
-    paired 95 % interval. Of several seeds, "p" is that of the paired t-test, corrected for the number of variants that
-    distil (see `baseline_tests`). What is missing or not finite shows as "–". The sampling error is the half-width of
-    the 95 % interval of one top-1 (Wilson 1927).
+    Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1; those that diverged
+    count in no figure. Rates are percentages (for the macro average see `rates_of`), "seconds" are those of training
+    without evaluations, "MB" is the saved model. The difference is in top-1 points against the run named "ce" of the
+    same seed, with the half-width of the paired 95 % interval. Of several seeds, "p" is that of the paired t-test,
+    corrected for the number of variants that distil (see `baseline_tests`). What is missing or not finite shows as
+    "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
@@ -51,7 +51,9 @@ def comparison_table(
         test = tests.get(name) or compare(runs, name, BASELINE)
         p = p_value(tests[name]) if name in tests else None
         cells = [describe(test) if test else MISSING, MISSING if p is None else f"{p:.2g}"]
-        rows.append(_row(name, seeds, rates) + cells)
+        kept = results(seeds)
+        label = name if len(kept) == len(seeds) else f"{name} ({len(seeds) - len(kept)} of {len(seeds)} diverged)"
+        rows.append(_row(label, kept or seeds, rates) + cells)
     rows = [(row + [MISSING] * 2)[: len(rows[0])] for row in rows]
     caveat = _caveat(runs, max(map(len, variants.values()), default=0))
     if tested:
