@@ -180,6 +180,11 @@ def test_neither_token_nor_machine_path():
     assert "`tiny`" in card and "teacher `big`" in card and "python run.py" in card
 
 
+def test_what_diverged_has_no_card():
+    with pytest.raises(ValueError, match="diverged and is no result.*the loss is NaN"):
+        model_card(record(diverged="the loss is NaN"))
+
+
 def test_a_comparison_is_no_model(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"command": "x", "runs": [record()], "verdicts": []}))
     with pytest.raises(ValueError, match="compares several runs"):

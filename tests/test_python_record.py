@@ -16,6 +16,7 @@ from trainer_helpers import NAMES, config, make_teacher, rows
 from hf_kd import DistillationTrainer
 from hf_kd.data import ImageDataset
 from hf_kd.reporting.card import model_card
+from hf_kd.reporting.collect import make_record, write_record
 from hf_kd.reporting.origin import dataset_origin, weights_license
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -120,3 +121,13 @@ def test_without_names_the_folder_names_the_repository(hub, tmp_path):
     made = trainer(tmp_path / "my-run", rows(), name=None, hub_token=ANNA, push_to_hub=True)
     assert made.hub_model_id == "anna/my-run"
     assert "trained on –" in model_card({"data": {}})
+
+
+def test_a_training_that_diverged_has_a_record_without_metrics_and_no_card(tmp_path):
+    made = trainer(tmp_path / "out", named("flowers", "test"))
+    made.train()
+    diverged = make_record(made, {"eval_loss": 1e5, "eval_top1": 0.2})
+    assert diverged["metrics"] == {} and diverged["diverged"].startswith("the evaluation loss is 1e+05; guessing")
+    write_record(diverged, tmp_path / "out")
+    assert (tmp_path / "out" / "run.json").is_file() and not (tmp_path / "out" / "README.md").exists()
+    assert make_record(made, {"eval_loss": 1.5, "eval_top1": 0.2})["diverged"] is None

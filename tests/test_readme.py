@@ -32,7 +32,7 @@ def rounded(value):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
-    return f"{value:.9g}" if isinstance(value, float) else value
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize("path", regenerate.RECORDS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -316,10 +316,12 @@ def test_seeds_of_a_loss_share_a_colour_and_a_mean(tmp_path, figures):
     assert [tick.get_text() for tick in differences.get_yticklabels()] == ["nkd\n+8.00 ± 4.97"]
 
 
-def test_a_diverged_seed_is_no_mean(tmp_path, figures):
+def test_a_seed_without_a_value_is_no_mean_and_one_that_diverged_is_left_out(tmp_path, figures):
     runs = [make_run("nkd", top, seed=seed) for seed, top in enumerate((0.6, math.nan))]
     plot_curves(runs, tmp_path / "curves.png")
     assert figures[0].axes[-1].lines[-1].get_label() == "nkd nan ± nan %"
+    plot_curves([runs[0], runs[1] | {"diverged": "the loss is NaN"}], tmp_path / "curves.png")
+    assert figures[1].axes[-1].lines[-1].get_label() == "nkd 60.00 %"
 
 
 def test_the_macro_average_is_shown_where_it_is_another():

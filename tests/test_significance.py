@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from hf_kd.reporting import comparison_table
 from hf_kd.reporting.significance import baseline_tests, compare, paired_test, verdicts
 
 
@@ -147,3 +148,13 @@ def test_the_correction_counts_neither_controls_nor_the_cross_entropy():
     together = verdicts(runs(ce=[40, 50, 60], nkd=[43, 53, 65], kd=[41, 49, 60]))
     assert alone["helped"] and not together[0]["helped"]
     assert together[0]["sentence"].startswith("nkd did not help, as far as 3 seeds can tell: +3.67 ± 2.87")
+
+
+def test_a_run_that_diverged_counts_nowhere_and_is_named():
+    given = runs(ce=[40, 50, 60], nkd=[41.0, 51.1, 60.9])
+    given[-1] |= {"metrics": {}, "diverged": "the loss is NaN"}
+    (found,) = verdicts(given)
+    assert found["seeds"] == [0, 1] and found["tests"][0]["family"] == 1
+    assert found["sentence"].endswith(" Not counted, because it diverged: nkd of seed 2.")
+    table = comparison_table(given).splitlines()
+    assert table[3].startswith("nkd (1 of 3 diverged)") and "46.05 ± 7.14" in table[3]

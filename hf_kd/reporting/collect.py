@@ -101,9 +101,9 @@ def _metrics(measured: dict[str, float], prefix: str) -> dict[str, float]:
     return {key: value for key, value in named.items() if value is not None}
 
 
-def _data_entry(trainer, data: ImageData | None) -> dict:
+def _data_entry(trainer, data: ImageData | None, eval_size: float | None) -> dict:
     """What is known of the data: by what `load_data` gave, else by what the datasets say of themselves."""
-    sizes = {"train_size": _size(trainer.train_dataset), "eval_size": _size(trainer.eval_dataset)}
+    sizes = {"train_size": _size(trainer.train_dataset), "eval_size": eval_size or _size(trainer.eval_dataset)}
     if data is not None:
         entry = data.describe()
     else:
@@ -148,11 +148,17 @@ def make_record(
         metrics = metrics or trainer.evaluate()
     metrics = metrics or {}
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
-    measured = _metrics(metrics, f"eval_{next(iter(sets))}" if sets else "eval")
+    prefix = f"eval_{next(iter(sets))}" if sets else "eval"
+    measured = _metrics(metrics, prefix)
     known["diverged"] = known.get("diverged") or records.divergence(measured.get("loss"), model.config.num_labels)
     if sets and not known["diverged"]:
-        evaluated = {k: {"size": _size(v), "metrics": _metrics(metrics, f"eval_{k}")} for k, v in sets.items()}
-        known["evaluation_sets"] = evaluated
+        known["evaluation_sets"] = {
+            name: {
+                "size": metrics.get(f"eval_{name}_samples", _size(part)),
+                "metrics": _metrics(metrics, f"eval_{name}"),
+            }
+            for name, part in sets.items()
+        }
     skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
     student_entry = describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
     if saved := [file.stat().st_size for file in Path(args.output_dir).glob("model*.safetensors")]:
@@ -172,8 +178,7 @@ def make_record(
         "loss": {"name": loss.name, **loss.hyperparameters()},
         "student": {**student_entry, **({"feature_layer": vars(head.layer)} if head else {}), **(student or {})},
         "data": {
-            **_data_entry(trainer, data),
-            "eval_size": metrics.get("eval_samples", _size(trainer.eval_dataset)),
+            **_data_entry(trainer, data, metrics.get(f"{prefix}_samples")),
             "classes": model.config.num_labels,
             "augmentation": trainer.augmentation_applied,
             "skipped": {

@@ -20,7 +20,7 @@ def write_comparison(
     """Writes what several runs together say. Returns what run.json has: command, runs and verdicts.
 
     results.csv has a line for each run: name, seed, loss, metrics as in run.json (rates in [0, 1]; empty: not known),
-    and the seconds of training.
+    the seconds of training, and why it is no result if it diverged.
     """
     comparison = redact({"command": command, "runs": runs, "verdicts": verdicts(runs)})
     folder, teacher = Path(folder), teacher_row_of(runs[0])
@@ -38,9 +38,18 @@ def write_comparison(
     (folder / REPORT_FILE).write_bytes(f"{text}\n".encode("utf-8", errors="replace"))
     with open(folder / RESULTS_FILE, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "seed", "loss_name", *METRICS, "train_seconds"])
+        writer.writerow(["name", "seed", "loss_name", *METRICS, "train_seconds", "diverged"])
         for run in comparison["runs"]:
             metrics, seconds = run.get("metrics") or {}, (run.get("timings") or {}).get("train_seconds")
             values = [metrics.get(key) for key in METRICS]
-            writer.writerow([run["name"], run.get("seed"), (run.get("loss") or {}).get("name"), *values, seconds])
+            writer.writerow(
+                [
+                    run["name"],
+                    run.get("seed"),
+                    (run.get("loss") or {}).get("name"),
+                    *values,
+                    seconds,
+                    run.get("diverged"),
+                ]
+            )
     return comparison
