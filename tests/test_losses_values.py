@@ -195,6 +195,7 @@ def test_nkd_argmax_reading_is_the_integer_loss():
             same(value, expected[key])
 
 
+@pytest.mark.filterwarnings("ignore:labels have rows with more than two classes")
 def test_which_values_of_a_soft_label_are_targets():
     rows = torch.tensor(
         [
@@ -379,3 +380,15 @@ def test_reduce_mean_over_two_ranks_equals_one_batch():
     for key in whole:
         same((parts[0][key] + parts[1][key]) / 2, whole[key])
     assert not torch.isclose(uskd(s[:3], w[:3], labels[:3])["target"], parts[0]["target"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_with_more_than_two_classes_are_warned_of_once(monkeypatch):
+    monkeypatch.setattr(functional, "_looked_at", set())
+    student, teacher = logits(0), logits(1)
+    for kind in ("int", "smooth", "mixed", "smooth_mixed"):
+        nkd(student, teacher, label_case(kind)[0])  # silent
+    dense = torch.softmax(logits(2), 1)
+    with pytest.warns(UserWarning, match="take the two with the largest values as targets"):
+        nkd(student, teacher, dense)
+    uskd(student, teacher, dense)

@@ -28,13 +28,15 @@ def top_targets(labels: Tensor, dtype: torch.dtype) -> Targets:
     """Read integer labels (B,) or soft labels (B, C) as at most two targets per row.
 
     The largest value is a target; the second-largest if it exceeds the third (with C = 2: 0), which label smoothing's
-    uniform background does not.
+    uniform background does not. Rows with more than two distinct classes (a teacher's probabilities, say) are warned
+    of once: the others are treated as non-targets. Off the CPU only the first batch is looked at.
     """
     if labels.ndim == 1:
         index = labels[:, None]
         return Targets(index, torch.ones_like(index, dtype=dtype), torch.ones_like(index, dtype=torch.bool))
     value, index = labels.to(dtype).topk(min(3, labels.shape[1]), dim=1)
     third = value[:, 2:] if labels.shape[1] > 2 else torch.zeros_like(value[:, :1])
+    _warn_if_more_count(labels, third)
     has_second = value[:, 1:2] > third
     active = torch.cat([torch.ones_like(has_second), has_second], dim=1)
     return Targets(torch.where(active, index[:, :2], index[:, :1]), torch.where(active, value[:, :2], 0.0), active)
@@ -149,6 +151,24 @@ def warn_if_no_non_target(targets: Targets, classes: int) -> None:
         return
     if classes == 2 or (targets.active.device.type == "cpu" and readable(targets.active[:, 1:]).any()):
         _warn_no_non_target(classes)
+
+
+_looked_at: set[str] = set()
+
+
+def _warn_if_more_count(labels: Tensor, third: Tensor) -> None:
+    device = labels.device.type
+    if labels.shape[1] < 4 or labels.is_meta or torch.compiler.is_compiling() or device in _looked_at:
+        return
+    if device != "cpu":  # else every batch would wait for the device
+        _looked_at.add(device)
+    if (readable(third) > readable(labels.to(third.dtype).amin(1, keepdim=True)) + 1e-6).any():
+        _looked_at.add(device)
+        warnings.warn(
+            "labels have rows with more than two classes above the rest: NKD and USKD take the two with the largest "
+            "values as targets and all others as non-targets; cross entropy uses all of them",
+            stacklevel=5,
+        )
 
 
 @functools.cache
