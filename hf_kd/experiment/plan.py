@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
 from .. import hub, recipes
-from ..config import DistillationConfig
+from ..config import DistillationConfig, check_optim_args
 from ..data import ImageData, load_data, overlap
 from ..labels import ClassMapping
 from ..launcher import check_processes
@@ -54,6 +54,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         new = {key: value for key, value in preset_student.items() if key not in script.explicit}
         student = dataclasses.replace(student, **new)
         config, changed = recipes.apply(recipe, config, script.explicit)
+    if "optim_args" in script.explicit:
+        check_optim_args(config)
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses) if recipe else None
