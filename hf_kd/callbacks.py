@@ -37,7 +37,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def __init__(self):
         self.agreed = self._requested = False
-        self._previous = self._pid = self._run = None
+        self._previous = self._pid = None
 
     def _request(self, signum, frame):
         if os.getpid() != self._pid:  # a worker of the data loader inherits the handler
@@ -48,7 +48,7 @@ class SaveOnInterrupt(TrainerCallback):
         logger.warning("Ctrl-C: saving at the end of this step. Once more to stop at once.")
 
     def _lost(self) -> str:
-        args, state = self._run
+        args, state = self._training
         folder = last_checkpoint(args.output_dir)
         lost = state.global_step - (int(folder.rpartition("-")[2]) if folder else 0)
         since = f"since {folder}" if folder else "(there is no checkpoint)"
@@ -56,7 +56,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.agreed = self._requested = False
-        self._run = args, state
+        self._training = args, state
         if self._previous is None and threading.current_thread() is threading.main_thread():
             self._pid, self._previous = os.getpid(), signal.signal(signal.SIGINT, self._request)
 

@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from .losses import LOSSES, DistillationLoss, get_loss, loss_class
 from .losses.functional import check_number
@@ -24,6 +25,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (-1, math.inf),
     "local_rank": (-1, math.inf),
 }
+_NEED_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that can't be made of their arguments alone
 _POSITIVE = (
     "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "eval_accumulation_steps logging_steps eval_steps save_steps adam_epsilon lr_step_factor train_image_size "
@@ -159,7 +161,7 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
-        _check_trackers(self.report_to)
+        _check_trackers(cast(list[str], self.report_to))
         _check_optimizer(self)
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
@@ -239,19 +241,18 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 def _check_optimizer(config: DistillationConfig) -> None:
     """Raises ValueError for arguments that the optimizer or the scheduler does not take, and for missing packages."""
-    kind = config.lr_scheduler_type.value
+    kind, name = SchedulerType(config.lr_scheduler_type).value, str(getattr(config.optim, "value", config.optim))
     if config.lr_scheduler_kwargs or kind not in ("linear", "cosine", "constant", "constant_with_warmup"):
         from transformers import get_scheduler  # slow to import
 
         try:
             optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-            get_scheduler(kind, optimizer, 1, 100, config.lr_scheduler_kwargs)
+            get_scheduler(kind, optimizer, 1, 100, cast(Any, config.lr_scheduler_kwargs))
         except (TypeError, ValueError) as error:
             raise ValueError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs} do not fit {kind}: {error}") from error
-    name = config.optim.value
     if not config.optim_args and name.startswith(("adamw_torch", "sgd")):
         return
-    if any(word in name for word in ("galore", "apollo", "lomo")):  # which need the model
+    if any(word in name for word in _NEED_THE_MODEL):
         return
     from transformers import Trainer
 
@@ -260,6 +261,22 @@ def _check_optimizer(config: DistillationConfig) -> None:
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         given = f" with optim_args={config.optim_args!r} (name=value,...)" if config.optim_args else ""
         raise ValueError(f"optim={name!r}{given}: {error}") from error
+
+
+def check_optim_args(config: DistillationConfig) -> None:
+    """Raises ValueError for `optim_args` that the optimizer ignores: transformers drops what it does not know."""
+    from transformers import Trainer
+
+    def made_with(optim_args: str | None) -> Any:
+        arguments: Any = SimpleNamespace(**vars(config) | {"optim_args": optim_args})
+        return Trainer.get_optimizer_cls_and_kwargs(arguments)
+
+    name = str(getattr(config.optim, "value", config.optim))
+    if not config.optim_args or any(word in name for word in _NEED_THE_MODEL):
+        return
+    ignored = [part for part in config.optim_args.split(",") if made_with(part) == made_with(None)]
+    if ignored:
+        raise ValueError(f"optim_args={','.join(ignored)!r} has no effect on optim={name!r}: leave it out.")
 
 
 def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:

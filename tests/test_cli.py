@@ -219,6 +219,7 @@ def test_help_fits_a_person(capsys):
         (["--output_dir", "/proc/out"], "can't be written to"),
         (["--loss", "nkd", "--teacher", "THINGS/other"], "6"),
         (["--resume_from_checkpoint", "last"], "nothing to resume"),
+        (["--optim", "sgd", "--optim_args", "momentum=0,nestrov=true"], "optim_args='nestrov=true' has no effect"),
     ],
 )
 def test_bad_input_is_one_clear_error(more, message, things, tmp_path, capsys):

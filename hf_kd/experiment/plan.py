@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
 from .. import hub, recipes
-from ..config import DistillationConfig
+from ..config import DistillationConfig, check_optim_args
 from ..data import ImageData, load_data, overlap
 from ..labels import ClassMapping, name_classes
 from ..launcher import check_processes
@@ -55,6 +55,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         if kept:
             why += f" (but the student keeps its {kept} px)"
             del provenance["image_size"]
+    if "optim_args" in script.explicit:
+        check_optim_args(config)
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None

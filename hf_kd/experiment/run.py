@@ -16,6 +16,7 @@ from ..config import DistillationConfig
 from ..data import ImageData, load_data
 from ..launcher import check_processes, resume_command
 from ..losses import loss_source
+from ..losses.functional import DivergedError
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
@@ -182,6 +183,8 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:  # the other runs go on
+        if config.world_size > 1 and isinstance(error, DivergedError):  # which the other ranks may not have met
+            raise
         diverged = str(error)
         trainer.callback_handler.on_train_end(config, trainer.state, trainer.control)  # closes the trackers
     trainer.save_model()  # before anything else can go wrong
