@@ -181,8 +181,9 @@ class DistillationTrainer(Trainer):
 
     @property
     def train_image_size(self) -> int | None:
-        """Side in pixels of every training image: the largest of student, teacher and evaluation teacher, unless set.
-        None without an image processor: images are stacked as they are."""
+        """Side in pixels of every training image, the longer one where the student's input is a rectangle: the largest
+        of student, teacher and evaluation teacher, unless set. None without an image processor: images are stacked as
+        they are."""
         if self.args.train_image_size or self.preprocessing is None:
             return self.args.train_image_size
         sizes = [teacher.preprocessing.size for teacher in filter(None, (self.teacher, self.eval_teacher))]
@@ -193,13 +194,16 @@ class DistillationTrainer(Trainer):
     ):
         labelled = description != "test"
         dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, labelled)
+        size: Any = self.train_image_size
+        if size and self.preprocessing is not None:
+            size = self.preprocessing.training_shape(size)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
-            dataset = dataset.for_training(self.augmentation_applied, self.train_image_size)
+            dataset = dataset.for_training(self.augmentation_applied, size)
         if is_training:
             check_batches_of_one(self, dataset, batch_size)
         if self._own_collator and is_training:
-            self.data_collator = training_collator(self.args, self.model, self.train_image_size, self.preprocessing)
+            self.data_collator = training_collator(self.args, self.model, size, self.preprocessing)
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hf_kd import Preprocessing
+from hf_kd.data import build_transform
 
 SQUARE = {"height": 32, "width": 32}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -126,13 +127,59 @@ def test_a_framed_image_is_resized_whole(mode, floats):
         size={"shortest_edge": 64}, crop_size=SQUARE, resample={"bilinear": 2, "bicubic": 3}[mode]
     )
     preprocessing = Preprocessing(processor)
-    pixels = tensor(make_image(70, 90))[None]
+    pixels = tensor(make_image(90, 90))[None]
     whole = F.interpolate(pixels.float(), (32, 32), mode=mode, antialias=True, align_corners=False).clamp(0, 255) / 255
     shown = preprocessing.denormalize(preprocessing(pixels.float() / 255 if floats else pixels, cropped=True))
     torch.testing.assert_close(shown, whole, rtol=0, atol=1e-5 if floats else 1.01 / 255)
     assert (
         preprocessing.denormalize(preprocessing(pixels)) - whole
     ).abs().max() > 0.1  # the evaluation frame is another one
+
+
+RECTANGLES = [(64, 32), (32, 64), (48, 36)]
+
+
+def coordinates(height, width):
+    """An image of 200 px squares: red is the row and green the column, in steps of one."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows, columns, 0 * rows]).to(torch.uint8)
+
+
+def steps(pixels):
+    """How many rows and columns of the original there are between neighbours, from the middle of the image."""
+    values = pixels.float()
+    return values[0].diff(dim=0).mean().abs().item(), values[1].diff(dim=1).mean().abs().item()
+
+
+@pytest.mark.parametrize("size", RECTANGLES)
+@pytest.mark.parametrize("augment", ["resized_crop", "deit"])
+def test_random_crops_for_a_rectangular_input_are_not_squashed(augment, size):
+    """Random crops are of 3/4 to 4/3 the model's proportions, as for a square input those of a square."""
+    processor = ViTImageProcessor(size=dict(zip(("height", "width"), size, strict=True)))
+    shape = Preprocessing(processor).training_shape(96)
+    assert max(shape) == 96 and shape[0] * size[1] == shape[1] * size[0]
+    crop = build_transform(augment, shape).transforms[0]
+    torch.manual_seed(0)
+    crops = [crop(coordinates(200, 200)) for _ in range(20)]
+    assert {image.shape[1:] for image in crops} == {shape}
+    ratios = [rows / columns for rows, columns in map(steps, crops)]
+    assert 0.7 < min(ratios) < 0.95 and 1.05 < max(ratios) < 1.4
+
+
+@pytest.mark.parametrize("size", RECTANGLES)
+def test_an_image_of_other_proportions_is_cut_not_squashed(size, monkeypatch):
+    """As a teacher with a rectangular input is shown the crops of a square student."""
+    warned = []
+    monkeypatch.setattr("hf_kd.models.preprocessing.logger.warning_once", warned.append)
+    processor = ViTImageProcessor(size=dict(zip(("height", "width"), size, strict=True)))
+    preprocessing, pixels = Preprocessing(processor), coordinates(96, 96)[None]
+    shown = preprocessing.denormalize(preprocessing(pixels, cropped=True))[0] * 255
+    rows, columns = steps(shown)
+    assert rows == pytest.approx(columns, rel=0.03) and rows == pytest.approx(96 / max(size), rel=0.03)
+    assert shown[0].mean() == pytest.approx(47.5, abs=0.5) and shown[1].mean() == pytest.approx(47.5, abs=0.5)
+    assert len(warned) == 1 and "96 × 96" in warned[0]
+    preprocessing(torch.zeros(1, 3, 97, round(97 * size[1] / size[0])), cropped=True)  # but for rounding the same
+    assert len(warned) == 1
 
 
 def test_floats_stay_in_range_where_bicubic_overshoots():

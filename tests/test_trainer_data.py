@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny
 from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
+from transformers import ViTImageProcessor
 
 from hf_kd import DistillationTrainer
 from hf_kd.data import ImageDataset
@@ -182,6 +183,34 @@ def test_augment_is_refused_where_it_cannot_apply(tmp_path):
             assert trainer.augmentation_applied is None
     record = make_record(trainer_for(tmp_path, train=rows(6), evaluation=rows(6), augment="flip"))
     assert record["data"]["augmentation"] == "flip"
+
+
+@pytest.mark.parametrize("augment", ["none", "resized_crop"])
+def test_training_images_have_the_proportions_of_the_students_input(augment, tmp_path):
+    student = PoolingStudent()
+    processor = ViTImageProcessor(size={"height": 64, "width": 32})
+    trainer = DistillationTrainer(
+        student, config(tmp_path, augment=augment), train_dataset=rows(), processing_class=processor
+    )
+    assert next(iter(trainer.get_train_dataloader()))["pixels"].shape == (8, 3, 64, 32)
+    larger = config(tmp_path, augment=augment, train_image_size=96)
+    trainer = DistillationTrainer(student, larger, train_dataset=rows(), processing_class=processor)
+    assert next(iter(trainer.get_train_dataloader()))["pixels"].shape == (8, 3, 96, 48)
+    trainer.train()
+    assert student.seen == {(64, 32)}
+
+
+class PoolingStudent(torch.nn.Module):
+    """A classifier of images of any shape, which it notes."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny("vit", names=NAMES)[0].config
+        self.head, self.seen = torch.nn.Linear(3, len(NAMES)), set()
+
+    def forward(self, pixel_values):
+        self.seen.add(tuple(pixel_values.shape[-2:]))
+        return self.head(pixel_values.mean((2, 3)))
 
 
 def test_view_size_is_the_size_of_the_shared_image(tmp_path):

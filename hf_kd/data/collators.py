@@ -31,7 +31,8 @@ class TrainingCollator:
     """A training batch, without the items that cannot be decoded.
 
     Args:
-        size: side in pixels to which every image is brought; None: images are stacked and must have one shape.
+        size: side in pixels to which every image is brought, or height and width; None: images are stacked and must
+            have one shape.
         mixer: applied last. Its draws are a function of `seed` (not negative), the epoch and the first key of the
             batch, or come from torch's global generator where items have no key.
         interpolation: of the resizing; the student's, so that what it is shown looks as in evaluation. None: bicubic.
@@ -40,7 +41,7 @@ class TrainingCollator:
     size.
     """
 
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     mixer: Mixer | None = None
     seed: int = 0
     interpolation: InterpolationMode | None = None
@@ -59,7 +60,8 @@ class TrainingCollator:
     def _stack(self, images: list[Tensor]) -> Tensor:
         if self.size is not None:
             mode = self.interpolation or InterpolationMode.BICUBIC
-            images = [resize(image, [self.size] * 2, mode, antialias=True) for image in images]
+            shape = [self.size] * 2 if isinstance(self.size, int) else [*self.size]
+            images = [resize(image, shape, mode, antialias=True) for image in images]
         return _stack(images, "train_image_size, or augment with 'resized_crop'")
 
 
@@ -93,7 +95,10 @@ class EvaluationCollator:
 
 
 def training_collator(
-    args: DistillationConfig, student: nn.Module, size: int | None, preprocessing: Preprocessing | None
+    args: DistillationConfig,
+    student: nn.Module,
+    size: int | tuple[int, int] | None,
+    preprocessing: Preprocessing | None,
 ) -> TrainingCollator:
     """The collator that a trainer's arguments ask for: with mixup and cutmix, and resizing as the student's."""
     alphas = args.mixup_alpha, args.cutmix_alpha

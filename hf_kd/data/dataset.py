@@ -109,7 +109,7 @@ class ImageDataset(Dataset):
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
 
-    def for_training(self, augment: str | None, size: int | None) -> "ImageDataset":
+    def for_training(self, augment: str | None, size: int | tuple[int, int] | None) -> "ImageDataset":
         """A copy with `replacement`, the same epoch and, if `augment` is not None, what `build_transform` gives."""
         dataset = copy.copy(self)
         dataset.replacement = True

@@ -15,7 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import AUGMENTS
 
 
-def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor], Tensor]:
+def build_transform(augment: str, size: int | tuple[int, int] | None = None) -> Callable[[Tensor], Tensor]:
     """The augmentation of one training image, uint8 (3, H, W) to uint8 (3, h, w).
 
     Args:
@@ -24,10 +24,11 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
             "flip": a horizontal flip, half of the time;
             "pad_crop": the flip, and a crop of the image's own size out of the image padded with black by an eighth
             (the CIFAR standard);
-            "resized_crop": the flip, and a random part of the image (8 to 100 % of its area), resized to `size`,
-            bicubic (the ImageNet standard);
+            "resized_crop": the flip, and a random part of the image (8 to 100 % of its area, of 3/4 to 4/3 the
+            proportions of `size`), resized to `size`, bicubic (the ImageNet standard);
             "deit": that, RandAugment (timm's rand-m9-mstd0.5-inc1, bicubic), and random erasing with noise (p .25).
-        size: side h = w of the result in pixels, which "resized_crop" and "deit" need; the others keep the image's.
+        size: side h = w of the result in pixels, or h and w, which "resized_crop" and "deit" need; the others keep
+            the image's.
 
     Raises:
         ValueError: an unknown augment, or no size where one is needed.
@@ -41,13 +42,15 @@ def build_transform(augment: str, size: int | None = None) -> Callable[[Tensor],
     if not size:
         hint = "pass train_image_size, or processing_class; for images of one small size take 'pad_crop'"
         raise ValueError(f"augment {augment!r} needs a size in pixels: {hint}")
-    crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    height, width = (size, size) if isinstance(size, int) else size
+    ratio = (3 / 4 * (width / height), 4 / 3 * (width / height))  # of a square exactly the usual one
+    crop = v2.RandomResizedCrop((height, width), ratio=ratio, interpolation=InterpolationMode.BICUBIC, antialias=True)
     if augment == "resized_crop":
         return v2.Compose([crop, flip])
     from timm.data.auto_augment import rand_augment_transform  # slow to import
 
     settings = {  # as in timm's own ImageNet training transform
-        "translate_const": int(size * 0.45),
+        "translate_const": int(min(height, width) * 0.45),
         "img_mean": tuple(round(255 * m) for m in IMAGENET_DEFAULT_MEAN),
         "interpolation": Image.Resampling.BICUBIC,  # by default a random filter
     }

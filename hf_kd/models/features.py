@@ -96,7 +96,7 @@ def _exception(student: nn.Module) -> str | None:
     for network in student.modules():  # the network itself may be in a wrapper, at any depth
         config: Any = getattr(network, "config", None)
         timm_config = getattr(network, "default_cfg", None) or {}
-        architecture = timm_config.get("architecture") or getattr(config, "model_type", "")
+        architecture = timm_config.get("architecture") or getattr(config, "model_type", None) or ""
         for beginning, module in EXCEPTIONS.items():
             if architecture.startswith(beginning):
                 names = [name for name, _ in student.named_modules()]

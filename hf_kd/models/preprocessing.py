@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Pillow's resampling filters, by number, as image processors store them: those that tensors can be resized with.
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -100,12 +103,20 @@ class Preprocessing:
         Args:
             pixels: `(B, 3, H, W)`, uint8, or float in [0, 1] (after mixup or cutmix).
             cropped: False for whole images, which get the processor's resize and crop (through the CPU); True for
-                images that show what the model is to see (training crops): they are resized to `size`, not cropped.
+                images that show what the model is to see (training crops): they are resized to `size`. They are not
+                cropped, but cut to the proportions of `size` if theirs are others, with one warning.
         """
         if not cropped:
             whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
             pixels = self.resize_and_crop(whole).to(pixels.device)
         elif pixels.shape[-2:] != self.size:
+            part = self._part_of(*pixels.shape[-2:])
+            if max(length - kept for length, kept in zip(pixels.shape[-2:], part, strict=True)) > 1:  # not rounding
+                logger.warning_once(
+                    f"images of {' × '.join(map(str, pixels.shape[-2:]))} pixels are cut to the proportions of "
+                    f"{self.size}, which a model takes: teacher and student do not see quite the same."
+                )
+                pixels = F.center_crop(pixels, list(part))
             mode = self.interpolation
             if mode == InterpolationMode.LANCZOS and pixels.device.type != "cpu":
                 mode = InterpolationMode.BICUBIC  # the nearest that torch has there
@@ -113,6 +124,16 @@ class Preprocessing:
             if pixels.is_floating_point():
                 pixels = pixels.clamp(0, 1)  # bicubic overshoots; torchvision clips bytes by itself
         return self.normalize(pixels)
+
+    def training_shape(self, side: int) -> tuple[int, int]:
+        """Height and width of training images whose longer side is `side`, in the proportions of `size`."""
+        height, width = (max(1, round(side * length / max(self.size))) for length in self.size)
+        return height, width
+
+    def _part_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the largest part of an image that has the proportions of `size`."""
+        scale = min(height / self.size[0], width / self.size[1])
+        return round(scale * self.size[0]), round(scale * self.size[1])
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """The affine map and the channel order alone: float32 from `(B, 3, H, W)` of any size, uint8 or in [0, 1]."""
