@@ -77,7 +77,11 @@ def test_the_literal_command(hub, tmp_path):
     done = as_user(hub, tmp_path / "user", COMMAND)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("preset "))
-    assert line.startswith("preset vit_finetune, chosen for the family vit: ") and "arXiv 2303.13005" in line and "hf_kd's own" in line
+    assert (
+        line.startswith("preset vit_finetune, chosen for the family vit: ")
+        and "arXiv 2303.13005" in line
+        and "hf_kd's own" in line
+    )
     assert "uskd: alpha 1, beta 0.1, mu 0.005" in line and "--preset none" in line
     # Correct use is silent: besides accelerate's note on its own defaults and progress bars there is no word.
     # (The mtimes are those of checkpoints that follow each other within a second.)

@@ -74,3 +74,14 @@ def test_the_export(tmp_path, monkeypatch, capsys):
     code = block("Deployment", "python").replace("224, 224", "32, 32")
     exec(code, {})
     assert re.fullmatch(r"(.*\n)*\d+\.\d ms\n", capsys.readouterr().out)
+
+
+def test_the_usage_starts_without_a_launcher_and_keeps_the_two_commands():
+    usage = README.split("\n## Usage\n")[1]
+    assert usage.index("\nhf-kd distill --student ") < usage.index("\naccelerate launch ")
+    assert "accelerate launch --quiet --multi_gpu --num_processes 2 examples/run_distill.py" in usage
+    commands = (
+        "pip install -e . && accelerate launch examples/run_distill.py --config examples/configs/quickstart.yaml",
+        "accelerate launch examples/run_distill.py --student facebook/deit-tiny-patch16-224 --loss uskd",
+    )
+    assert all(f"\n{command}\n" in README for command in commands)
