@@ -86,7 +86,7 @@ def run_json(folder):
         (["--resume_from_checkpoint", "/missing/checkpoint-3"], "/missing/checkpoint-3 is no checkpoint"),
         (
             ["--metric_for_best_model", "top-1", "--load_best_model_at_end"],
-            "there are: loss, top1, macro_top1, top5, ece",
+            "loss, top1, macro_top1, top5, ece",
         ),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no", "--save_strategy", "no"], "set eval_strategy"),
         (["--accelerator_config", '{"foo": 1}'], "unexpected keyword argument 'foo'"),
