@@ -141,9 +141,12 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
         return state_dict
     timm_model: Any = getattr(student, "timm_model", None)
     if timm_model is None:
-        if state_dict is None and not isinstance(student, PreTrainedModel):
-            state_dict = _without_head(student, student.state_dict())
-        return state_dict and _without_sharing(state_dict)
+        if state_dict is not None:
+            return _without_sharing(state_dict)
+        state_dict = _without_head(student, student.state_dict())
+        separate = _without_sharing(state_dict)
+        shares = any(separate[key] is not value for key, value in state_dict.items())
+        return separate if shares or not isinstance(student, PreTrainedModel) else None
     config: Any = student.config
     architecture = timm_model.pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture

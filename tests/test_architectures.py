@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from student_helpers import NAMES, check_reopens, logits
-from tiny import MEAN, STD
+from tiny import MEAN, STD, tiny
 from torch import nn
 from trainer_helpers import config, rows
 from transformers import (
@@ -157,6 +157,16 @@ def test_weights_that_modules_share_are_saved(tmp_path):
     reopened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(reopened(values), expected)
+
+
+def test_weights_that_layers_of_a_transformer_share_are_saved(tmp_path):
+    student, processor = tiny("vit", names=SIX)
+    student.vit.layers[1].mlp = student.vit.layers[0].mlp
+    trainer = DistillationTrainer(student, config(tmp_path), train_dataset=rows(), processing_class=processor)
+    trainer.train()
+    trainer.save_model()
+    values = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(logits(load_student(tmp_path)[0], values), logits(student, values))
 
 
 class Shared(nn.Module):

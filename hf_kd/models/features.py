@@ -145,13 +145,14 @@ def _begins_the_last_stage(student: nn.Module, output: _Output, trace: _Trace) -
     ours, modules = output.layer.name, dict(student.named_modules())
     later = trace.order[trace.order.index(ours) + 1 :]
     for name, around in trace.outputs.items():
+        if not ours.startswith(f"{name}.") or not 1 < around.positions < output.positions:
+            continue
         inside = [each.positions for other, each in trace.outputs.items() if other.startswith(f"{name}.")]
         is_one_of_a_list = isinstance(modules[name], nn.Sequential) and name == ours.rpartition(".")[0]
-        if not ours.startswith(f"{name}.") or is_one_of_a_list or max(inside) >= 1.5 * output.positions:
+        if is_one_of_a_list or max(inside) >= 1.5 * output.positions:
             continue
         after = [p for n in later if n.startswith(f"{name}.") for p in modules[n].parameters(recurse=False)]
-        weights = sum(p.numel() for p in modules[name].parameters())
-        if 1 < around.positions < output.positions and 2 * sum(p.numel() for p in after) > weights:
+        if 2 * sum(p.numel() for p in after) > sum(p.numel() for p in modules[name].parameters()):
             return True
     return False
 
