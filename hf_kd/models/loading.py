@@ -167,7 +167,7 @@ def check_width(name: str, model: nn.Module, size: tuple[int, int], names) -> in
     try:
         logits = dry_run(model, size)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{_first_line(error)} If it is their size, image_size=N gives another."
+        reason = f"{_first_line(error).rstrip('.')}. If it is their size, image_size=N gives another."
         if (input_name := getattr(model, "main_input_name", "pixel_values")) not in ("pixel_values", "inputs"):
             reason = f"its input is {input_name}."
         raise ValueError(f"{name} does not accept images as tensors (3, {size[0]}, {size[1]}): {reason}") from error
