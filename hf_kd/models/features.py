@@ -147,7 +147,8 @@ def _begins_the_last_stage(student: nn.Module, output: _Output, trace: _Trace) -
     for name, around in trace.outputs.items():
         if not ours.startswith(f"{name}.") or not 1 < around.positions < output.positions:
             continue
-        inside = [each.positions for other, each in trace.outputs.items() if other.startswith(f"{name}.")]
+        parts = ((modules[n], each) for n, each in trace.outputs.items() if n.startswith(f"{name}."))
+        inside = [each.positions for part, each in parts if [*part.parameters()]]  # padding is no resolution
         is_one_of_a_list = isinstance(modules[name], nn.Sequential) and name == ours.rpartition(".")[0]
         if is_one_of_a_list or max(inside) >= 1.5 * output.positions:
             continue
