@@ -164,6 +164,8 @@ def test_registers_are_left_out_of_the_mean():
 
 def test_padding_in_the_last_stage_is_no_resolution_of_its_own():
     """At 128 px the padding before the last downsampling makes 8 × 8 positions 11 × 11."""
-    config = CONFIG_MAPPING["efficientnet"](image_size=128, width_coefficient=0.5, depth_coefficient=0.5, hidden_dim=640)
+    config = CONFIG_MAPPING["efficientnet"](
+        image_size=128, width_coefficient=0.5, depth_coefficient=0.5, hidden_dim=640
+    )
     student = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)](config)
     assert str(find_feature_layer(student, (128, 128))).startswith("efficientnet.encoder.blocks.6 (56 × 8 × 8,")
