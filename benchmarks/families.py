@@ -201,7 +201,7 @@ def try_architecture(name: str, send) -> None:
             other = load_teacher(small[0], processor=small[1]) if loss == "nkd" else None
             trainer = train(f"{folder}/{loss}", student(), loss, other)
             if loss == "uskd":
-                result["layer"] = str(trainer.model.aux_head.layer)
+                result["layer"] = str(trainer.auxiliary_head.layer)
             reopen(trainer, f"{folder}/{loss}", is_timm)
 
         for loss in ("ce", "nkd", "uskd"):

@@ -86,7 +86,7 @@ def test_the_literal_command(hub, tmp_path):
     # Correct use is silent: besides accelerate's note on its own defaults and progress bars there is no word.
     # (The mtimes are those of checkpoints that follow each other within a second.)
     noise = r"it/s\]|s/it\]|\?it/s|ba/s\]|B/s\]|examples/s\]|values were not passed|^\s*`--|avoid this warning|mtime"
-    noise += r"|^[\s\x1b\[A]*$"
+    noise += r"|^[\s\x1b\[A]*$|classes have no image to train on"  # the stand-in has fewer images than classes
     said = [text for text in re.split(r"[\r\n]", done.stderr) if not re.search(noise, text)]
     assert not said, said
 
