@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from urllib.parse import unquote
 
@@ -83,6 +84,13 @@ def user_message(error: BaseException) -> str | None:
                 "of it, --dataset_revision refs/convert/parquet."
             )
     return None
+
+
+def repo_name(text: str) -> str:
+    """A name that is valid on the Hub, made of any text."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]+", "-", ascii_text)).strip("-.")
+    return name[:90].removesuffix(".git").rstrip("-.") or "image-classifier"
 
 
 def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:

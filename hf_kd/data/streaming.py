@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -134,18 +135,21 @@ class StreamedRows:
 
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
-        return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
+        found = []
+        for file, counts in self._rows.items():
+            filesystem, path = fsspec.core.url_to_fs(file)
+            found.append(f"{os.path.basename(file)} {filesystem.size(path)} {sum(counts)}")
+        return found
 
     def _groups_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
-        def read() -> pa.Table:
-            with fsspec.open(group.file, "rb") as file:
-                parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
-                return parquet.read_row_group(group.index, columns=columns or self.column_names)
+        def read(file: Any) -> pa.Table:
+            parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
+            return parquet.read_row_group(group.index, columns=columns or self.column_names)
 
-        return _patiently(read, group.file)
+        return _patiently(group.file, read)
 
 
 class TarRows(StreamedRows):
@@ -155,38 +159,31 @@ class TarRows(StreamedRows):
     """
 
     def _index(self, file: str) -> list[int]:
-        def read() -> tuple[list[tuple[int, int]], list[int], list[int]]:
-            spans, counts, labels = [], list[int](), list[int]()
-            with fsspec.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-                start = 0
-                for sample in _samples(tar, file):
-                    labels.append(sample["label"])
-                    if not counts or counts[-1] == TAR_GROUP:
-                        counts.append(0)
-                        spans.append((start, start))
-                    counts[-1] += 1
-                    spans[-1] = (spans[-1][0], start := sample["end"])
-            return spans, counts, labels
+        def read(opened: Any) -> list[tuple[int, int]]:
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                return [(sample["end"], sample["label"]) for sample in _samples(tar, file)]
 
-        spans, counts, labels = _patiently(read, file)
-        self._footers[file] = spans, min(labels, default=0), max(labels, default=0)
-        return counts
+        ends_and_labels = _patiently(file, read)
+        groups = [ends_and_labels[i : i + TAR_GROUP] for i in range(0, len(ends_and_labels), TAR_GROUP)]
+        stops = [group[-1][0] for group in groups]
+        labels = [label for _, label in ends_and_labels]
+        self._footers[file] = [*zip([0, *stops], stops, strict=False)], min(labels, default=0), max(labels, default=0)
+        return [len(group) for group in groups]
 
     def label_range(self, column: str) -> tuple[int, int]:
         footers = self._footers.values()
         return min(low for _, low, _ in footers), max(high for _, _, high in footers)
 
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
-        def read() -> pa.Table:
-            start, stop = self._footers[group.file][0][group.index]
-            with fsspec.open(group.file, "rb") as file:
-                file.seek(start)
-                data = io.BytesIO(file.read(stop - start))
-            with tarfile.open(fileobj=data, mode="r:") as tar:
-                rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
-            return pa.Table.from_pylist(rows)
+        start, stop = self._footers[group.file][0][group.index]
 
-        return _patiently(read, group.file)
+        def read(file: Any) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        with tarfile.open(fileobj=io.BytesIO(_patiently(group.file, read)), mode="r:") as tar:
+            rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
+        return pa.Table.from_pylist(rows)
 
 
 def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
@@ -215,36 +212,39 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
         yield sample
 
 
-def _size(file: str) -> int:
-    filesystem, path = fsspec.core.url_to_fs(file)
-    return filesystem.size(path)
-
-
 def stream_features(file: str) -> datasets.Features:
     """The features that a parquet file says its columns have."""
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
 
 
 def _footer(file: str) -> pq.FileMetaData:
-    def read() -> pq.FileMetaData:
-        with fsspec.open(file, "rb") as opened:
-            return pq.ParquetFile(opened).metadata
-
-    return _patiently(read, file)
+    return _patiently(file, lambda opened: pq.ParquetFile(opened).metadata)
 
 
-def _patiently(read: Callable[[], Any], file: str) -> Any:
-    """What `read()` gives; after an error of the network again, for `PATIENCE` seconds."""
+def _patiently(file: str, read: Callable[[Any], Any]) -> Any:
+    """What `read` gives of the opened file; after an error of the network again, for `PATIENCE` seconds."""
     wait, given_up = 1.0, time.monotonic() + PATIENCE
     while True:
         try:
-            return read()
+            with fsspec.open(file, "rb") as opened:
+                return read(opened)
         except Exception as error:
             if not is_temporary(error) or time.monotonic() + wait > given_up:
                 raise
             logger.warning(f"{file} could not be read ({error}): trying again in {wait:.0f} s")
         time.sleep(wait)
         wait = min(2 * wait, 60)
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a dataset's name is; None for an id on the Hub. ValueError for a path that is not there."""
+    path = bundled(name) or Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.endswith(".parquet"):
+        hint = "this reads as a local path; a dataset on the Hub is written owner/name"
+        raise ValueError(f"dataset {name!r}: there is no {path.absolute()}; {hint}")
+    return None
 
 
 def stream_splits(
@@ -254,14 +254,13 @@ def stream_splits(
 
     Raises ValueError for a dataset of other files.
     """
-    path = bundled(name) or name
-    commit = None
-    if os.path.isfile(path):
-        return StreamedRows, {"train": [str(path)]}, None, None
-    if not os.path.exists(path):
+    path, commit = local_path(name), None
+    if path is None:
         revision = resolve(name, revision, "dataset")
         commit = revision.resolved
-    builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
+    elif path.is_file():
+        return StreamedRows, {"train": [str(path)]}, None, None
+    builder = datasets.load_dataset_builder(str(path or name), config_name, revision=revision)
     files: Any = builder.config.data_files or {}
     kind = builder.info.builder_name
     if kind not in ("parquet", "webdataset"):

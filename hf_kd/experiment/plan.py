@@ -22,7 +22,7 @@ from ..losses import loss_source
 from ..models.loading import adjust_processor, build, check_architecture, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
 from ..models.student import student_config
-from ..push import check_push, repo_name
+from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
@@ -42,7 +42,9 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         trained_with = "compare" if script.compare else config.loss_class().name
         name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
-        config = dataclasses.replace(config, output_dir=folder, hub_model_id=config.hub_model_id or repo_name(name))
+        config = dataclasses.replace(
+            config, output_dir=folder, hub_model_id=config.hub_model_id or hub.repo_name(name)
+        )
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
