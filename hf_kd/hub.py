@@ -139,8 +139,12 @@ def _is_answer(error: BaseException) -> bool:
 
 def is_unsupported(error: BaseException) -> bool:
     """Whether an answer of the Hub means that there is no such address, as on mirrors that serve only some."""
-    known = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
-    return isinstance(error, errors.HfHubHTTPError) and not known and error.response.status_code in (404, 405, 501)
+    nothing_there = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
+    return (
+        isinstance(error, errors.HfHubHTTPError)
+        and not nothing_there
+        and error.response.status_code in (404, 405, 501)
+    )
 
 
 def _answer(error: errors.HfHubHTTPError, repo: str, page: str) -> str:

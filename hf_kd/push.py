@@ -175,21 +175,16 @@ def add_missing_record(trainer) -> None:
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 
-def write_run_card(folder: str | os.PathLike) -> None:
-    """`write_card`, or a warning where there is no run.json."""
-    if (Path(folder) / RUN_FILE).is_file():
-        write_card(folder)
-    else:
-        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
-
-
 def create_model_card(self, *args, **kwargs) -> None:
     """A trainer's method. Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is
     passed. A single process makes run.json first where it is missing (it takes an evaluation)."""
+    folder = self.args.output_dir
     if self.args.world_size == 1:
         add_missing_record(self)
-    if self.is_world_process_zero():
-        write_run_card(self.args.output_dir)
+    if self.is_world_process_zero() and read_record(folder):
+        write_card(folder)
+    elif self.is_world_process_zero():
+        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
 
 
 def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -237,9 +237,9 @@ def _load_stream(
 def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarray]) -> None:
     """Names classes that may be meant as one, and those that have no image for a use."""
     alike: dict[str, list[str]] = {}
-    for each in names:
-        alike.setdefault(name_key(each), []).append(each)
-    if several := [each for each in alike.values() if len(each) > 1]:
+    for class_name in names:
+        alike.setdefault(name_key(class_name), []).append(class_name)
+    if several := [group for group in alike.values() if len(group) > 1]:
         logger.warning(f"{name} has classes whose names differ only in case or spaces: {several[:5]}")
     for use, classes in without.items():
         if len(classes):

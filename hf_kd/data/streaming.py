@@ -269,7 +269,7 @@ def stream_splits(
             "numbers of rows: leave --streaming out, or write it as parquet with "
             "load_dataset(...).to_parquet(...)"
         )
-    paths = {str(split): [str(file) for file in each] for split, each in files.items()}
+    paths = {str(split): [str(file) for file in names] for split, names in files.items()}
     if kind == "webdataset":
         return TarRows, paths, datasets.Features(image=datasets.Image(), label=datasets.Value("int64")), commit
     return StreamedRows, paths, builder.info.features, commit

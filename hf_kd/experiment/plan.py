@@ -165,8 +165,8 @@ def _recipe_name(script, student: ModelSource) -> tuple[str | None, str]:
 def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple[ModelSource, int | None]:
     """The student with a recipe's input size and statistics; and its own size in pixels, if it keeps that."""
     new = {key: value for key, value in recipes.load(recipe).student.items() if key not in explicit}
-    own = _input_side(student, _config(student)) if "image_size" in new else 0
-    kept = own if own < new.get("image_size", 0) else None
+    side = _input_side(student, _config(student)) if "image_size" in new else 0
+    kept = side if side < new.get("image_size", 0) else None
     if kept:
         del new["image_size"]
     return dataclasses.replace(student, **new), kept

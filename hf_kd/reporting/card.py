@@ -127,9 +127,9 @@ def _evaluation_sets(run: Mapping[str, Any]) -> str:
         return ""
     rates = rates_of(sets.values())
     rows = [["evaluation set", "images", *rates.values()]]
-    for name, each in sets.items():
-        values = [rate([(each.get("metrics") or {}).get(key)]) for key in rates]
-        rows.append([code(name), number(each.get("size"), ","), *values])
+    for name, part in sets.items():
+        values = [rate([(part.get("metrics") or {}).get(key)]) for key in rates]
+        rows.append([code(name), number(part.get("size"), ","), *values])
     return layout(rows, markdown=True)
 
 

@@ -17,7 +17,7 @@ def title(run: Mapping[str, Any]) -> str:
     """The repository's name, or one made of student, loss and data."""
     ids = [(run.get(key) or {}).get("name" if key == "loss" else "id") for key in ("student", "loss", "data")]
     ids = [run["repo_id"]] if run.get("repo_id") else ids
-    return "-".join(one_line(each).rstrip("/").split("/")[-1] for each in ids if each) or "image-classifier"
+    return "-".join(one_line(text).rstrip("/").split("/")[-1] for text in ids if text) or "image-classifier"
 
 
 def metadata(run: Mapping[str, Any]) -> ModelCardData:
@@ -41,11 +41,10 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
     ]
     # Only what the weights started from: the Hub takes a second base model, the teacher, for a merge of the two.
     finetuned = on_hub(student) and student.get("from_scratch") is False
-    license = _license(run)
+    licensed = run if run.get("license") else student if student.get("from_scratch") is False else {}
+    license: Any = {key: licensed[key] for key in LICENSE if licensed.get("license") and licensed.get(key)}
     return ModelCardData(
-        license=license.get("license"),
-        license_name=license.get("license_name"),
-        license_link=license.get("license_link"),
+        **license,
         library_name="timm" if student.get("library") == "timm" else "transformers",
         pipeline_tag="image-classification",
         tags=[tag for tag in ("hf_kd", "generated_from_trainer", *loss_description(run).get("tags", ()), loss) if tag],
@@ -56,12 +55,6 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
         model_name=title(run) if results else None,
         eval_results=results or None,
     )
-
-
-def _license(run: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of license, license_name and license_link: the record's own, or of the weights at the start."""
-    known = run if run.get("license") else run["student"] if run["student"].get("from_scratch") is False else {}
-    return {key: known[key] for key in LICENSE if known.get("license") and isinstance(known.get(key), str)}
 
 
 def on_hub(entry: Mapping[str, Any]) -> bool:

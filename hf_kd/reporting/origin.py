@@ -59,4 +59,4 @@ def repository_name(trainer: Any) -> str | None:
     if not student or not data:
         return None
     run = {"student": {"id": student}, "loss": {"name": trainer.train_loss.name}, "data": {"id": data}}
-    return repo_name(title(run))
+    return repo_name(re.sub("[_.]", "-", title(run)))
