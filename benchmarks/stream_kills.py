@@ -154,8 +154,8 @@ def main() -> None:
     per_pass = sorted(i for rank in expected for batch in rank[: steps // EPOCHS] for i in batch)
     once = per_pass == list(range(sum(SHARDS)))
     text = [
-        f"{len(targets)} kills at the steps {', '.join(map(str, targets))} of {steps}; {processes} process(es), {workers} "
-        "worker(s) each",
+        f"{len(targets)} kills at the steps {', '.join(map(str, targets))} of {steps}; {processes} process(es), "
+        f"{workers} worker(s) each",
         f"each row once a pass: {once}; same ids in the same order: {good}; weights bit-identical: {same}",
     ]
     if sessions:

@@ -60,7 +60,7 @@ class ScriptArguments:
     max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
     max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
     streaming: bool = option(
-        "Read the images while training, from parquet files, without downloading them first.", False
+        "Read the images of parquet or webdataset files while training, without downloading them first.", False
     )
     student_revision: str | None = option("Branch, tag or commit of the student.")
     teacher_revision: str | None = option("Branch, tag or commit of the teacher.")

@@ -89,8 +89,8 @@ def load_data(
         eval_fraction: of the training split to hold out, between 0 and 1.
         max_train_samples, max_eval_samples: at most so many images, each class in proportion, by the same hashes: the
             largest to train on, the smallest to evaluate on.
-        streaming: read the images while training, from parquet files here or on the Hub, without downloading them
-            first. Nothing can be held out, labels are integers, and the limits take the first rows.
+        streaming: read the images while training, from parquet or webdataset files here or on the Hub, without
+            downloading them first. Nothing can be held out, labels are integers, and the limits take the first rows.
 
     Raises:
         ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.

@@ -1,4 +1,4 @@
-"""Images that are read from parquet files, here or on the Hub, while training goes on: nothing is downloaded first.
+"""Images that are read from parquet or webdataset files, here or on the Hub, while training goes on.
 
 The rows keep their numbers, and the order of an epoch is a function of seed and epoch, so that a stream is a map-style
 dataset with an order that is cheap to read: every reader (each loader worker of each process) goes through row groups

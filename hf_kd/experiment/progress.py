@@ -15,7 +15,7 @@ from ..spec import Experiment, RunSpec
 STEPS = 10  # after which the time is estimated
 
 
-class Progress(TrainerCallback):
+class ComparisonProgress(TrainerCallback):
     """Prints lines, and where standard error is no terminal no bars. A callback of every trainer of the experiment.
 
     Times are those of this process and of runs without a record: others that train runs of the same experiment shorten
