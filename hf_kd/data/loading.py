@@ -14,9 +14,10 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..hub import resolve
 from ..labels import name_key
+from ..quickstart import bundled
 from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
-from .streaming import StreamedRows, local_path, stream_features, stream_splits
+from .streaming import StreamedRows, stream_features, stream_splits
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,6 @@ class ImageData:
     split_sizes: dict[str, int] = field(default_factory=dict)
     split_fingerprints: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.names) < 2:
-            column = f"(--label_column {self.label_column})"
-            raise ValueError(f"{self.name} has only the class {self.names}: a classifier needs two {column}")
 
     def describe(self) -> dict[str, Any]:
         """What plan and record say of the data, as plain values; `overlap` compares two of these."""
@@ -108,6 +104,8 @@ def load_data(
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
     names = class_names(chosen[train_split], label_column)
+    if len(names) < 2:
+        raise ValueError(f"{name} has only the class {names}: a classifier needs two (--label_column {label_column})")
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
     labels, rows, fingerprints, present = {}, {}, {}, {}
@@ -250,9 +248,14 @@ def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarr
 
 def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
     """All splits by name, and the commit on the Hub that they came from; None if from this machine."""
-    path, commit = local_path(name), None
+    path = bundled(name) or Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
+    if local and not path.exists():
+        hint = "this reads as a local path; a dataset on the Hub is written owner/name"
+        raise ValueError(f"dataset {name!r}: there is no {path.absolute()}; {hint}")
+    commit = None
     try:
-        if path is None:
+        if not local:
             revision = resolve(name, revision, "dataset")
             commit = revision.resolved
             found = datasets.load_dataset(name, config_name, revision=revision)
@@ -263,7 +266,7 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
     except ConnectionError:  # an OSError, but the name may be right
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        where = path.absolute() if path else "the Hub (and there is no such path here)"
+        where = path.absolute() if local else "the Hub (and there is no such path here)"
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise ValueError(f"dataset {name!r} cannot be read from {where}: {error}{cause}") from error
     return dict(found) if isinstance(found, dict) else {"train": found}, commit

@@ -16,7 +16,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -135,11 +134,7 @@ class StreamedRows:
 
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
-        found = []
-        for file, counts in self._rows.items():
-            filesystem, path = fsspec.core.url_to_fs(file)
-            found.append(f"{os.path.basename(file)} {filesystem.size(path)} {sum(counts)}")
-        return found
+        return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
 
     def _groups_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -212,6 +207,11 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
         yield sample
 
 
+def _size(file: str) -> int:
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.size(path)
+
+
 def stream_features(file: str) -> datasets.Features:
     """The features that a parquet file says its columns have."""
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
@@ -236,17 +236,6 @@ def _patiently(file: str, read: Callable[[Any], Any]) -> Any:
         wait = min(2 * wait, 60)
 
 
-def local_path(name: str) -> Path | None:
-    """The path that a dataset's name is; None for an id on the Hub. ValueError for a path that is not there."""
-    path = bundled(name) or Path(name).expanduser()
-    if path.exists():
-        return path
-    if name.startswith((".", "/", "~")) or name.endswith(".parquet"):
-        hint = "this reads as a local path; a dataset on the Hub is written owner/name"
-        raise ValueError(f"dataset {name!r}: there is no {path.absolute()}; {hint}")
-    return None
-
-
 def stream_splits(
     name: str, config_name: str | None, revision: str | None
 ) -> tuple[type[StreamedRows], dict[str, list[str]], datasets.Features | None, str | None]:
@@ -254,13 +243,14 @@ def stream_splits(
 
     Raises ValueError for a dataset of other files.
     """
-    path, commit = local_path(name), None
-    if path is None:
+    path = bundled(name) or name
+    commit = None
+    if os.path.isfile(path):
+        return StreamedRows, {"train": [str(path)]}, None, None
+    if not os.path.exists(path):
         revision = resolve(name, revision, "dataset")
         commit = revision.resolved
-    elif path.is_file():
-        return StreamedRows, {"train": [str(path)]}, None, None
-    builder = datasets.load_dataset_builder(str(path or name), config_name, revision=revision)
+    builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
     files: Any = builder.config.data_files or {}
     kind = builder.info.builder_name
     if kind not in ("parquet", "webdataset"):
