@@ -105,8 +105,8 @@ class DistillationConfig(TrainingArguments):
     mixup_alpha: float = option("Alpha of mixup; 0: off. DeiT uses 0.8.", 0.0)
     cutmix_alpha: float = option("Alpha of cutmix; 0: off. DeiT uses 1.0.", 0.0)
     train_image_size: int | None = option(
-        "Side in pixels to which every training image is brought, the same for all runs of a comparison. Default: the "
-        "largest of student, teacher and evaluation teacher."
+        "Longer side in pixels of every training image, the same for all runs of a comparison. Default: that of the "
+        "largest input of student, teacher and evaluation teacher."
     )
     image_column: str | None = option("Column of the images. Default: found by type.")
     label_column: str | None = option("Column of the labels. Default: found by type.")

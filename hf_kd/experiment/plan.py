@@ -42,9 +42,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         trained_with = "compare" if script.compare else config.loss_class().name
         name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
-        config = dataclasses.replace(
-            config, output_dir=folder, hub_model_id=config.hub_model_id or hub.repo_name(name)
-        )
+        repo_id = config.hub_model_id or hub.repo_name(name)
+        config = dataclasses.replace(config, output_dir=folder, hub_model_id=repo_id)
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from .record import loss_description
 
 LICENSE = ("license", "license_name", "license_link")
-METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
+HUB_NAMES = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
 
 
 def title(run: Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
             metric_name=metric.replace("_", " "),
             metric_value=run["metrics"][key],
         )
-        for key, metric in METRICS.items()
+        for key, metric in HUB_NAMES.items()
         if name and run["metrics"].get(key) is not None
     ]
     # Only what the weights started from: the Hub takes a second base model, the teacher, for a merge of the two.
