@@ -107,7 +107,7 @@ def _innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_free(student: nn.Module, head: AuxiliaryHead | None = None) -> None:
+def _check_free(student: nn.Module, head: AuxiliaryHead) -> None:
     other = getattr(student, HEAD, None)
     if other is None or other is head:
         return
