@@ -1,6 +1,6 @@
 """Input speed, as ratios measured in one run: from encoded photographs to augmented training batches.
 
-    python benchmarks/input.py --rounds 7 --markdown
+    python benchmarks/input.py --rounds 7
 
 The images have ImageNet's usual size: JPEGs of 500 × 375 px, quality 90, made from photographs of foolbox.
 In every round each contender makes the same batches in turn, in one process with one thread; the ratio is the median
@@ -124,7 +124,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     np.random.seed(0)

@@ -38,7 +38,7 @@ def write_shards(folder: Path) -> None:
             pq.write_table(part.replace_schema_metadata(source.data.schema.metadata), file, row_group_size=10)
 
 
-def train(data: str, output: str, processes: int, workers: int) -> None:
+def train(data: str, output: str, workers: int) -> None:
     """One session in one process of the launcher: goes on from the last checkpoint, if there is one."""
     from transformers import set_seed
 
@@ -125,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     processes, workers = arguments.processes, arguments.workers
     if arguments.train:
-        train(*arguments.train, processes, workers)
+        train(*arguments.train, workers)
         return
     rng, folder = random.Random(arguments.seed), Path(tempfile.mkdtemp())
     data, whole, killed = folder / "data", folder / "whole", folder / "killed"
@@ -135,14 +135,12 @@ def main() -> None:
     expected = [[line["ids"] for line in lines(whole, rank)] for rank in range(processes)]
     steps = len(expected[0])
     targets = sorted(rng.sample(range(1, steps), arguments.kills))
-    rows = []
     for target in targets:
         process = start(data, killed, processes, workers)
         while process.poll() is None and not any(line["step"] >= target for line in lines(killed, 0)):
             time.sleep(0.002)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        rows.append(target)
     finish(start(data, killed, processes, workers))
     good, sessions = True, []
     for rank in range(processes):
@@ -156,8 +154,8 @@ def main() -> None:
     per_pass = sorted(i for rank in expected for batch in rank[: steps // EPOCHS] for i in batch)
     once = per_pass == list(range(sum(SHARDS)))
     text = [
-        f"{len(rows)} kills at the steps {', '.join(map(str, rows))} of {steps}; {processes} process(es), {workers} "
-        "worker(s) each",
+        f"{len(targets)} kills at the steps {', '.join(map(str, targets))} of {steps}; {processes} process(es), "
+        f"{workers} worker(s) each",
         f"each row once a pass: {once}; same ids in the same order: {good}; weights bit-identical: {same}",
     ]
     if sessions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,13 +27,10 @@ def check_batches_of_one(trainer, dataset, batch_size: int) -> None:
     ends_before = 0 < args.max_steps * args.gradient_accumulation_steps <= len(dataset) // batch_size
     if batch_size > 1 and (whole or ends_before or len(dataset) % batch_size != 1):
         return
-    normalised = dataset[0].get("pixel_values") if isinstance(dataset, ImageDataset) else None
-    if normalised is not None:
-        name = _norm_of_one_value(trainer.model, tuple(normalised.shape[-2:]))
-    elif preprocessing is not None:
-        name = _norm_of_one_value(trainer.model, preprocessing.size)
-    else:
+    values = dataset[0].get("pixel_values") if isinstance(dataset, ImageDataset) else None
+    if values is None and preprocessing is None:
         return
+    name = _norm_of_one_value(trainer.model, preprocessing.size if values is None else tuple(values.shape[-2:]))
     if name is not None:
         hints = _HINTS if batch_size > 1 else _HINTS[1:]
         raise ValueError(_message(f"{len(dataset)} images in batches of {batch_size} give", name, hints))
@@ -60,18 +58,14 @@ def _norm_of_one_value(student: nn.Module, size: tuple[int, int]) -> str | None:
     """The first batch norm that one image of this size gives one value per channel, if it is trained."""
     found: list[str] = []
 
-    def note(name: str, values: torch.Tensor) -> None:
-        if values.numel() == values.shape[1]:
+    def note(module: nn.Module, args: tuple[torch.Tensor], name: str) -> None:
+        if args[0].numel() == args[0].shape[1]:
             found.append(name)
 
     with in_eval_mode(student):
         student.train()  # of a frozen one this changes nothing
-        norms = {name: module for name, module in student.named_modules() if isinstance(module, _NORMS)}
-        handles = [
-            module.register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
-            for name, module in norms.items()
-            if module.training
-        ]
+        norms = [(name, m) for name, m in student.named_modules() if isinstance(m, _NORMS) and m.training]
+        handles = [norm.register_forward_pre_hook(partial(note, name=name)) for name, norm in norms]
         try:
             dry_run(student, size)
         finally:

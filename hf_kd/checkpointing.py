@@ -123,7 +123,7 @@ def saved_without_data(trainer) -> Iterator[None]:
     try:
         yield
     except Exception:
-        folder = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        folder = Path(trainer.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
         if trainer.args.world_size == 1 and trainer.state.global_step and not folder.exists():
             trainer._save_checkpoint(trainer.model, trial=None)
             logger.warning(f"there is no data for the next step; the state is saved in {folder}")
@@ -131,32 +131,29 @@ def saved_without_data(trainer) -> Iterator[None]:
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:
-    """The weights of a plain model, without the auxiliary head; None where save_pretrained knows them by itself.
+    """The weights of a plain model, without the auxiliary head; None where PEFT saves an adapter.
 
-    Weights that several modules share are written under each of their names, which safetensors alone refuses.
-    A TimmWrapper's weights and config are made such that timm and transformers both load what is saved: transformers
-    writes the names of the weights under `timm_model.`, and a config that lacks what timm builds from.
+    Weights that several modules share are written under each of their names, which safetensors alone refuses. Of a
+    TimmWrapper they are named such that timm and transformers both load them: transformers begins with `timm_model.`.
     """
     if is_adapter(student):
         return state_dict
-    timm_model: Any = getattr(student, "timm_model", None)
-    if timm_model is None:
-        if state_dict is not None:
-            return _without_sharing(state_dict)
-        state_dict = _without_head(student, student.state_dict())
-        separate = _without_sharing(state_dict)
-        shares = any(separate[key] is not value for key, value in state_dict.items())
-        return separate if shares or not isinstance(student, PreTrainedModel) else None
-    config: Any = student.config
-    architecture = timm_model.pretrained_cfg
+    state_dict = _without_head(student, student.state_dict() if state_dict is None else state_dict)
+    if hasattr(student, "timm_model"):
+        _complete_timm_config(student, processor)
+        state_dict = {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+    return _without_sharing(state_dict)
+
+
+def _complete_timm_config(student: Any, processor) -> None:
+    """Adds what timm builds from to a TimmWrapper's config, which transformers leaves out."""
+    config, architecture = student.config, student.timm_model.pretrained_cfg
     data = _timm_data(processor) if processor is not None else getattr(config, "pretrained_cfg", None) or architecture
     # Not licence, tag and address: those are of the weights that the student started from, or not even of them.
     known = {key: architecture.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
     config.pretrained_cfg = known | {key: data[key] for key in _TIMM_DATA if key in data}
     config.model_args = config.model_args or {}
     config.label_names = [config.id2label[i] for i in range(config.num_labels)]
-    state_dict = student.state_dict() if state_dict is None else state_dict
-    return _without_sharing({name.removeprefix("timm_model."): value for name, value in state_dict.items()})
 
 
 def _without_sharing(state_dict: dict) -> dict:

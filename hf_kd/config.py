@@ -25,7 +25,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (-1, math.inf),
     "local_rank": (-1, math.inf),
 }
-_NEED_THE_MODEL = ("galore", "apollo", "lomo")  # optimizers that can't be made of their arguments alone
 _POSITIVE = (
     "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "eval_accumulation_steps logging_steps eval_steps save_steps adam_epsilon lr_step_factor train_image_size "
@@ -106,8 +105,8 @@ class DistillationConfig(TrainingArguments):
     mixup_alpha: float = option("Alpha of mixup; 0: off. DeiT uses 0.8.", 0.0)
     cutmix_alpha: float = option("Alpha of cutmix; 0: off. DeiT uses 1.0.", 0.0)
     train_image_size: int | None = option(
-        "Side in pixels to which every training image is brought, the same for all runs of a comparison. Default: the "
-        "largest of student, teacher and evaluation teacher."
+        "Longer side in pixels of every training image, the same for all runs of a comparison. Default: that of the "
+        "largest input of student, teacher and evaluation teacher."
     )
     image_column: str | None = option("Column of the images. Default: found by type.")
     label_column: str | None = option("Column of the labels. Default: found by type.")
@@ -241,7 +240,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 def _check_optimizer(config: DistillationConfig) -> None:
     """Raises ValueError for arguments that the optimizer or the scheduler does not take, and for missing packages."""
-    kind, name = SchedulerType(config.lr_scheduler_type).value, str(getattr(config.optim, "value", config.optim))
+    kind = SchedulerType(config.lr_scheduler_type).value
     if config.lr_scheduler_kwargs or kind not in ("linear", "cosine", "constant", "constant_with_warmup"):
         from transformers import get_scheduler  # slow to import
 
@@ -250,33 +249,34 @@ def _check_optimizer(config: DistillationConfig) -> None:
             get_scheduler(kind, optimizer, 1, 100, cast(Any, config.lr_scheduler_kwargs))
         except (TypeError, ValueError) as error:
             raise ValueError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs} do not fit {kind}: {error}") from error
-    if not config.optim_args and name.startswith(("adamw_torch", "sgd")):
-        return
-    if any(word in name for word in _NEED_THE_MODEL):
-        return
-    from transformers import Trainer
-
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(config)
-    except (TypeError, ValueError, ImportError, AttributeError) as error:
-        given = f" with optim_args={config.optim_args!r} (name=value,...)" if config.optim_args else ""
-        raise ValueError(f"optim={name!r}{given}: {error}") from error
+    if config.optim_args or not _optim(config).startswith(("adamw_torch", "sgd")):
+        try:
+            _optimizer_made_with(config, config.optim_args)
+        except (TypeError, ValueError, ImportError, AttributeError) as error:
+            given = f" with optim_args={config.optim_args!r} (name=value,...)" if config.optim_args else ""
+            raise ValueError(f"optim={_optim(config)!r}{given}: {error}") from error
 
 
 def check_optim_args(config: DistillationConfig) -> None:
     """Raises ValueError for `optim_args` that the optimizer ignores: transformers drops what it does not know."""
-    from transformers import Trainer
-
-    def made_with(optim_args: str | None) -> Any:
-        arguments: Any = SimpleNamespace(**vars(config) | {"optim_args": optim_args})
-        return Trainer.get_optimizer_cls_and_kwargs(arguments)
-
-    name = str(getattr(config.optim, "value", config.optim))
-    if not config.optim_args or any(word in name for word in _NEED_THE_MODEL):
-        return
-    ignored = [part for part in config.optim_args.split(",") if made_with(part) == made_with(None)]
+    parts, without = (config.optim_args or "").split(","), _optimizer_made_with(config, None)
+    ignored = [part for part in parts if without and part and _optimizer_made_with(config, part) == without]
     if ignored:
-        raise ValueError(f"optim_args={','.join(ignored)!r} has no effect on optim={name!r}: leave it out.")
+        raise ValueError(f"optim_args={','.join(ignored)!r} has no effect on optim={_optim(config)!r}: leave it out.")
+
+
+def _optim(config: DistillationConfig) -> str:
+    return str(getattr(config.optim, "value", config.optim))
+
+
+def _optimizer_made_with(config: DistillationConfig, optim_args: str | None) -> Any:
+    """The class and arguments of the optimizer; None if these depend on the model."""
+    from transformers import Trainer  # slow to import
+
+    if any(word in _optim(config) for word in ("galore", "apollo", "lomo")):
+        return None
+    arguments: Any = SimpleNamespace(**vars(config) | {"optim_args": optim_args})
+    return Trainer.get_optimizer_cls_and_kwargs(arguments)
 
 
 def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:

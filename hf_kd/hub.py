@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from urllib.parse import unquote
 
@@ -85,6 +86,13 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
+def repo_name(text: str) -> str:
+    """A name that is valid on the Hub, made of any text."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]+", "-", ascii_text)).strip("-.")
+    return name[:90].removesuffix(".git").rstrip("-.") or "image-classifier"
+
+
 def nearest_ids(repo_id: str, repo_type: str = "model", limit: int = 3) -> list[str]:
     """Ids on the Hub that are spelt like this one, nearest first; [] if there are none or the Hub can't say."""
     search = HfApi().list_datasets if repo_type == "dataset" else HfApi().list_models
@@ -131,8 +139,12 @@ def _is_answer(error: BaseException) -> bool:
 
 def is_unsupported(error: BaseException) -> bool:
     """Whether an answer of the Hub means that there is no such address, as on mirrors that serve only some."""
-    known = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
-    return isinstance(error, errors.HfHubHTTPError) and not known and error.response.status_code in (404, 405, 501)
+    nothing_there = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
+    return (
+        isinstance(error, errors.HfHubHTTPError)
+        and not nothing_there
+        and error.response.status_code in (404, 405, 501)
+    )
 
 
 def _answer(error: errors.HfHubHTTPError, repo: str, page: str) -> str:

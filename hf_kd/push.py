@@ -1,21 +1,19 @@
 """Pushing a student: whether it is allowed, and what of a run's folder goes; and the record that goes with it."""
 
-import json
 import logging
 import os
 import re
-import unicodedata
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 from huggingface_hub.utils import validate_repo_id
 
-from .hub import LOGIN, is_unsupported, user_message
+from .hub import LOGIN, is_unsupported, repo_name, user_message
 from .reporting.card import write_card
-from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, write_json
+from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, read_record, write_json
 
-__all__ = ["check_push", "publish", "push", "repo_name"]
+__all__ = ["check_push", "publish", "push"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +69,6 @@ def check_push(
     return repo_id
 
 
-def repo_name(text: str) -> str:
-    """A name that is valid on the Hub, made of any text."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    name = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^\w.-]+", "-", ascii_text)).strip("-.")
-    return name[:90].removesuffix(".git").rstrip("-.") or "image-classifier"
-
-
 def _check_may_create(me: dict, repo_id: str) -> None:
     """By what the Hub says of the user and the token; a fine-grained one must be granted all of the owner's."""
     owner, user, tokens_page = repo_id.split("/")[0], me["name"], f"{constants.ENDPOINT}/settings/tokens"
@@ -123,7 +114,7 @@ def push(
         HfHubHTTPError: the Hub refuses; see `hf_kd.hub.user_message`.
     """
     folder = Path(folder)
-    if reason := _record(folder).get("diverged"):
+    if reason := read_record(folder).get("diverged"):
         raise ValueError(f"{folder} holds a run that diverged, which is no result and is not pushed: {reason}")
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
     names = [file.name for file in files]
@@ -155,15 +146,9 @@ def _content(file: Path, token: str | None) -> str | bytes:
     return text.encode("utf-8")
 
 
-def _record(folder: str | os.PathLike) -> dict:
-    """The run.json in a folder; {} if there is none."""
-    file = Path(folder) / RUN_FILE
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
 def publish(folder: str | os.PathLike, repo_id: str, **options) -> str:
     """`push`, after the repository's name is in the run's record and card."""
-    record = _record(folder)
+    record = read_record(folder)
     if record and not record.get("diverged") and record.get("repo_id") != repo_id:
         write_json(Path(folder) / RUN_FILE, {**record, "repo_id": repo_id})
         write_card(folder)
@@ -178,7 +163,7 @@ def add_missing_record(trainer) -> None:
 
     missing = [False]
     if trainer.eval_dataset is not None and trainer.preprocessing is not None and trainer.is_world_process_zero():
-        history = _record(trainer.args.output_dir).get("history")
+        history = read_record(trainer.args.output_dir).get("history")
         missing = [not history or history[-1].get("step", 0) < trainer.state.global_step]
     broadcast_object_list(missing)
     if not missing[0]:  # on all ranks, as the first one has found
@@ -190,21 +175,16 @@ def add_missing_record(trainer) -> None:
         write_record(make_record(trainer, metrics), trainer.args.output_dir)
 
 
-def write_run_card(folder: str | os.PathLike) -> None:
-    """`write_card`, or a warning where there is no run.json."""
-    if (Path(folder) / RUN_FILE).is_file():
-        write_card(folder)
-    else:
-        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
-
-
 def create_model_card(self, *args, **kwargs) -> None:
     """A trainer's method. Writes the card, README.md in `args.output_dir`, from run.json, and uses nothing that is
     passed. A single process makes run.json first where it is missing (it takes an evaluation)."""
+    folder = self.args.output_dir
     if self.args.world_size == 1:
         add_missing_record(self)
-    if self.is_world_process_zero():
-        write_run_card(self.args.output_dir)
+    if self.is_world_process_zero() and read_record(folder):
+        write_card(folder)
+    elif self.is_world_process_zero():
+        logger.warning(f"no card is written: it comes from {RUN_FILE}, and there is none in {folder}")
 
 
 def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

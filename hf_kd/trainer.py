@@ -131,7 +131,6 @@ class DistillationTrainer(Trainer):
         self.eval_skipped: dict[str, None] = {}
         warn_distillation_head(student)
         self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
-        self._started = time.perf_counter()
         super().__init__(
             model=model,
             args=args,

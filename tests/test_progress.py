@@ -12,7 +12,7 @@ from trainer_helpers import config, rows, trainer_for
 
 from hf_kd.cli import main
 from hf_kd.experiment import progress as module
-from hf_kd.experiment.progress import Progress, duration
+from hf_kd.experiment.progress import ComparisonProgress, duration
 from hf_kd.reporting import comparison_table, teacher_row_of
 from hf_kd.spec import Experiment, run_spec
 
@@ -75,7 +75,10 @@ def test_the_estimate_counts_what_is_left_by_variant(monkeypatch):
     now = SimpleNamespace(value=0.0)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now.value)
     plan = plan_of(["ce", "nkd"], [0, 1, 2])
-    progress, trainer = Progress(plan), SimpleNamespace(add_callback=lambda _: None, remove_callback=lambda _: None)
+    progress, trainer = (
+        ComparisonProgress(plan),
+        SimpleNamespace(add_callback=lambda _: None, remove_callback=lambda _: None),
+    )
     record, texts = {"metrics": {"top1": 0.5}}, []
     for spec, seconds in zip(plan.runs, (10, 70, 14, 80, 12, 60), strict=True):
         progress.start(spec, trainer)
@@ -91,7 +94,10 @@ def test_the_estimate_counts_what_is_left_by_variant(monkeypatch):
 def test_the_time_is_estimated_after_the_first_steps_only(tmp_path, monkeypatch, capsys):
     now = SimpleNamespace(value=0.0)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now.value)
-    progress, trainer = Progress(plan_of(["ce", "nkd"], [0])), trainer_for(tmp_path, train=rows(8), max_steps=30)
+    progress, trainer = (
+        ComparisonProgress(plan_of(["ce", "nkd"], [0])),
+        trainer_for(tmp_path, train=rows(8), max_steps=30),
+    )
     progress.start(progress.experiment.runs[0], trainer)
     step = trainer.training_step
 

@@ -226,14 +226,6 @@ def test_settings_that_do_not_go_with_the_preset_s_others():
     assert recipes.apply("vit_scratch", config, script.explicit)[0].per_device_train_batch_size == 512
 
 
-@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
-def test_a_batch_of_nothing_is_refused(name):
-    script, config = parse(["--student", "x", "--use_cpu"])
-    setattr(config, name, 0)
-    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
-        recipes.apply("vit_finetune", config, {name})
-
-
 def test_the_printed_line_says_what_is_used():
     script, config = parse(["--student", "x", "--use_cpu", "--loss_kwargs", '{"alpha": 9}', "--eval_strategy", "no"])
     config, changed = recipes.apply("vit_finetune", config, script.explicit)

@@ -16,6 +16,7 @@ from ..experiment.variants import run_configs
 from ..labels import read_class_map
 from ..losses import LOSSES
 from ..recipes import EVERY_EPOCH, names
+from ..reporting.record import METRICS, TEACHER_METRICS
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ScriptArguments:
     max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
     max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
     streaming: bool = option(
-        "Read the images while training, from parquet files, without downloading them first.", False
+        "Read the images of parquet or webdataset files while training, without downloading them first.", False
     )
     student_revision: str | None = option("Branch, tag or commit of the student.")
     teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
@@ -117,16 +118,13 @@ class ScriptArguments:
                 )
         if self.compare is not None and config.loss_kwargs:
             raise ValueError("loss_kwargs belongs to a single run; --compare holds each loss's numbers.")
-        _check_metric(config.metric_for_best_model, self.teacher is not None)
+        measured = METRICS + TEACHER_METRICS if self.teacher else METRICS
+        metric = config.metric_for_best_model
+        if metric and metric.removeprefix("eval_") not in measured:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is not measured here; there are: {', '.join(measured)}."
+            )
         run_configs(self, config, None)
-
-
-def _check_metric(name: str | None, has_teacher: bool) -> None:
-    from ..reporting.collect import METRICS  # slow to import
-
-    measured = [metric for metric in METRICS if has_teacher or metric not in ("agreement", "kl", "teacher_top1")]
-    if name and name.removeprefix("eval_") not in measured:
-        raise ValueError(f"metric_for_best_model={name!r} is not measured here; there are: {', '.join(measured)}.")
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.

@@ -1,7 +1,6 @@
 """The subcommands: parse, plan, run, print. Imported when one is run; `hf-kd --help` needs none of it."""
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ from ..experiment.plan import plan, resumes
 from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
 from ..launcher import launch_command, resume_command
-from ..push import check_push, publish, repo_name
+from ..push import check_push, publish
 from ..reporting.card import title
-from ..reporting.record import RUN_FILE
+from ..reporting.record import RUN_FILE, read_record
 from .arguments import command_to_record, parse
 
 
@@ -73,13 +72,12 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("--revision", help="Branch to push to; made if there is none. Default: main.")
     parser.add_argument("--private", action="store_true", default=None, help="Make the new repository private.")
     arguments = parser.parse_args(argv)
-    file = Path(arguments.folder) / RUN_FILE
-    record = json.loads(file.read_text()) if file.is_file() else {}
+    record = read_record(arguments.folder)
     if "runs" in record:
-        folders = {str(path.parent) for path in Path(arguments.folder).rglob(RUN_FILE) if path != file}
+        folders = {str(path.parent) for path in Path(arguments.folder).glob(f"*/**/{RUN_FILE}")}
         some = ", ".join(sorted(folders)[:9])
         raise ValueError(f"{arguments.folder} holds a comparison: push one of its students, such as {some}.")
-    name = arguments.repo_id or record.get("repo_id") or (repo_name(title(record)) if record else None)
+    name = arguments.repo_id or record.get("repo_id") or (hub.repo_name(title(record)) if record else None)
     private = arguments.private or record.get("settings", {}).get("hub_private_repo")
     repo_id = check_push(name, private=private, folder=arguments.folder)
     print(f"Pushed to {publish(arguments.folder, repo_id, private=private, revision=arguments.revision)}")

@@ -192,7 +192,7 @@ def as_image_dataset(
         labelled: False: labels may be missing, and items may be images alone.
 
     Raises:
-        ValueError: it is empty or streamed, a column is not there, or its classes are not the student's.
+        ValueError: it is empty or iterable only, a column is not there, or its classes are not the student's.
     """
     if dataset is None or isinstance(dataset, str | ImageDataset):
         return dataset

@@ -85,8 +85,8 @@ def load_data(
         eval_fraction: of the training split to hold out, between 0 and 1.
         max_train_samples, max_eval_samples: at most so many images, each class in proportion, by the same hashes: the
             largest to train on, the smallest to evaluate on.
-        streaming: read the images while training, from parquet files here or on the Hub, without downloading them
-            first. Nothing can be held out, labels are integers, and the limits take the first rows.
+        streaming: read the images while training, from parquet or webdataset files here or on the Hub, without
+            downloading them first. Nothing can be held out, labels are integers, and the limits take the first rows.
 
     Raises:
         ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
@@ -235,9 +235,9 @@ def _load_stream(
 def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarray]) -> None:
     """Names classes that may be meant as one, and those that have no image for a use."""
     alike: dict[str, list[str]] = {}
-    for each in names:
-        alike.setdefault(name_key(each), []).append(each)
-    if several := [each for each in alike.values() if len(each) > 1]:
+    for class_name in names:
+        alike.setdefault(name_key(class_name), []).append(class_name)
+    if several := [group for group in alike.values() if len(group) > 1]:
         logger.warning(f"{name} has classes whose names differ only in case or spaces: {several[:5]}")
     for use, classes in without.items():
         if len(classes):

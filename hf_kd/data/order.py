@@ -34,7 +34,7 @@ def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.
         return np.concatenate(rows)
     rng = np.random.default_rng((seed, epoch))
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    sizes = np.array([len(each) for each in shuffled])
+    sizes = np.array([len(group) for group in shuffled])
     block = np.repeat((np.cumsum(sizes) - sizes) // BLOCK_ROWS, sizes)  # of each row: where its group begins
     order = np.concatenate(shuffled)
     return order[np.lexsort((rng.random(len(order)), block))]

@@ -1,4 +1,4 @@
-"""Images that are read from parquet files, here or on the Hub, while training goes on: nothing is downloaded first.
+"""Images that are read from parquet or webdataset files, here or on the Hub, while training goes on.
 
 The rows keep their numbers, and the order of an epoch is a function of seed and epoch, so that a stream is a map-style
 dataset with an order that is cheap to read: every reader (each loader worker of each process) goes through row groups
@@ -140,12 +140,11 @@ class StreamedRows:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
-        def read() -> pa.Table:
-            with fsspec.open(group.file, "rb") as file:
-                parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
-                return parquet.read_row_group(group.index, columns=columns or self.column_names)
+        def read(file: Any) -> pa.Table:
+            parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
+            return parquet.read_row_group(group.index, columns=columns or self.column_names)
 
-        return _patiently(read, group.file)
+        return _patiently(group.file, read)
 
 
 class TarRows(StreamedRows):
@@ -155,38 +154,31 @@ class TarRows(StreamedRows):
     """
 
     def _index(self, file: str) -> list[int]:
-        def read() -> tuple[list[tuple[int, int]], list[int], list[int]]:
-            spans, counts, labels = [], list[int](), list[int]()
-            with fsspec.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-                start = 0
-                for sample in _samples(tar, file):
-                    labels.append(sample["label"])
-                    if not counts or counts[-1] == TAR_GROUP:
-                        counts.append(0)
-                        spans.append((start, start))
-                    counts[-1] += 1
-                    spans[-1] = (spans[-1][0], start := sample["end"])
-            return spans, counts, labels
+        def read(opened: Any) -> list[tuple[int, int]]:
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                return [(sample["end"], sample["label"]) for sample in _samples(tar, file)]
 
-        spans, counts, labels = _patiently(read, file)
-        self._footers[file] = spans, min(labels, default=0), max(labels, default=0)
-        return counts
+        ends_and_labels = _patiently(file, read)
+        groups = [ends_and_labels[i : i + TAR_GROUP] for i in range(0, len(ends_and_labels), TAR_GROUP)]
+        stops = [group[-1][0] for group in groups]
+        labels = [label for _, label in ends_and_labels]
+        self._footers[file] = [*zip([0, *stops], stops, strict=False)], min(labels, default=0), max(labels, default=0)
+        return [len(group) for group in groups]
 
     def label_range(self, column: str) -> tuple[int, int]:
         footers = self._footers.values()
         return min(low for _, low, _ in footers), max(high for _, _, high in footers)
 
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
-        def read() -> pa.Table:
-            start, stop = self._footers[group.file][0][group.index]
-            with fsspec.open(group.file, "rb") as file:
-                file.seek(start)
-                data = io.BytesIO(file.read(stop - start))
-            with tarfile.open(fileobj=data, mode="r:") as tar:
-                rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
-            return pa.Table.from_pylist(rows)
+        start, stop = self._footers[group.file][0][group.index]
 
-        return _patiently(read, group.file)
+        def read(file: Any) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        with tarfile.open(fileobj=io.BytesIO(_patiently(group.file, read)), mode="r:") as tar:
+            rows = [{"image": sample["image"], "label": sample["label"]} for sample in _samples(tar, group.file)]
+        return pa.Table.from_pylist(rows)
 
 
 def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
@@ -226,19 +218,16 @@ def stream_features(file: str) -> datasets.Features:
 
 
 def _footer(file: str) -> pq.FileMetaData:
-    def read() -> pq.FileMetaData:
-        with fsspec.open(file, "rb") as opened:
-            return pq.ParquetFile(opened).metadata
-
-    return _patiently(read, file)
+    return _patiently(file, lambda opened: pq.ParquetFile(opened).metadata)
 
 
-def _patiently(read: Callable[[], Any], file: str) -> Any:
-    """What `read()` gives; after an error of the network again, for `PATIENCE` seconds."""
+def _patiently(file: str, read: Callable[[Any], Any]) -> Any:
+    """What `read` gives of the opened file; after an error of the network again, for `PATIENCE` seconds."""
     wait, given_up = 1.0, time.monotonic() + PATIENCE
     while True:
         try:
-            return read()
+            with fsspec.open(file, "rb") as opened:
+                return read(opened)
         except Exception as error:
             if not is_temporary(error) or time.monotonic() + wait > given_up:
                 raise
@@ -270,7 +259,7 @@ def stream_splits(
             "numbers of rows: leave --streaming out, or write it as parquet with "
             "load_dataset(...).to_parquet(...)"
         )
-    paths = {str(split): [str(file) for file in each] for split, each in files.items()}
+    paths = {str(split): [str(file) for file in names] for split, names in files.items()}
     if kind == "webdataset":
         return TarRows, paths, datasets.Features(image=datasets.Image(), label=datasets.Value("int64")), commit
     return StreamedRows, paths, builder.info.features, commit

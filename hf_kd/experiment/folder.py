@@ -1,7 +1,6 @@
 """The output folder of an experiment: its plan, which runs are finished, and the room on its disk."""
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..launcher import resume_command
-from ..reporting.record import RUN_FILE, redact, write_json
+from ..reporting.record import RUN_FILE, read_record, redact, write_json
 from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, continue_plan, differences, read_plan
 from .lock import RunLock
 
@@ -94,15 +93,13 @@ def _create_plan(experiment: Experiment) -> Experiment | None:
 
 def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
     """The record of a run that was trained to the plan's end, or None. Raises ValueError for that of another run."""
-    file = experiment.folder(spec) / RUN_FILE
-    if not file.is_file():
-        return None
-    record = json.loads(file.read_text("utf-8"))
+    record = read_record(experiment.folder(spec))
     if "runs" in record or not record.get("plan"):
         return None
     there = Experiment.from_dict(record["plan"]).runs[0]
     ours = Experiment.from_dict(redact(experiment.of(spec).to_dict())).runs[0]  # as the record keeps it
     if differences(dataclasses.replace(there, schedule=ours.schedule), ours):
+        file = experiment.folder(spec) / RUN_FILE
         raise ValueError(f"{file} is the record of another run than {PLAN_FILE} says: move it elsewhere.")
     return record if there.schedule == ours.schedule else None
 

@@ -22,7 +22,7 @@ from ..losses import loss_source
 from ..models.loading import adjust_processor, build, check_architecture, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
 from ..models.student import student_config
-from ..push import check_push, repo_name
+from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
@@ -42,7 +42,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         trained_with = "compare" if script.compare else config.loss_class().name
         name = "-".join([Path(script.student).name, trained_with, Path(script.dataset).name])
         folder = os.path.join("outputs", f"{name}-verdict" if script.verdict else name)
-        config = dataclasses.replace(config, output_dir=folder, hub_model_id=config.hub_model_id or repo_name(name))
+        repo_id = config.hub_model_id or hub.repo_name(name)
+        config = dataclasses.replace(config, output_dir=folder, hub_model_id=repo_id)
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
@@ -163,8 +164,8 @@ def _recipe_name(script, student: ModelSource) -> tuple[str | None, str]:
 def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple[ModelSource, int | None]:
     """The student with a recipe's input size and statistics; and its own size in pixels, if it keeps that."""
     new = {key: value for key, value in recipes.load(recipe).student.items() if key not in explicit}
-    own = _input_side(student, _config(student)) if "image_size" in new else 0
-    kept = own if own < new.get("image_size", 0) else None
+    side = _input_side(student, _config(student)) if "image_size" in new else 0
+    kept = side if side < new.get("image_size", 0) else None
     if kept:
         del new["image_size"]
     return dataclasses.replace(student, **new), kept

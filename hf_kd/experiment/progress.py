@@ -15,7 +15,7 @@ from ..spec import Experiment, RunSpec
 STEPS = 10  # after which the time is estimated
 
 
-class Progress(TrainerCallback):
+class ComparisonProgress(TrainerCallback):
     """Prints lines, and where standard error is no terminal no bars. A callback of every trainer of the experiment.
 
     Times are those of this process and of runs without a record: others that train runs of the same experiment shorten
@@ -34,8 +34,8 @@ class Progress(TrainerCallback):
     def plan(self) -> str:
         runs, steps = self.experiment.runs, (self.experiment.requirements or {}).get("steps")
         names, seeds = dict.fromkeys(run.name for run in runs), dict.fromkeys(run.seed for run in runs)
-        each = f" of {steps:,} steps" if steps else ""
-        return f"{len(runs)} runs{each}: {', '.join(names)}; seeds {', '.join(map(str, seeds))}"
+        length = f" of {steps:,} steps" if steps else ""
+        return f"{len(runs)} runs{length}: {', '.join(names)}; seeds {', '.join(map(str, seeds))}"
 
     def start(self, spec: RunSpec, trainer: Any) -> str:
         """Follows the trainer of a run. Returns its number, out of several, and its key."""

@@ -30,7 +30,7 @@ from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Expe
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .lock import RunLock
-from .progress import Progress
+from .progress import ComparisonProgress
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +54,7 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
             check_disk(experiment)
         open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
     records: dict[str, dict] = {}
-    data, teacher, progress = None, None, Progress(experiment)
+    data, teacher, progress = None, None, ComparisonProgress(experiment)
     if state.is_main_process and len(experiment.runs) > 1:
         print(progress.plan())
     for spec in experiment.runs:
@@ -155,7 +155,7 @@ def _train(
     teacher: Teacher | None,
     teacher_metrics: dict | None,
     checkpoint: str | None,
-    progress: Progress,
+    progress: ComparisonProgress,
 ) -> dict:
     """Trains, evaluates and saves one student; returns its record."""
     source = experiment.student

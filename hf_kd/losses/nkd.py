@@ -49,9 +49,7 @@ def nkd_loss(
     check_inputs(student_logits, labels, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
-    if soft_labels == "argmax" and labels.ndim == 2:
-        labels = labels.argmax(1)
-    targets = top_targets(labels, student.dtype)
+    targets = top_targets(_read(labels, soft_labels), student.dtype)
     warn_if_no_non_target(targets, student.shape[1])
 
     log_s = F.log_softmax(student, dim=1).gather(1, targets.index)
@@ -62,6 +60,10 @@ def nkd_loss(
     soft = torch.softmax(mask_targets(teacher, targets.index, temperature), dim=1)
     non_target = F.cross_entropy(mask_targets(student, targets.index, temperature), soft)
     return {"target": target, "non_target": gamma * temperature**2 * non_target}
+
+
+def _read(labels: Tensor, soft_labels: str) -> Tensor:
+    return labels.argmax(1) if soft_labels == "argmax" and labels.ndim == 2 else labels
 
 
 def _check_numbers(temperature: float, gamma: float, soft_labels: str) -> None:
@@ -117,9 +119,7 @@ class NKDLoss(DistillationLoss):
         teacher = at_least_float32(teacher)
         if teacher.shape[1] == 2:
             return {"non_target_kl": terms["non_target"]}
-        if self.soft_labels == "argmax" and labels.ndim == 2:
-            labels = labels.argmax(1)
-        index = top_targets(labels, teacher.dtype).index
+        index = top_targets(_read(labels, self.soft_labels), teacher.dtype).index
         soft = torch.softmax(mask_targets(teacher, index, self.temperature), dim=1)
         entropy = torch.special.entr(soft).sum(1).mean()
         return {"non_target_kl": terms["non_target"] - self.gamma * self.temperature**2 * entropy}

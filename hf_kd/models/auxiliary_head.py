@@ -107,7 +107,7 @@ def _innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_free(student: nn.Module, head: AuxiliaryHead | None = None) -> None:
+def _check_free(student: nn.Module, head: AuxiliaryHead) -> None:
     other = getattr(student, HEAD, None)
     if other is None or other is head:
         return
@@ -144,7 +144,6 @@ def add_auxiliary_head(
     `seed` is that of its weights; the global generator is left alone: a run with the head draws the same numbers as
     one without. See `find_feature_layer` for `size` and `feature_module`.
     """
-    _check_free(student)
     layer = find_feature_layer(student, size, feature_module)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU's too

@@ -114,7 +114,7 @@ def _middle_block(student: nn.Module, trace: _Trace) -> _Output | None:
             if len({type(child) for child in module.children()}) == 1 and len(whole) == len(module):
                 lists += [whole] if all(map(trace.is_cut, whole)) else []
     if any(each[-1].tokens for each in lists):
-        lists = [each for each in lists if each[-1].layer.pooling != "nchw"]
+        lists = [blocks for blocks in lists if blocks[-1].layer.pooling != "nchw"]
     longest = max(lists, key=len, default=[])
     isotropic = {block.positions for each in lists for block in each} == {trace.last and trace.last.positions}
     return longest[len(longest) // 2 - 1] if isotropic else None
@@ -147,8 +147,8 @@ def _begins_the_last_stage(student: nn.Module, output: _Output, trace: _Trace) -
     for name, around in trace.outputs.items():
         if not ours.startswith(f"{name}.") or not 1 < around.positions < output.positions:
             continue
-        parts = ((modules[n], each) for n, each in trace.outputs.items() if n.startswith(f"{name}."))
-        inside = [each.positions for part, each in parts if [*part.parameters()]]  # padding is no resolution
+        parts = ((modules[n], inner) for n, inner in trace.outputs.items() if n.startswith(f"{name}."))
+        inside = [inner.positions for part, inner in parts if [*part.parameters()]]  # padding is no resolution
         is_one_of_a_list = isinstance(modules[name], nn.Sequential) and name == ours.rpartition(".")[0]
         if is_one_of_a_list or max(inside) >= 1.5 * output.positions:
             continue

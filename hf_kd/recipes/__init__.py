@@ -92,9 +92,6 @@ def apply(name: str, config: DistillationConfig, explicit: set[str]) -> tuple[Di
 
 def _settings(name: str, config: DistillationConfig, explicit: set[str]) -> dict[str, Any]:
     """The recipe's settings, made to fit the explicit ones."""
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key}={getattr(config, key)} must be at least 1.")
     recipe = load(name)
     values = {**EVERY_EPOCH, **recipe.settings, "dataloader_num_workers": min(4, os.cpu_count() or 1)}
     per_process = math.ceil(recipe.global_batch_size / config.world_size)

@@ -59,7 +59,7 @@ def model_card(run: Mapping[str, Any]) -> str:
         raise ValueError(f"this run diverged and is no result, so that there is nothing for a card: {run['diverged']}")
     run = redact(run)  # records are written redacted, but this one may have another origin
     run |= {section: run.get(section) or {} for section in SECTIONS}
-    description = loss_description(run)
+    description, rates = loss_description(run), rates_of([run, *(run["verdict"].get("runs") or ())])
     helpers: list[Any] = [code, escape, link, number, numbers, on_hub, one_line, pairs, paper_link]
     card = ModelCard.from_template(
         metadata(run),
@@ -67,9 +67,9 @@ def model_card(run: Mapping[str, Any]) -> str:
         run=run,
         loss=description,
         title=title(run),
-        table=_table(run),
+        table=_table(run, rates),
         evaluation_sets=_evaluation_sets(run),
-        glossary=[text for key, text in GLOSSARY.items() if key in _rates(run)],
+        glossary=[text for key, text in GLOSSARY.items() if key in rates],
         variants=_variants(run),
         log=log_table(run),
         settings=_settings(run["settings"]),
@@ -127,15 +127,15 @@ def _evaluation_sets(run: Mapping[str, Any]) -> str:
         return ""
     rates = rates_of(sets.values())
     rows = [["evaluation set", "images", *rates.values()]]
-    for name, each in sets.items():
-        values = [rate([(each.get("metrics") or {}).get(key)]) for key in rates]
-        rows.append([code(name), number(each.get("size"), ","), *values])
+    for name, part in sets.items():
+        values = [rate([(part.get("metrics") or {}).get(key)]) for key in rates]
+        rows.append([code(name), number(part.get("size"), ","), *values])
     return layout(rows, markdown=True)
 
 
-def _table(run: Mapping[str, Any]) -> str:
+def _table(run: Mapping[str, Any], rates: Mapping[str, str]) -> str:
     student, teacher, others = run["student"], run["teacher"], run["verdict"].get("runs") or []
-    own, rates = code(run.get("name") or run["loss"].get("name")), _rates(run)
+    own = code(run.get("name") or run["loss"].get("name"))
     rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student, rates)]
     if teacher or run["teacher_metrics"]:
         rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher, rates))
@@ -146,10 +146,6 @@ def _table(run: Mapping[str, Any]) -> str:
         rows.append(_row(f"{role}{code(name)}{several}", seeds, student, rates))
     header = ["", *rates.values(), *(label for label, _ in SIZES.values())]
     return layout([header, *rows], markdown=True)
-
-
-def _rates(run: Mapping[str, Any]) -> dict[str, str]:
-    return rates_of([run, *(run["verdict"].get("runs") or ())])
 
 
 def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

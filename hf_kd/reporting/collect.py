@@ -20,7 +20,6 @@ from .card import write_card
 from .curves import plot_curves
 from .origin import dataset_origin, weights_license
 
-METRICS = ("loss", "top1", "macro_top1", "top5", "ece", "agreement", "kl", "teacher_top1")
 FORWARDS = 30
 
 
@@ -97,7 +96,8 @@ def _size(dataset) -> int | None:
 
 
 def _metrics(measured: dict[str, float], prefix: str) -> dict[str, float]:
-    named = {key: measured.get(f"{prefix}_{key}", measured.get(key)) for key in METRICS}
+    names = (*records.METRICS, *records.TEACHER_METRICS)
+    named = {key: measured.get(f"{prefix}_{key}", measured.get(key)) for key in names}
     return {key: value for key, value in named.items() if value is not None}
 
 

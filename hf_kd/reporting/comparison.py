@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .curves import plot_curves
-from .record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, redact, write_json
+from .record import CURVES_FILE, METRICS, REPORT_FILE, RESULTS_FILE, RUN_FILE, TEACHER_METRICS, redact, write_json
 from .significance import verdicts
 from .tables import comparison_table, teacher_row_of
-
-METRICS = ("loss", "top1", "macro_top1", "top5", "ece", "agreement", "kl")
 
 
 def write_comparison(
@@ -36,20 +34,13 @@ def write_comparison(
     ]
     text = "\n\n".join(part for part in parts if part)
     (folder / REPORT_FILE).write_bytes(f"{text}\n".encode("utf-8", errors="replace"))
+    columns = [*METRICS, *(key for key in TEACHER_METRICS if key != "teacher_top1")]
     with open(folder / RESULTS_FILE, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "seed", "loss_name", *METRICS, "train_seconds", "diverged"])
+        writer.writerow(["name", "seed", "loss_name", *columns, "train_seconds", "diverged"])
         for run in comparison["runs"]:
-            metrics, seconds = run.get("metrics") or {}, (run.get("timings") or {}).get("train_seconds")
-            values = [metrics.get(key) for key in METRICS]
-            writer.writerow(
-                [
-                    run["name"],
-                    run.get("seed"),
-                    (run.get("loss") or {}).get("name"),
-                    *values,
-                    seconds,
-                    run.get("diverged"),
-                ]
-            )
+            metrics, loss, timings = (run.get(section) or {} for section in ("metrics", "loss", "timings"))
+            first = [run["name"], run.get("seed"), loss.get("name")]
+            last = [timings.get("train_seconds"), run.get("diverged")]
+            writer.writerow([*first, *(metrics.get(key) for key in columns), *last])
     return comparison

@@ -10,14 +10,14 @@ from huggingface_hub.utils import validate_repo_id
 from .record import loss_description
 
 LICENSE = ("license", "license_name", "license_link")
-METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
+HUB_NAMES = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_calibration_error"}
 
 
 def title(run: Mapping[str, Any]) -> str:
     """The repository's name, or one made of student, loss and data."""
     ids = [(run.get(key) or {}).get("name" if key == "loss" else "id") for key in ("student", "loss", "data")]
     ids = [run["repo_id"]] if run.get("repo_id") else ids
-    return "-".join(one_line(each).rstrip("/").split("/")[-1] for each in ids if each) or "image-classifier"
+    return "-".join(one_line(text).rstrip("/").split("/")[-1] for text in ids if text) or "image-classifier"
 
 
 def metadata(run: Mapping[str, Any]) -> ModelCardData:
@@ -36,16 +36,15 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
             metric_name=metric.replace("_", " "),
             metric_value=run["metrics"][key],
         )
-        for key, metric in METRICS.items()
+        for key, metric in HUB_NAMES.items()
         if name and run["metrics"].get(key) is not None
     ]
     # Only what the weights started from: the Hub takes a second base model, the teacher, for a merge of the two.
     finetuned = on_hub(student) and student.get("from_scratch") is False
-    license = _license(run)
+    licensed = run if run.get("license") else student if student.get("from_scratch") is False else {}
+    license: Any = {key: licensed[key] for key in LICENSE if licensed.get("license") and licensed.get(key)}
     return ModelCardData(
-        license=license.get("license"),
-        license_name=license.get("license_name"),
-        license_link=license.get("license_link"),
+        **license,
         library_name="timm" if student.get("library") == "timm" else "transformers",
         pipeline_tag="image-classification",
         tags=[tag for tag in ("hf_kd", "generated_from_trainer", *loss_description(run).get("tags", ()), loss) if tag],
@@ -56,12 +55,6 @@ def metadata(run: Mapping[str, Any]) -> ModelCardData:
         model_name=title(run) if results else None,
         eval_results=results or None,
     )
-
-
-def _license(run: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of license, license_name and license_link: the record's own, or of the weights at the start."""
-    known = run if run.get("license") else run["student"] if run["student"].get("from_scratch") is False else {}
-    return {key: known[key] for key in LICENSE if known.get("license") and isinstance(known.get(key), str)}
 
 
 def on_hub(entry: Mapping[str, Any]) -> bool:

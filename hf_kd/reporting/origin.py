@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download, metadata_load
 
 from ..data import ImageDataset
+from ..hub import repo_name
 from ..models.loading import commit_of
 from .metadata import LICENSE, title
 from .record import CARD_FILE
@@ -58,4 +59,4 @@ def repository_name(trainer: Any) -> str | None:
     if not student or not data:
         return None
     run = {"student": {"id": student}, "loss": {"name": trainer.train_loss.name}, "data": {"id": data}}
-    return re.sub(r"[^0-9A-Za-z]+", "-", title(run)).strip("-")[:96]
+    return repo_name(re.sub("[_.]", "-", title(run)))

@@ -9,6 +9,7 @@ those of the first), license (of the model, as the Hub writes it, if it is known
 student), and diverged (None, or why this is no result: it has no metrics then, only a history).
 """
 
+import json
 import math
 import os
 import platform
@@ -16,12 +17,13 @@ import re
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib import metadata
-from json import dump
 from pathlib import Path
 from typing import Any
 
 RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
 REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"
+METRICS = ("loss", "top1", "macro_top1", "top5", "ece")  # and with a teacher
+TEACHER_METRICS = ("agreement", "kl", "teacher_top1")
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.
@@ -91,6 +93,12 @@ def by_name(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     return variants
 
 
+def read_record(folder: str | os.PathLike) -> dict[str, Any]:
+    """The run.json in a folder; {} if there is none."""
+    file = Path(folder) / RUN_FILE
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Writes `plain(obj)` as strict JSON (indent 2), whole or not at all; makes missing folders."""
     path = Path(path)
@@ -100,7 +108,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     try:
         # An undecodable byte of a file name is a lone surrogate, and Python's escape of it is also JSON's.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            dump(plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
+            json.dump(plain(obj), file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
         os.replace(temporary, path)
     finally:

@@ -111,8 +111,8 @@ def _above(test: Mapping[str, Any]) -> bool:
 
 
 def _not_counted(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    diverged = [f"{run['name']} of seed {run.get('seed')}" for run in runs if run.get("diverged")]
-    diverged = [text for text in diverged if text.split(" of seed ")[0] in names]
+    lost = [run for run in runs if run.get("diverged") and run["name"] in names]
+    diverged = [f"{run['name']} of seed {run.get('seed')}" for run in lost]
     return f" Not counted, because it diverged: {', '.join(diverged)}." if diverged else ""
 
 
