@@ -207,7 +207,7 @@ class DistillationTrainer(Trainer):
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
-        if isinstance(dataset, ImageDataset) and dataset.groups:
+        if labelled and isinstance(dataset, ImageDataset) and dataset.groups:  # predictions are in the rows' order
             sampler_fn = sampler_of_stream(self.args, batch_size, is_training)
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image

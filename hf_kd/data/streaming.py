@@ -89,6 +89,9 @@ class StreamedRows:
     def __getitems__(self, indices: Sequence[int], following: np.ndarray | None = None) -> list[dict[str, Any]]:
         """These rows; the row groups of those that will follow are read meanwhile."""
         rows = np.asarray(indices)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if ((rows < 0) | (rows >= len(self))).any():
+            raise IndexError(f"there are {len(self)} rows, asked for are {list(indices)[:5]}")
         places = self._groups_of(rows)
         self._start_reading([*places, *self._groups_of(rows[:0] if following is None else following)])
         found: list[Any] = [None] * len(rows)
