@@ -1,16 +1,11 @@
 """Streams of unusual files, and streams with other options of the trainer."""
 
-import io
-import tarfile
-
 import datasets
-import numpy as np
 import pytest
 from cli_helpers import images
 from data_helpers import alone as alone
-from data_helpers import encode
 from data_helpers import pytestmark as pytestmark
-from test_streaming import FEATURES, SETTINGS, write
+from test_streaming import SETTINGS, write
 from trainer_helpers import trainer_for
 
 from hf_kd.batch_of_one import check_batches_of_one
@@ -96,3 +91,31 @@ def test_a_run_from_python_is_not_resumed_with_other_loader_workers(tmp_path):
     other = trainer_for(tmp_path / "out", train=rows, dataloader_num_workers=2, **options)
     with pytest.raises(ValueError, match=r"data.stream_workers \(0 there, 2 here\)"):
         other.train(str(tmp_path / "out" / "checkpoint-2"))
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_name_the_classes_differently_are_refused(tmp_path, streaming):
+    names = datasets.ClassLabel(names=["cat", "dog"]), datasets.ClassLabel(names=["dog", "cat"])
+    folder = column(tmp_path / "d", [0, 1] * 4, *names)
+    match = (
+        r"train.parquet and .*test.parquet name the classes of column 'label' differently, label 0 is 'cat' and 'dog'"
+    )
+    with pytest.raises(ValueError, match=match):
+        load_data(folder, streaming=streaming)
+    assert load_data(column(tmp_path / "e", [0, 1] * 4, names[0]), streaming=streaming).names == ["cat", "dog"]
+
+
+def test_streams_without_rows_or_classes_or_a_place_are_refused(tmp_path):
+    integers = datasets.Value("int64")
+    with pytest.raises(ValueError, match=r"has only the class \['0'\]"):
+        load_data(column(tmp_path / "one", [0] * 8, integers), streaming=True)
+    folder = column(tmp_path / "empty", [0, 1] * 4, integers)
+    write(tmp_path / "empty", [0], "test")
+    (tmp_path / "empty" / "test.parquet").unlink()
+    with pytest.raises(ValueError, match="split 'test' of .* is empty"):
+        load_data(folder, streaming=True)
+    with pytest.raises(ValueError, match="there is no .*nothing; this reads as a local path"):
+        load_data("./nothing", streaming=True)

@@ -66,8 +66,9 @@ def batch_sizes(rows: int, batch_size: int, processes: int, drop_last: bool = Fa
 
 
 def batches(order: np.ndarray, sizes: Sequence[int], processes: int, workers: int) -> list[np.ndarray]:
-    """All batches of an epoch, without rows beyond the sum of the sizes. Each reader has consecutive parts of the order, so that it reads few row groups.
+    """All batches of an epoch, without rows beyond the sum of the sizes.
 
+    Each reader has consecutive parts of the order, so that it reads few row groups.
     Batch i is that of process i % processes; of its batches, each goes to the next of its `workers` readers.
     """
     by_reader = np.argsort(_readers(len(sizes), processes, workers), kind="stable")

@@ -14,8 +14,9 @@ import os
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,7 +28,6 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..hub import is_temporary, resolve
-from ..quickstart import bundled
 from .order import BLOCK_ROWS, RowGroup
 
 logger = logging.get_logger(__name__)
@@ -135,6 +135,10 @@ class StreamedRows:
             high = max(high, -1 if most is None else most)
         return low, high
 
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The schema of each file, with the names of classes where it has them."""
+        return {file: footer.schema.to_arrow_schema() for file, footer in self._footers.items()}
+
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
         return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
@@ -178,6 +182,9 @@ class TarRows(StreamedRows):
     def label_range(self, column: str) -> tuple[int, int]:
         footers = self._footers.values()
         return min(low for _, low, _ in footers), max(high for _, _, high in footers)
+
+    def schemas(self) -> dict[str, pa.Schema]:
+        return {}
 
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         def read() -> pa.Table:
@@ -223,6 +230,21 @@ def _size(file: str) -> int:
     return filesystem.size(path)
 
 
+def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
+    """ValueError where the files name the classes of a column differently: only the names of the first are known."""
+    first: dict[str, tuple[str, list[str]]] = {}
+    for file, schema in schemas.items():
+        for column, feature in datasets.Features.from_arrow_schema(schema).items():
+            names = getattr(feature, "names", None)
+            other, others = first.setdefault(column, (file, names)) if names else (file, names)
+            if others != names:
+                differ = next((i, a, b) for i, (a, b) in enumerate(itertools.zip_longest(others, names)) if a != b)
+                raise ValueError(
+                    f"{other} and {file} name the classes of column {column!r} differently, label {differ[0]} is "
+                    f"{differ[1]!r} and {differ[2]!r}: write all files with the same ClassLabel"
+                )
+
+
 def stream_features(file: str) -> datasets.Features:
     """The features that a parquet file says its columns have."""
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
@@ -251,20 +273,19 @@ def _patiently(read: Callable[[], Any], file: str) -> Any:
 
 
 def stream_splits(
-    name: str, config_name: str | None, revision: str | None
+    name: str, path: Path | None, config_name: str | None, revision: str | None
 ) -> tuple[type[StreamedRows], dict[str, list[str]], datasets.Features | None, str | None]:
     """How the rows of a dataset are read, the files of each split, the features if known without a file, the commit.
 
-    Raises ValueError for a dataset of other files.
+    `path` is where it is on this machine, or None. Raises ValueError for a dataset of other files.
     """
-    path = bundled(name) or name
     commit = None
-    if os.path.isfile(path):
+    if path is not None and path.is_file():
         return StreamedRows, {"train": [str(path)]}, None, None
-    if not os.path.exists(path):
+    if path is None:
         revision = resolve(name, revision, "dataset")
         commit = revision.resolved
-    builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
+    builder = datasets.load_dataset_builder(str(path or name), config_name, revision=revision)
     files: Any = builder.config.data_files or {}
     kind = builder.info.builder_name
     if kind not in ("parquet", "webdataset"):
