@@ -1,9 +1,14 @@
 """Streams of unusual files, and streams with other options of the trainer."""
 
+import io
+import tarfile
+
 import datasets
+import numpy as np
 import pytest
 from cli_helpers import images
 from data_helpers import alone as alone
+from data_helpers import encode
 from data_helpers import pytestmark as pytestmark
 from test_streaming import SETTINGS, write
 from trainer_helpers import trainer_for
@@ -119,3 +124,33 @@ def test_streams_without_rows_or_classes_or_a_place_are_refused(tmp_path):
         load_data(folder, streaming=True)
     with pytest.raises(ValueError, match="there is no .*nothing; this reads as a local path"):
         load_data("./nothing", streaming=True)
+
+
+def tar_of(path, *members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [("b.cls", b"cat")],
+        [("b.json", b"[1]")],
+        [("b.json", b'{"label": null}')],
+        [("b.txt", b"1")],
+        [("b.cls", b"1"), ("b.jpg", b"another image")],
+    ],
+)
+def test_a_sample_of_a_webdataset_has_one_image_and_one_label(tmp_path, odd):
+    (tmp_path / "d").mkdir()
+    png = encode(np.zeros((8, 8, 3), np.uint8))
+    good = [("x/a.v1.png", b"no image of its own"), ("x/a.png", png), ("x/a.cls", b"1\n"), ("x/a.txt", b"text")]
+    tar_of(tmp_path / "d" / "train.tar", *good)
+    tar_of(tmp_path / "d" / "test.tar", *good)
+    assert [row["label"] for row in load_data(str(tmp_path / "d"), streaming=True).train] == [1]
+    tar_of(tmp_path / "d" / "test.tar", *good, ("b.png", png), *odd)
+    with pytest.raises(ValueError, match=r"test.tar: /b does not have exactly one image .*, or no number as label"):
+        load_data(str(tmp_path / "d"), streaming=True)

@@ -7,6 +7,7 @@ of its own, a block of them at a time. A run is resumed by its step alone: the r
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -207,22 +208,23 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
         return f"{folder}/{name.partition('.')[0]}"
 
     for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
-        sample: dict[str, Any] = {"image": None, "label": None}
+        found: dict[str, list[Any]] = {"image": [], "cls": [], "json": []}
         for member in members:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
             if kind in ("jpg", "jpeg", "png", "webp"):
-                sample["image"] = {"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"}
-            elif kind == "cls":
-                sample["label"] = int(content.read())
-            elif kind == "json" and sample["label"] is None:
-                sample["label"] = json.loads(content.read()).get("label")
-            sample["end"] = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if sample["image"] is None or type(sample["label"]) is not int:
+                found["image"].append({"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"})
+            elif kind in found:
+                with contextlib.suppress(ValueError):  # no number, or no JSON
+                    found[kind].append(json.loads(content.read()))
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        labels = found["cls"] or [each.get("label") for each in found["json"] if isinstance(each, dict)]
+        if len(found["image"]) != 1 or len(labels) != 1 or type(labels[0]) is not int:
             raise ValueError(
-                f'{file}: {name} has no image (jpg, png, webp), or no number as label (cls, or "label" in json)'
+                f"{file}: {name} does not have exactly one image (jpg, png, webp), or no number as label (cls, or "
+                '"label" in json)'
             )
-        yield sample
+        yield {"image": found["image"][0], "label": labels[0], "end": end}
 
 
 def _size(file: str) -> int:
