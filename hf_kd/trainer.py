@@ -406,6 +406,7 @@ class DistillationTrainer(Trainer):
         self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
+        checkpointing.restore_skipped(self, self._resumed_from)
         if self.args.should_save:
             checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 
