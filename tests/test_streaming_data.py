@@ -16,6 +16,7 @@ from trainer_helpers import trainer_for
 from hf_kd.batch_of_one import check_batches_of_one
 from hf_kd.data import ImageDataset, load_data
 from hf_kd.data.order import StreamSampler, sampler_of_stream
+from hf_kd.reporting import make_record
 
 
 def folder_of(folder, train, test=20, **options):
@@ -96,6 +97,23 @@ def test_a_run_from_python_is_not_resumed_with_other_loader_workers(tmp_path):
     other = trainer_for(tmp_path / "out", train=rows, dataloader_num_workers=2, **options)
     with pytest.raises(ValueError, match=r"data.stream_workers \(0 there, 2 here\)"):
         other.train(str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_a_record_from_python_says_what_was_streamed(tmp_path):
+    data = load_data(folder_of(tmp_path, 24), streaming=True, max_train_samples=10, max_eval_samples=8)
+    assert data.split_sizes == {"train": 24, "test": 20}  # of the whole splits
+    trainer = trainer_for(tmp_path / "out", train=data.train, evaluation=data.eval, max_steps=1)
+    trainer.train()
+    entry = make_record(trainer)["data"]
+    assert entry["id"].endswith("d") and (entry["train_split"], entry["eval_split"]) == ("train", "test")
+    assert (entry["train_size"], entry["eval_size"]) == (10, 8)
+
+
+def test_a_stream_in_the_order_of_its_rows_is_refused(tmp_path):
+    rows = load_data(folder_of(tmp_path, 24), streaming=True).train
+    trainer = trainer_for(tmp_path / "out", train=rows, train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match="'sequential' is not supported"):
+        trainer.train()
 
 
 # ---- files ----

@@ -202,6 +202,7 @@ def _load_stream(
         rows[split] = rows_class(splits[split], features, limit)
         if not len(rows[split]):
             raise ValueError(f"split {split!r} of {name!r} is empty: its files have no rows")
+        rows[split].origin = {"name": name, "revision": commit, "config_name": config_name, "split": split}
         low, largest[split] = rows[split].label_range(label_column)
         if low < 0:
             raise ValueError(
@@ -229,7 +230,7 @@ def _load_stream(
         train_split=train_split,
         eval_split=eval_split,
         config_name=config_name,
-        split_sizes={split: len(part) for split, part in rows.items()},
+        split_sizes={split: part.total for split, part in rows.items()},
         split_fingerprints=fingerprints,
         fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )

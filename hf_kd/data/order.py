@@ -148,5 +148,10 @@ def sampler_of_stream(args, batch_size: int, is_training: bool) -> Callable[[Any
     readers = args.world_size, args.process_index, args.dataloader_num_workers
     if not is_training:
         return functools.partial(evaluation_order, batch_size=batch_size, readers=readers)
+    if args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            "a stream is shuffled in blocks, train_sampling_strategy='sequential' is not supported: leave it out, or "
+            "leave --streaming out."
+        )
     drop_last = args.dataloader_drop_last
     return functools.partial(StreamSampler, batch_size=batch_size, readers=readers, drop_last=drop_last)

@@ -45,9 +45,13 @@ class StreamedRows:
         features: of the columns that are read.
         limit: only so many of the first rows.
 
-    `groups` are its row groups. A worker holds those of the current block and, read ahead, of the next one in memory,
-    as they are in the files. What cannot be reached is tried again for ten minutes, unless that is of no use.
+    `groups` are its row groups, `origin` is what `load_data` knows of where they come from. A worker holds those of
+    the current block and, read ahead, of the next one in memory, as they are in the files.
+
+    What cannot be reached is tried again for ten minutes, unless that is of no use.
     """
+
+    origin: dict[str, str | None] | None = None
 
     def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
         self.features = features
@@ -76,6 +80,11 @@ class StreamedRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict(), "_pool": None}
+
+    @property
+    def total(self) -> int:
+        """The number of rows without the limit."""
+        return sum(map(sum, self._rows.values()))
 
     @property
     def column_names(self) -> list[str]:
@@ -237,7 +246,7 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
     first: dict[str, tuple[str, list[str]]] = {}
     for file, schema in schemas.items():
         for column, feature in datasets.Features.from_arrow_schema(schema).items():
-            names = getattr(feature, "names", None)
+            names = getattr(feature, "names", None) or []  # of a ClassLabel
             other, others = first.setdefault(column, (file, names)) if names else (file, names)
             if others != names:
                 differ = next((i, a, b) for i, (a, b) in enumerate(itertools.zip_longest(others, names)) if a != b)
