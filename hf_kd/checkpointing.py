@@ -28,6 +28,7 @@ from .models.preprocessing import Preprocessing
 logger = logging.get_logger(__name__)
 
 HEAD_FILE = "aux_head.safetensors"
+SKIPPED_FILE = "skipped_{}.json"  # of each process
 STAGING, ABANDONED = ".incomplete", "abandoned"  # folders in output_dir: being saved; of an earlier course
 _TIMM_DATA = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
@@ -89,6 +90,9 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
         )
     try:
         yield str(staging)
+        skipped = {"training": [*trainer.skipped], "evaluation": [*trainer.eval_skipped]}
+        (staging / name).mkdir(parents=True, exist_ok=True)  # as for the generators' state of each process
+        (staging / name / SKIPPED_FILE.format(args.process_index)).write_text(json.dumps(skipped))
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if args.save_strategy != "no" and (best == final or best.is_dir()):  # the trainer looks for it in staging
             state.best_model_checkpoint = str(best)
@@ -109,6 +113,15 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     finally:
         if args.local_process_index == 0:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
+    """Notes again which images could not be decoded before a checkpoint was saved."""
+    file = Path(checkpoint or "", SKIPPED_FILE.format(trainer.args.process_index))
+    if checkpoint and file.is_file():
+        before = json.loads(file.read_text())
+        trainer.skipped.update(dict.fromkeys(before["training"]))
+        trainer.eval_skipped.update(dict.fromkeys(before["evaluation"]))
 
 
 def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:

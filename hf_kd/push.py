@@ -119,6 +119,11 @@ def push(
     files = sorted({file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file()})
     names = [file.name for file in files]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{folder} holds an adapter of PEFT, which is not pushed: save the plain model first, with trainer."
+                "model.merge_and_unload().save_pretrained(FOLDER), or push the adapter with its own push_to_hub."
+            )
         raise ValueError(f"there is no model in {folder} (config.json and model.safetensors): give a run's folder.")
     token = token or huggingface_hub.get_token()
     operations = [CommitOperationAdd(file.name, _content(file, token)) for file in files]

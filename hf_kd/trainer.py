@@ -206,7 +206,7 @@ class DistillationTrainer(Trainer):
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
-        if isinstance(dataset, ImageDataset) and dataset.groups:
+        if labelled and isinstance(dataset, ImageDataset) and dataset.groups:  # predictions are in the rows' order
             sampler_fn = sampler_of_stream(self.args, batch_size, is_training)
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
@@ -405,6 +405,7 @@ class DistillationTrainer(Trainer):
         self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
+        checkpointing.restore_skipped(self, self._resumed_from)
         if self.args.should_save:
             checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from trainer_helpers import NAMES, rows, trainer_for
@@ -184,3 +185,17 @@ def test_the_card_is_ours_when_transformers_asks_for_one(tmp_path, caplog):
     assert "by [hf_kd]" in card and "automatically" not in card  # as transformers' own card says
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["data"]["classes"] == len(NAMES) and f"{100 * record['metrics']['top1']:.2f}" in card
+
+
+def test_images_that_could_not_be_decoded_before_are_counted_after_resuming(tmp_path):
+    broken = rows().cast_column("image", datasets.Image(decode=False))
+    broken = broken.map(lambda row, i: {"image": {"bytes": b"", "path": f"{i}.png"}} if i in (3, 11) else row, True)
+    broken = broken.cast_column("image", datasets.Image())
+    settings = {"train": broken, "evaluation": broken, "max_skipped_fraction": 0.5, "eval_strategy": "steps"}
+    settings |= {"max_steps": 3, "eval_steps": 1, "save_steps": 3}  # one epoch
+    trainer = saving(tmp_path, **settings)
+    trainer.train()
+    assert len(trainer.skipped) == len(trainer.eval_skipped) == 2
+    resumed = saving(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)  # has nothing left to do
+    assert (resumed.skipped, resumed.eval_skipped) == (trainer.skipped, trainer.eval_skipped)

@@ -137,6 +137,8 @@ def test_the_plan_holds_what_the_run_depends_on(things, tmp_path):
     assert (plan_.data.train_size, plan_.data.eval_size, len(plan_.data.classes)) == (48, 24, 6)
     assert plan_.data.fingerprint and plan_.teacher.id == str(tmp_path / "large")
     assert plan_.requirements["steps"] == 6 and plan_.requirements["disk_bytes"] > 4 * plan_.requirements["parameters"]
+    argv += ["--per_device_train_batch_size", "20", "--dataloader_drop_last", "true"]
+    assert plan(*parse([*argv, "--output_dir", str(tmp_path / "out")])).requirements["steps"] == 2 * 2
     assert not (tmp_path / "out").exists()
 
 

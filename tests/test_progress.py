@@ -88,6 +88,13 @@ def test_the_estimate_counts_what_is_left_by_variant(monkeypatch):
     assert texts[1] == "top-1 50.00 % after 1 min 10 s; 4 left, about 2 min 40 s"
     assert texts[2] == "top-1 50.00 % after 14 s; 3 left, about 2 min 32 s"  # 70 + 12 + 70
     assert texts[-1] == "top-1 50.00 % after 1 min 0 s"
+    progress.start(plan.runs[4], trainer)
+    now.value += 1
+    resumed = Progress(plan)  # knows the last session of the first run only, whose record has the time of all
+    resumed.start(plan.runs[0], trainer)
+    now.value += 2
+    text = resumed.finish(record | {"timings": {"train_seconds": 20}})
+    assert text.endswith("after 2 s; 5 left, about 1 min 40 s")
     assert progress.finish({"diverged": "yes"}).split(": ")[1].startswith("diverged after")
 
 
@@ -109,6 +116,11 @@ def test_the_time_is_estimated_after_the_first_steps_only(tmp_path, monkeypatch,
     trainer.train()
     lines = [line for line in capsys.readouterr().out.splitlines() if "about" in line]
     assert lines == ["about 2 min 0 s for 2 runs, evaluations not counted"]
+    progress.start(progress.experiment.runs[0], SimpleNamespace(add_callback=print, remove_callback=print))
+    for trainer.state.global_step in range(16, 27):  # resumed after step 15
+        progress.on_step_end(trainer.args, trainer.state, trainer.control)
+        now.value += 2
+    assert "about 1 min 30 s for 2 runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

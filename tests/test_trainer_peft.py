@@ -10,6 +10,7 @@ from trainer_helpers import NAMES, config, rows
 from hf_kd import DistillationTrainer
 from hf_kd.checkpointing import HEAD_FILE
 from hf_kd.models.forward import logits_of
+from hf_kd.push import push
 from hf_kd.reporting.collect import make_record
 
 peft = pytest.importorskip("peft")
@@ -115,3 +116,9 @@ def test_an_adapter_of_transformers_own_is_refused(tmp_path):
     student._hf_peft_config_loaded = True  # as add_adapter() sets it, which asks for a version of its own of peft
     with pytest.raises(ValueError, match=r"add_adapter\(\).*peft.get_peft_model\(student"):
         DistillationTrainer(student, config(tmp_path), train_dataset=rows(), processing_class=processor)
+
+
+def test_pushing_an_adapter_says_what_to_do(tmp_path):
+    lora_trainer(tmp_path, "vit", "ce").save_model()
+    with pytest.raises(ValueError, match="holds an adapter of PEFT.*merge_and_unload"):
+        push(tmp_path, "me/adapter", token="no token")

@@ -17,7 +17,7 @@ from ..labels import name_key
 from ..quickstart import bundled
 from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
-from .streaming import StreamedRows, stream_features, stream_splits
+from .streaming import StreamedRows, check_class_names, stream_features, stream_splits
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ def load_data(
     find_columns(splits[eval_split], image_column, label_column)
     chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
     names = class_names(chosen[train_split], label_column)
-    if len(names) < 2:
-        raise ValueError(f"{name} has only the class {names}: a classifier needs two (--label_column {label_column})")
+    _check_several(name, names, label_column)
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
     labels, rows, fingerprints, present = {}, {}, {}, {}
@@ -188,7 +187,7 @@ def _load_stream(
     limits: tuple[int | None, int | None],
 ) -> ImageData:
     """`load_data` with `streaming`: from the files' footers alone."""
-    rows_class, splits, features, commit = stream_splits(name, config_name, revision)
+    rows_class, splits, features, commit = stream_splits(name, _local_path(name), config_name, revision)
     train_split, eval_split = _choose_splits(name, splits, ", ".join(splits), train_split, eval_split)
     if eval_split == train_split:
         raise ValueError(
@@ -201,6 +200,9 @@ def _load_stream(
     rows, fingerprints, largest = {}, {}, {}
     for split, limit in zip((train_split, eval_split), limits, strict=True):
         rows[split] = rows_class(splits[split], features, limit)
+        if not len(rows[split]):
+            raise ValueError(f"split {split!r} of {name!r} is empty: its files have no rows")
+        rows[split].origin = {"name": name, "revision": commit, "config_name": config_name, "split": split}
         low, largest[split] = rows[split].label_range(label_column)
         if low < 0:
             raise ValueError(
@@ -209,7 +211,9 @@ def _load_stream(
             )
         origin = [name, commit, config_name] if commit else rows[split].describe()
         fingerprints[split] = fingerprint(*origin, split, image_column, label_column)
+    check_class_names(rows[train_split].schemas() | rows[eval_split].schemas())
     names = getattr(features[label_column], "names", None) or [str(i) for i in range(max(largest.values()) + 1)]
+    _check_several(name, names, label_column)
     for split, label in largest.items():
         if label >= len(names):
             raise ValueError(
@@ -226,10 +230,15 @@ def _load_stream(
         train_split=train_split,
         eval_split=eval_split,
         config_name=config_name,
-        split_sizes={split: len(part) for split, part in rows.items()},
+        split_sizes={split: part.total for split, part in rows.items()},
         split_fingerprints=fingerprints,
         fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )
+
+
+def _check_several(name: str, names: list[str], label_column: str) -> None:
+    if len(names) < 2:
+        raise ValueError(f"{name} has only the class {names}: a classifier needs two (--label_column {label_column})")
 
 
 def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarray]) -> None:
@@ -246,16 +255,22 @@ def _warn_about_classes(name: str, names: list[str], without: dict[str, np.ndarr
             logger.warning(f"{name}: {len(classes)} of {len(names)} classes have no image to {use}: {shown}{hint}")
 
 
-def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
-    """All splits by name, and the commit on the Hub that they came from; None if from this machine."""
+def _local_path(name: str) -> Path | None:
+    """Where a dataset is on this machine; None for one on the Hub."""
     path = bundled(name) or Path(name).expanduser()
-    local = name.startswith((".", "/", "~")) or name.endswith(".parquet") or path.exists()
-    if local and not path.exists():
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.endswith(".parquet"):
         hint = "this reads as a local path; a dataset on the Hub is written owner/name"
         raise ValueError(f"dataset {name!r}: there is no {path.absolute()}; {hint}")
-    commit = None
+    return None
+
+
+def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dict[str, Dataset], str | None]:
+    """All splits by name, and the commit on the Hub that they came from; None if from this machine."""
+    path, commit = _local_path(name), None
     try:
-        if not local:
+        if path is None:
             revision = resolve(name, revision, "dataset")
             commit = revision.resolved
             found = datasets.load_dataset(name, config_name, revision=revision)
@@ -266,7 +281,7 @@ def _read(name: str, config_name: str | None, revision: str | None) -> tuple[dic
     except ConnectionError:  # an OSError, but the name may be right
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        where = path.absolute() if local else "the Hub (and there is no such path here)"
+        where = path.absolute() if path else "the Hub (and there is no such path here)"
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise ValueError(f"dataset {name!r} cannot be read from {where}: {error}{cause}") from error
     return dict(found) if isinstance(found, dict) else {"train": found}, commit
@@ -280,6 +295,10 @@ def _read_folder(folder: Path, config_name: str | None) -> Any:
     empty = [path.name for path in tables if pq.read_metadata(path).num_rows == 0]
     if empty:
         raise ValueError(f"no rows in {', '.join(empty)}: an empty split; remove the file")
+    if tables:
+        data_files = datasets.load_dataset_builder(str(folder), config_name).config.data_files or {}
+        used = [str(file) for files in data_files.values() for file in files if str(file).endswith(".parquet")]
+        check_class_names({file: pq.read_schema(file) for file in used})
     if tables or not {path.suffix.lower() for path in files} & set(ImageFolder.EXTENSIONS):
         return datasets.load_dataset(str(folder), config_name)
     # Left to itself, load_dataset takes any folder with train, test or eval as a word in its name for a split (a class

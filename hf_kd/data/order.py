@@ -40,12 +40,19 @@ def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.
     return order[np.lexsort((rng.random(len(order)), block))]
 
 
-def batch_sizes(rows: int, batch_size: int, processes: int) -> list[int]:
+def batch_sizes(rows: int, batch_size: int, processes: int, drop_last: bool = False) -> list[int]:
     """The sizes of all batches of an epoch, one after the other for each process, as many for all of them.
 
-    They are full but in the last step (or two), which the processes share evenly.
+    They are full but in the last step (or two), which the processes share evenly; `drop_last` leaves out what is not.
     """
     steps, step = math.ceil(rows / (batch_size * processes)), batch_size * processes
+    if drop_last:
+        if rows < step:
+            raise ValueError(
+                f"{rows} images fill no step of {step}, and dataloader_drop_last leaves all others out: set "
+                "--dataloader_drop_last False, or a smaller --per_device_train_batch_size."
+            )
+        return [batch_size] * (rows // step * processes)
     totals = [step] * (steps - 1) + [rows - step * (steps - 1)]
     if totals[-1] < processes:  # someone would have none
         missing = processes - totals[-1]
@@ -59,13 +66,14 @@ def batch_sizes(rows: int, batch_size: int, processes: int) -> list[int]:
 
 
 def batches(order: np.ndarray, sizes: Sequence[int], processes: int, workers: int) -> list[np.ndarray]:
-    """All batches of an epoch. Each reader has consecutive parts of the order, so that it reads few row groups.
+    """All batches of an epoch, without rows beyond the sum of the sizes.
 
+    Each reader has consecutive parts of the order, so that it reads few row groups.
     Batch i is that of process i % processes; of its batches, each goes to the next of its `workers` readers.
     """
     by_reader = np.argsort(_readers(len(sizes), processes, workers), kind="stable")
     stops = np.cumsum(np.asarray(sizes)[by_reader])
-    parts = np.split(order, stops[:-1])
+    parts = np.split(order, stops)[:-1]
     found: list[np.ndarray] = [order[:0]] * len(sizes)
     for i, part in zip(by_reader, parts, strict=True):
         found[i] = part
@@ -104,11 +112,12 @@ class StreamSampler(BatchRebalanceSampler):
         dataset: an `ImageDataset` with `groups`, whose seed and epoch are used.
         batch_size: images of one process.
         readers: number of processes, rank of this one, and its number of loader workers.
+        drop_last: see `batch_sizes`.
     """
 
-    def __init__(self, dataset, batch_size: int, readers: tuple[int, int, int]) -> None:
+    def __init__(self, dataset, batch_size: int, readers: tuple[int, int, int], drop_last: bool = False) -> None:
         self.dataset, (self.processes, self.rank, self.workers) = dataset, readers
-        self.sizes = batch_sizes(len(dataset), batch_size, self.processes)
+        self.sizes = batch_sizes(len(dataset), batch_size, self.processes, drop_last)
         factor = reading_factor(dataset.groups, self._batches(), self.processes, self.workers)
         if factor > 1.2:
             logger.warning_once(
@@ -136,6 +145,13 @@ def evaluation_order(dataset, batch_size: int, readers: tuple[int, int, int]) ->
 
 def sampler_of_stream(args, batch_size: int, is_training: bool) -> Callable[[Any], Any]:
     """What makes the sampler of a stream, for the process of a trainer with these arguments."""
-    make = StreamSampler if is_training else evaluation_order
     readers = args.world_size, args.process_index, args.dataloader_num_workers
-    return functools.partial(make, batch_size=batch_size, readers=readers)
+    if not is_training:
+        return functools.partial(evaluation_order, batch_size=batch_size, readers=readers)
+    if args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            "a stream is shuffled in blocks, train_sampling_strategy='sequential' is not supported: leave it out, or "
+            "leave --streaming out."
+        )
+    drop_last = args.dataloader_drop_last
+    return functools.partial(StreamSampler, batch_size=batch_size, readers=readers, drop_last=drop_last)

@@ -7,6 +7,7 @@ of its own, a block of them at a time. A run is resumed by its step alone: the r
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -14,8 +15,9 @@ import os
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,7 +29,6 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..hub import is_temporary, resolve
-from ..quickstart import bundled
 from .order import BLOCK_ROWS, RowGroup
 
 logger = logging.get_logger(__name__)
@@ -44,9 +45,13 @@ class StreamedRows:
         features: of the columns that are read.
         limit: only so many of the first rows.
 
-    `groups` are its row groups. A worker holds those of the current block and, read ahead, of the next one in memory,
-    as they are in the files. What cannot be reached is tried again for ten minutes, unless that is of no use.
+    `groups` are its row groups, `origin` is what `load_data` knows of where they come from. A worker holds those of
+    the current block and, read ahead, of the next one in memory, as they are in the files.
+
+    What cannot be reached is tried again for ten minutes, unless that is of no use.
     """
+
+    origin: dict[str, str | None] | None = None
 
     def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
         self.features = features
@@ -77,6 +82,11 @@ class StreamedRows:
         return {**self.__dict__, "_tables": OrderedDict(), "_pool": None}
 
     @property
+    def total(self) -> int:
+        """The number of rows without the limit."""
+        return sum(map(sum, self._rows.values()))
+
+    @property
     def column_names(self) -> list[str]:
         return list(self.features)
 
@@ -89,6 +99,9 @@ class StreamedRows:
     def __getitems__(self, indices: Sequence[int], following: np.ndarray | None = None) -> list[dict[str, Any]]:
         """These rows; the row groups of those that will follow are read meanwhile."""
         rows = np.asarray(indices)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if ((rows < 0) | (rows >= len(self))).any():
+            raise IndexError(f"there are {len(self)} rows, asked for are {list(indices)[:5]}")
         places = self._groups_of(rows)
         self._start_reading([*places, *self._groups_of(rows[:0] if following is None else following)])
         found: list[Any] = [None] * len(rows)
@@ -132,6 +145,10 @@ class StreamedRows:
             high = max(high, -1 if most is None else most)
         return low, high
 
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The schema of each file, with the names of classes where it has them."""
+        return {file: footer.schema.to_arrow_schema() for file, footer in self._footers.items()}
+
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
         return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
@@ -169,6 +186,9 @@ class TarRows(StreamedRows):
         footers = self._footers.values()
         return min(low for _, low, _ in footers), max(high for _, _, high in footers)
 
+    def schemas(self) -> dict[str, pa.Schema]:
+        return {}
+
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         start, stop = self._footers[group.file][0][group.index]
 
@@ -189,27 +209,43 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
         return f"{folder}/{name.partition('.')[0]}"
 
     for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
-        sample: dict[str, Any] = {"image": None, "label": None}
+        found: dict[str, list[Any]] = {"image": [], "cls": [], "json": []}
         for member in members:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
             if kind in ("jpg", "jpeg", "png", "webp"):
-                sample["image"] = {"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"}
-            elif kind == "cls":
-                sample["label"] = int(content.read())
-            elif kind == "json" and sample["label"] is None:
-                sample["label"] = json.loads(content.read()).get("label")
-            sample["end"] = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if sample["image"] is None or type(sample["label"]) is not int:
+                found["image"].append({"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"})
+            elif kind in found:
+                with contextlib.suppress(ValueError):  # no number, or no JSON
+                    found[kind].append(json.loads(content.read()))
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        labels = found["cls"] or [each.get("label") for each in found["json"] if isinstance(each, dict)]
+        if len(found["image"]) != 1 or len(labels) != 1 or type(labels[0]) is not int:
             raise ValueError(
-                f'{file}: {name} has no image (jpg, png, webp), or no number as label (cls, or "label" in json)'
+                f"{file}: {name} does not have exactly one image (jpg, png, webp), or no number as label (cls, or "
+                '"label" in json)'
             )
-        yield sample
+        yield {"image": found["image"][0], "label": labels[0], "end": end}
 
 
 def _size(file: str) -> int:
     filesystem, path = fsspec.core.url_to_fs(file)
     return filesystem.size(path)
+
+
+def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
+    """ValueError where the files name the classes of a column differently: only the names of the first are known."""
+    first: dict[str, tuple[str, list[str]]] = {}
+    for file, schema in schemas.items():
+        for column, feature in datasets.Features.from_arrow_schema(schema).items():
+            names = getattr(feature, "names", None) or []  # of a ClassLabel
+            other, others = first.setdefault(column, (file, names)) if names else (file, names)
+            if others != names:
+                differ = next((i, a, b) for i, (a, b) in enumerate(itertools.zip_longest(others, names)) if a != b)
+                raise ValueError(
+                    f"{other} and {file} name the classes of column {column!r} differently, label {differ[0]} is "
+                    f"{differ[1]!r} and {differ[2]!r}: write all files with the same ClassLabel"
+                )
 
 
 def stream_features(file: str) -> datasets.Features:
@@ -237,20 +273,19 @@ def _patiently(file: str, read: Callable[[Any], Any]) -> Any:
 
 
 def stream_splits(
-    name: str, config_name: str | None, revision: str | None
+    name: str, path: Path | None, config_name: str | None, revision: str | None
 ) -> tuple[type[StreamedRows], dict[str, list[str]], datasets.Features | None, str | None]:
     """How the rows of a dataset are read, the files of each split, the features if known without a file, the commit.
 
-    Raises ValueError for a dataset of other files.
+    `path` is where it is on this machine, or None. Raises ValueError for a dataset of other files.
     """
-    path = bundled(name) or name
     commit = None
-    if os.path.isfile(path):
+    if path is not None and path.is_file():
         return StreamedRows, {"train": [str(path)]}, None, None
-    if not os.path.exists(path):
+    if path is None:
         revision = resolve(name, revision, "dataset")
         commit = revision.resolved
-    builder = datasets.load_dataset_builder(str(path), config_name, revision=revision)
+    builder = datasets.load_dataset_builder(str(path or name), config_name, revision=revision)
     files: Any = builder.config.data_files or {}
     kind = builder.info.builder_name
     if kind not in ("parquet", "webdataset"):

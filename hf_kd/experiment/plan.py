@@ -222,7 +222,8 @@ def _seen(teacher: ModelSource, data: ImageData) -> int | None:
 
 def _requirements(runs: tuple[RunSpec, ...], parameters: int, train_size: int) -> dict:
     run, schedule = runs[0], runs[0].schedule
-    micro_batches = math.ceil(math.ceil(train_size / run.processes) / run.settings["per_device_train_batch_size"])
+    rounded = math.floor if run.settings["dataloader_drop_last"] else math.ceil
+    micro_batches = rounded(train_size / (run.processes * run.settings["per_device_train_batch_size"]))
     per_epoch = max(1, math.ceil(micro_batches / run.settings["gradient_accumulation_steps"]))
     steps = schedule.max_steps if schedule.max_steps > 0 else math.ceil(per_epoch * schedule.num_train_epochs)
     # Weights and optimizer state in float32; of most optimizers the state is twice the size of the weights.

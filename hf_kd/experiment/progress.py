@@ -48,7 +48,8 @@ class ComparisonProgress(TrainerCallback):
     def finish(self, record: dict) -> str:
         """The result of the run that was started last, and the time that the others will take."""
         seconds = time.perf_counter() - self._since
-        self._seconds.setdefault(self._spec.name, []).append(seconds)
+        before_too = (record.get("timings") or {}).get("train_seconds") or 0.0  # of a run that was resumed
+        self._seconds.setdefault(self._spec.name, []).append(max(seconds, before_too))
         top1 = (record.get("metrics") or {}).get("top1")
         result = "diverged" if record.get("diverged") else "no result" if top1 is None else f"top-1 {100 * top1:.2f} %"
         text = f"{self._where()}: {result} after {duration(seconds)}"
@@ -61,7 +62,8 @@ class ComparisonProgress(TrainerCallback):
         elif state.global_step == self._first[0] + STEPS and not self._seconds:
             step, runs = (time.perf_counter() - self._first[1]) / STEPS, 1 + len(self._left())
             several = f" for {runs} runs" if runs > 1 else ""
-            text = f"about {duration(step * state.max_steps * runs)}{several}, evaluations not counted"
+            steps = state.max_steps * runs - (self._first[0] - 1)
+            text = f"about {duration(step * steps)}{several}, evaluations not counted"
             self._write(state, text)
 
     def on_evaluate(self, args, state, control, **kwargs):

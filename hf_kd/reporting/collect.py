@@ -73,6 +73,7 @@ def known_plan(trainer) -> Experiment:
     model, teacher = trainer.model, trainer.eval_teacher
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or type(model).__name__
+    streaming = bool(getattr(trainer.train_dataset, "groups", None))
     plan = Experiment(
         output_dir=trainer.args.output_dir,
         student=ModelSource(name, commit=commit_of(model)),
@@ -80,6 +81,8 @@ def known_plan(trainer) -> Experiment:
         data=DataSource(
             train_size=_size(trainer.train_dataset),
             eval_size=_size(trainer.eval_dataset),
+            streaming=streaming,
+            stream_workers=trainer.args.dataloader_num_workers if streaming else None,
             classes=config and [config.id2label[i] for i in sorted(config.id2label)],
         ),
         train_image_size=trainer.train_image_size,

@@ -20,6 +20,8 @@ def dataset_origin(dataset: Any) -> dict[str, str | None]:
     what the dataset calls itself.
     """
     dataset = dataset._source if isinstance(dataset, ImageDataset) else dataset
+    if origin := getattr(dataset, "origin", None):  # of a stream
+        return dict(origin)
     info, split = getattr(dataset, "info", None), getattr(dataset, "split", None)
     origin = dict.fromkeys(("name", "revision", "config_name"))
     origin["split"] = split and str(split)

@@ -1,0 +1,174 @@
+"""Streams of unusual files, and streams with other options of the trainer."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from cli_helpers import images
+from data_helpers import alone as alone
+from data_helpers import encode
+from data_helpers import pytestmark as pytestmark
+from test_streaming import SETTINGS, write
+from trainer_helpers import trainer_for
+
+from hf_kd.batch_of_one import check_batches_of_one
+from hf_kd.data import ImageDataset, load_data
+from hf_kd.data.order import StreamSampler, sampler_of_stream
+from hf_kd.reporting import make_record
+
+
+def folder_of(folder, train, test=20, **options):
+    for split, size in (("train", train), ("test", test)):
+        write(folder / "d", [size], split, **options)
+    return str(folder / "d")
+
+
+def column(folder, values, feature, test=None):
+    """A folder whose splits have these labels."""
+    folder.mkdir()
+    for split, labels, kind in (("train", values, feature), ("test", values, test or feature)):
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        rows = {"image": images(len(labels), 0)["image"], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+# ---- rows ----
+
+
+def test_a_limit_within_a_row_group_ends_the_rows(tmp_path):
+    rows = load_data(folder_of(tmp_path, 53), streaming=True, max_train_samples=33).train
+    assert len(list(rows)) == len(rows) == 33
+    assert rows[-1]["label"] == rows[32]["label"] == 32 % 6
+    for index in (33, -34):
+        with pytest.raises(IndexError, match="there are 33 rows"):
+            rows[index]
+
+
+# ---- with other options of the trainer ----
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_drop_last_leaves_the_last_images_out(tmp_path, processes):
+    rows = load_data(folder_of(tmp_path, 35), streaming=True).train
+    dataset = ImageDataset(rows).for_training(None, None)
+    args = trainer_for(tmp_path / "out", train=rows, dataloader_drop_last=True).args
+    make = sampler_of_stream(args, 8, True)
+    make.keywords["readers"] = (processes, 0, 0)
+    samplers = [StreamSampler(dataset, **make.keywords | {"readers": (processes, i, 0)}) for i in range(processes)]
+    assert len(samplers[0]) == 4 // processes
+    found = [row for sampler in samplers for batch in sampler for row in batch]
+    assert all(len(batch) == 8 for batch in samplers[0]) and len(set(found)) == len(found) == 32
+    with pytest.raises(ValueError, match="35 images fill no step of 40.*dataloader_drop_last False"):
+        StreamSampler(dataset, 40, (1, 0, 0), drop_last=True)
+
+
+def test_a_stream_with_drop_last_is_trained_without_a_batch_of_one(tmp_path):
+    rows = load_data(folder_of(tmp_path, 33), streaming=True).train
+    with pytest.raises(ValueError, match="33 images in batches of 8 give a batch of one image"):
+        trainer_for(tmp_path / "out", "resnet", train=rows, max_steps=9).train()
+    trainer = trainer_for(tmp_path / "out", "resnet", train=rows, max_steps=9, dataloader_drop_last=True)
+    trainer.train()
+    assert trainer.state.epoch == pytest.approx(9 / 4)
+
+
+def test_processes_that_share_a_stream_may_have_a_batch_of_one(tmp_path, monkeypatch):
+    rows = load_data(folder_of(tmp_path, 19), streaming=True).train
+    trainer = trainer_for(tmp_path / "out", "resnet", train=rows, max_steps=9)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    check_batches_of_one(trainer, trainer.train_dataset, 5)  # 5 + 5, 5 + 4
+    with pytest.raises(ValueError, match="19 images in batches of 4 give a batch of one image"):
+        check_batches_of_one(trainer, trainer.train_dataset, 4)  # 4 + 4, 4 + 4, 2 + 1
+
+
+def test_predictions_are_in_the_order_of_the_rows(tmp_path):
+    data = load_data(folder_of(tmp_path, 24), streaming=True)
+    trainer = trainer_for(tmp_path / "out", train=data.train, dataloader_num_workers=2)
+    found = trainer.predict(data.eval)
+    assert found.label_ids.tolist() == [row["label"] for row in data.eval]
+
+
+def test_a_run_from_python_is_not_resumed_with_other_loader_workers(tmp_path):
+    rows = load_data(folder_of(tmp_path, 24), streaming=True).train
+    options = SETTINGS | {"save_strategy": "steps", "save_steps": 2}
+    trainer_for(tmp_path / "out", train=rows, **options).train()
+    other = trainer_for(tmp_path / "out", train=rows, dataloader_num_workers=2, **options)
+    with pytest.raises(ValueError, match=r"data.stream_workers \(0 there, 2 here\)"):
+        other.train(str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_a_record_from_python_says_what_was_streamed(tmp_path):
+    data = load_data(folder_of(tmp_path, 24), streaming=True, max_train_samples=10, max_eval_samples=8)
+    assert data.split_sizes == {"train": 24, "test": 20}  # of the whole splits
+    trainer = trainer_for(tmp_path / "out", train=data.train, evaluation=data.eval, max_steps=1)
+    trainer.train()
+    entry = make_record(trainer)["data"]
+    assert entry["id"].endswith("d") and (entry["train_split"], entry["eval_split"]) == ("train", "test")
+    assert (entry["train_size"], entry["eval_size"]) == (10, 8)
+
+
+def test_a_stream_in_the_order_of_its_rows_is_refused(tmp_path):
+    rows = load_data(folder_of(tmp_path, 24), streaming=True).train
+    trainer = trainer_for(tmp_path / "out", train=rows, train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match="'sequential' is not supported"):
+        trainer.train()
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_name_the_classes_differently_are_refused(tmp_path, streaming):
+    names = datasets.ClassLabel(names=["cat", "dog"]), datasets.ClassLabel(names=["dog", "cat"])
+    folder = column(tmp_path / "d", [0, 1] * 4, *names)
+    match = (
+        r"train.parquet and .*test.parquet name the classes of column 'label' differently, label 0 is 'cat' and 'dog'"
+    )
+    with pytest.raises(ValueError, match=match):
+        load_data(folder, streaming=streaming)
+    assert load_data(column(tmp_path / "e", [0, 1] * 4, names[0]), streaming=streaming).names == ["cat", "dog"]
+
+
+def test_streams_without_rows_or_classes_or_a_place_are_refused(tmp_path):
+    integers = datasets.Value("int64")
+    with pytest.raises(ValueError, match=r"has only the class \['0'\]"):
+        load_data(column(tmp_path / "one", [0] * 8, integers), streaming=True)
+    folder = column(tmp_path / "empty", [0, 1] * 4, integers)
+    write(tmp_path / "empty", [0], "test")
+    (tmp_path / "empty" / "test.parquet").unlink()
+    with pytest.raises(ValueError, match="split 'test' of .* is empty"):
+        load_data(folder, streaming=True)
+    with pytest.raises(ValueError, match="there is no .*nothing; this reads as a local path"):
+        load_data("./nothing", streaming=True)
+
+
+def tar_of(path, *members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [("b.cls", b"cat")],
+        [("b.json", b"[1]")],
+        [("b.json", b'{"label": null}')],
+        [("b.txt", b"1")],
+        [("b.cls", b"1"), ("b.jpg", b"another image")],
+    ],
+)
+def test_a_sample_of_a_webdataset_has_one_image_and_one_label(tmp_path, odd):
+    (tmp_path / "d").mkdir()
+    png = encode(np.zeros((8, 8, 3), np.uint8))
+    good = [("x/a.v1.png", b"no image of its own"), ("x/a.png", png), ("x/a.cls", b"1\n"), ("x/a.txt", b"text")]
+    tar_of(tmp_path / "d" / "train.tar", *good)
+    tar_of(tmp_path / "d" / "test.tar", *good)
+    assert [row["label"] for row in load_data(str(tmp_path / "d"), streaming=True).train] == [1]
+    tar_of(tmp_path / "d" / "test.tar", *good, ("b.png", png), *odd)
+    with pytest.raises(ValueError, match=r"test.tar: /b does not have exactly one image .*, or no number as label"):
+        load_data(str(tmp_path / "d"), streaming=True)
