@@ -90,7 +90,7 @@ def test_the_estimate_counts_what_is_left_by_variant(monkeypatch):
     assert texts[-1] == "top-1 50.00 % after 1 min 0 s"
     progress.start(plan.runs[4], trainer)
     now.value += 1
-    resumed = ComparisonProgress(plan)  # knows the last session of the first run only, whose record has the time of all
+    resumed = ComparisonProgress(plan)  # knows only the last session of the first run, whose record has all its time
     resumed.start(plan.runs[0], trainer)
     now.value += 2
     text = resumed.finish(record | {"timings": {"train_seconds": 20}})
