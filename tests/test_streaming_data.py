@@ -6,7 +6,7 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
-from cli_helpers import images
+from cli_helpers import NAMES, images
 from data_helpers import alone as alone
 from data_helpers import encode
 from data_helpers import pytestmark as pytestmark
@@ -36,6 +36,28 @@ def column(folder, values, feature, test=None):
 
 
 # ---- rows ----
+
+
+def test_images_that_cannot_be_decoded_are_listed_by_file_and_row(tmp_path):
+    """All kinds that are not decoded, and one that is, in two files of 5 rows."""
+    good = encode(images(1, 0)["image"][0])
+    encoded = [good, b"", b"no image", good[:100], good] * 2
+    rows = {"image": [{"bytes": data, "path": "same.png"} for data in encoded], "label": [i % 3 for i in range(10)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    (tmp_path / "d").mkdir()
+    for split, start in (("train-0", 0), ("train-1", 5), ("test-0", 0)):
+        table.select(range(start, start + 5)).to_parquet(tmp_path / "d" / f"{split}.parquet")
+    data = load_data(str(tmp_path / "d"), streaming=True)
+    options = {"augment": "none", "max_steps": -1, "num_train_epochs": 2, "max_skipped_fraction": 0.9}
+    trainer = trainer_for(tmp_path / "out", train=data.train, evaluation=data.eval, **options)
+    trainer.train()
+    trainer.evaluate()
+    where = [f"train-{file}.parquet, row {row}: same.png: " for file in (0, 1) for row in (1, 2, 3)]
+    assert sorted(text[: len(where[0])] for text in trainer.skipped) == where  # once each in both epochs
+    assert [text.split(": ")[0] for text in sorted(trainer.eval_skipped)] == [
+        f"test-0.parquet, row {i}" for i in (1, 2, 3)
+    ]
 
 
 def test_a_limit_within_a_row_group_ends_the_rows(tmp_path):

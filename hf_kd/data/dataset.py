@@ -155,7 +155,11 @@ class ImageDataset(Dataset):
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
         options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column, self.max_pixels)
         with forked_rng():
-            return [read_item(row, key, *options) for key, row in self._rows(indices)]
+            items = [read_item(row, key, *options) for key, row in self._rows(indices)]
+        for item in items if isinstance(self.dataset, StreamedRows) else ():
+            if "skipped" in item:
+                item["skipped"] = f"{self.dataset.place(item['index'])}: {item['skipped']}"
+        return items
 
     def _rows(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         keys = [index % len(self) if self._keys is None else int(self._keys[index]) for index in indices]

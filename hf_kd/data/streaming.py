@@ -153,6 +153,12 @@ class StreamedRows:
         """Names, sizes and row counts of the files."""
         return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
 
+    def place(self, row: int) -> str:
+        """The name of the file and the number in it of a row."""
+        group = self.groups[int(self._groups_of(np.asarray(row)))]
+        start = next(first.start for first in self.groups if first.file == group.file)
+        return f"{os.path.basename(group.file)}, row {row - start}"
+
     def _groups_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
