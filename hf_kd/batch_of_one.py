@@ -29,10 +29,7 @@ def check_batches_of_one(trainer, dataset, batch_size: int) -> None:
     ends_before = (
         0 < args.max_steps * args.gradient_accumulation_steps <= len(dataset) // batch_size // args.world_size
     )
-    if streamed:
-        has_one = 1 in batch_sizes(len(dataset), batch_size, args.world_size)
-    else:
-        has_one = len(dataset) % batch_size == 1
+    has_one = 1 in batch_sizes(len(dataset), batch_size, args.world_size if streamed else 1)
     if batch_size > 1 and (args.dataloader_drop_last or filled or ends_before or not has_one):
         return
     values = dataset[0].get("pixel_values") if isinstance(dataset, ImageDataset) else None

@@ -444,6 +444,5 @@ class DistillationTrainer(Trainer):
     # ---- pushing: transformers would make the repository first, and upload all that is in the folder ----
 
     init_hf_repo = push.init_hf_repo
-    push_to_hub = push.push_trained  # type: ignore[assignment]  # neither blocking nor further arguments
-
     create_model_card = push.create_model_card
+    push_to_hub = push.push_trained  # type: ignore[assignment]  # neither blocking nor further arguments

@@ -57,10 +57,9 @@ def add_missing_labels(dataset, label_column: str | None, by_column: bool):
     its columns, else by its first item, which may be an image alone."""
     if by_column:
         columns = [label_column] if label_column else _label_columns(dataset.features)
-        has_columns = bool(columns) and columns[0] in dataset.features
-        return (
-            dataset if has_columns else dataset.add_column(label_column or _LABELS[0], [IGNORED_LABEL] * len(dataset))
-        )
+        if columns and columns[0] in dataset.features:
+            return dataset
+        return dataset.add_column(label_column or _LABELS[0], [IGNORED_LABEL] * len(dataset))
     item = dataset[0]
     is_pair = isinstance(item, tuple | list) and len(item) == 2
     has_label = isinstance(item, dict) and {label_column, "labels", "label", "skipped"} & item.keys()

@@ -146,22 +146,26 @@ def load_data(
     if held_out:
         without["evaluate on"] = np.setdiff1d(list(present[eval_split]), labels[eval_split][evaluation])
     _warn_about_classes(name, names, without)
-    return ImageData(
-        train=chosen[train_split].select(train),
-        eval=chosen[eval_split].select(evaluation),
+    return _image_data(
+        (chosen[train_split].select(train), chosen[eval_split].select(evaluation)),
+        (train_split, eval_split),
+        fingerprints,
         image_column=image_column,
         label_column=label_column,
         names=names,
         name=name,
         revision=commit,
-        train_split=train_split,
-        eval_split=eval_split,
         config_name=config_name,
         eval_fraction=eval_fraction if held_out else None,
         split_sizes={split: len(data) for split, data in chosen.items()},
-        split_fingerprints=fingerprints,
-        fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )
+
+
+def _image_data(parts: tuple[Any, Any], splits: tuple[str, str], fingerprints: dict[str, str], **known) -> ImageData:
+    """The two parts, of the splits of these names, with what is known of them and the fingerprint of both."""
+    both = [text for split in splits for text in (split, fingerprints[split])]
+    known |= {"train_split": splits[0], "eval_split": splits[1], "split_fingerprints": fingerprints}
+    return ImageData(*parts, fingerprint=fingerprint(*both), **known)
 
 
 def _choose_splits(
@@ -219,20 +223,17 @@ def _load_stream(
             raise ValueError(
                 f"split {split!r} of {name} has the label {label}, and there are {len(names)} class names"
             )
-    return ImageData(
-        train=rows[train_split],
-        eval=rows[eval_split],
+    return _image_data(
+        (rows[train_split], rows[eval_split]),
+        (train_split, eval_split),
+        fingerprints,
         image_column=image_column,
         label_column=label_column,
         names=names,
         name=name,
         revision=commit,
-        train_split=train_split,
-        eval_split=eval_split,
         config_name=config_name,
         split_sizes={split: part.total for split, part in rows.items()},
-        split_fingerprints=fingerprints,
-        fingerprint=fingerprint(train_split, fingerprints[train_split], eval_split, fingerprints[eval_split]),
     )
 
 

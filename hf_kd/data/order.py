@@ -72,12 +72,8 @@ def batches(order: np.ndarray, sizes: Sequence[int], processes: int, workers: in
     Batch i is that of process i % processes; of its batches, each goes to the next of its `workers` readers.
     """
     by_reader = np.argsort(_readers(len(sizes), processes, workers), kind="stable")
-    stops = np.cumsum(np.asarray(sizes)[by_reader])
-    parts = np.split(order, stops)[:-1]
-    found: list[np.ndarray] = [order[:0]] * len(sizes)
-    for i, part in zip(by_reader, parts, strict=True):
-        found[i] = part
-    return found
+    parts = np.split(order, np.cumsum(np.asarray(sizes)[by_reader]))
+    return [parts[i] for i in np.argsort(by_reader)]
 
 
 def _readers(count: int, processes: int, workers: int) -> np.ndarray:
@@ -88,11 +84,11 @@ def _readers(count: int, processes: int, workers: int) -> np.ndarray:
 
 def reading_factor(groups: Sequence[RowGroup], every: Sequence[np.ndarray], processes: int, workers: int) -> float:
     """How often a row is read in an epoch, on average: each reader that has a row of a row group reads all of it."""
-    starts, rows = np.array([group.start for group in groups]), np.array([group.rows for group in groups])
-    readers = _readers(len(every), processes, workers)
-    places = [np.searchsorted(starts, batch, side="right") - 1 for batch in every]
-    pairs = {(reader, place) for reader, found in zip(readers, places, strict=True) for place in np.unique(found)}
-    return float(sum(rows[place] for _, place in pairs) / rows.sum())
+    starts, rows = np.array([(group.start, group.rows) for group in groups]).T
+    readers = np.repeat(_readers(len(every), processes, workers), [len(batch) for batch in every])
+    places = np.searchsorted(starts, np.concatenate(every), side="right") - 1
+    _, read = np.unique([readers, places], axis=1)
+    return float(rows[read].sum() / rows.sum())
 
 
 def spaced_rows(groups: Sequence[RowGroup], count: int, places: int = 8) -> list[int]:

@@ -48,10 +48,14 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     push = _push_target(script, config)
     student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
-    recipe, why = _recipe_name(script, student)
+    config_of_student = _config(student)
+    recipe, why = _recipe_name(script, student, config_of_student)
     provenance, changed = recipes.provenance(recipe, config, script.explicit), list[str]()
     if recipe:
-        student, kept = _with_recipe(student, recipe, script.explicit)
+        side_before = student.image_size
+        student, kept = _with_recipe(student, config_of_student, recipe, script.explicit)
+        if student.image_size != side_before:
+            config_of_student = _config(student)
         config, changed = recipes.apply(recipe, config, script.explicit)
         if kept:
             why += f" (but the student keeps its {kept} px)"
@@ -63,23 +67,23 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
-    config_of_student = _config(student)
     side = _input_side(student, config_of_student)
-    teacher = None
+    teacher, config_of_teacher = None, None
     if script.teacher:
         teacher = ModelSource(
             **_origin("teacher", script, earlier),
             trust_remote_code=script.trust_remote_code,
             class_map=script.class_map,
         )
-        side = max(side, _input_side(teacher, load_config(teacher.id, teacher.hub)))
+        config_of_teacher = load_config(teacher.id, teacher.hub)
+        side = max(side, _input_side(teacher, config_of_teacher))
     data = load_data(**source.load_arguments)
     source = _with_facts(source, data)
     if source.streaming:
         source = dataclasses.replace(source, stream_workers=config.dataloader_num_workers)
-    if teacher:
+    if teacher and config_of_teacher:
         teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
-        ClassMapping.between(load_config(teacher.id, teacher.hub).id2label, data.names, teacher.class_map)
+        ClassMapping.between(config_of_teacher.id2label, data.names, teacher.class_map)
     parameters = _count_parameters(config_of_student, data.names, student)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
     found["train_image_size"] = config.train_image_size or side
@@ -151,20 +155,20 @@ def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
     return origin | {"commit": hub.resolve(name, revision, "dataset" if key == "dataset" else "model").resolved}
 
 
-def _recipe_name(script, student: ModelSource) -> tuple[str | None, str]:
+def _recipe_name(script, student: ModelSource, config) -> tuple[str | None, str]:
     """The recipe that fills in what the user does not set (None for none), and why that one, where it is chosen."""
     if script.preset == "none":
         return None, ""
     if script.preset != "auto":
         return script.preset, ""
-    family = model_family(_config(student))
+    family = model_family(config)
     return recipes.choose(family, student.from_scratch, script.dataset), f", chosen for the family {family or '-'}"
 
 
-def _with_recipe(student: ModelSource, recipe: str, explicit: set[str]) -> tuple[ModelSource, int | None]:
+def _with_recipe(student: ModelSource, config, recipe: str, explicit: set[str]) -> tuple[ModelSource, int | None]:
     """The student with a recipe's input size and statistics; and its own size in pixels, if it keeps that."""
     new = {key: value for key, value in recipes.load(recipe).student.items() if key not in explicit}
-    side = _input_side(student, _config(student)) if "image_size" in new else 0
+    side = _input_side(student, config) if "image_size" in new else 0
     kept = side if side < new.get("image_size", 0) else None
     if kept:
         del new["image_size"]
