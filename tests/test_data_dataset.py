@@ -24,6 +24,7 @@ from hf_kd.data import (
     build_transform,
     decode_rgb,
 )
+from hf_kd.data.transforms import sample_draws
 
 ORIENTATION = 0x112
 
@@ -199,6 +200,54 @@ def test_flip():
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     flips = [torch.equal(build_transform("flip")(image), image.flip(2)) for _ in range(400)]
     assert 0.4 < np.mean(flips) < 0.6
+
+
+@pytest.mark.parametrize(("augment", "crop", "flip"), [("none", 0, 0), ("flip", 0, 1), ("pad_crop", 1, 1)])
+def test_a_batch_is_augmented_by_the_draws_of_each_image(augment, crop, flip):
+    images, draws = (
+        np.stack([photo(24, 40, seed=i) for i in range(64)]).transpose(0, 3, 1, 2),
+        sample_draws(3, 5, range(64)),
+    )
+    result = build_transform(augment).batch(images, draws)
+    assert result.dtype == np.uint8 and draws.max() < 2**32
+    for image, draw, augmented in zip(images, draws.tolist(), result, strict=True):
+        top, left = (7 * draw[0] // 2**32, 11 * draw[1] // 2**32) if crop else (3, 5)
+        expected = np.pad(image, ((0, 0), (3, 3), (5, 5)))[:, top : top + 24, left : left + 40]
+        assert np.array_equal(augmented, expected[..., ::-1] if flip and draw[2] < 2**31 else expected)
+
+
+def splitmix64(state):
+    """The generator as its paper writes it, in Python's integers."""
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        yield z ^ (z >> 31)
+
+
+def test_draws_are_those_of_splitmix64():
+    assert next(splitmix64(1234567)) == 6457827717110365317  # published
+    generator = splitmix64(int(np.random.SeedSequence((7, 2)).generate_state(1, np.uint64)[0]))
+    expected = np.array([[next(generator) >> 32 for _ in range(3)] for _ in range(100)])
+    assert np.array_equal(sample_draws(7, 2, range(100)), expected)
+    assert np.array_equal(sample_draws(7, 2, [99, 3]), expected[[99, 3]])  # whatever the batch is
+
+
+def test_draws_are_uniform_and_independent_over_keys_epochs_and_seeds():
+    keys, n = np.arange(20_000), 20_000
+    draws = {(seed, epoch): sample_draws(seed, epoch, keys) / 2**32 for seed in (0, 1, 42) for epoch in (0, 1, 2)}
+    columns = [x for numbers in draws.values() for x in numbers.T]
+    for x in columns:
+        for bins in (2, 9, 57):  # flips, and offsets at 32 and 224 px
+            counts = np.bincount((x * bins).astype(int), minlength=bins)
+            chi2 = ((counts - n / bins) ** 2 / (n / bins)).sum()
+            assert abs(chi2 - (bins - 1)) < 5 * np.sqrt(2 * bins)
+        for lag in (1, 2, 3, 128):  # neighbours in the dataset, and in the next batch
+            assert abs(np.corrcoef(x[lag:], x[:-lag])[0, 1]) < 5 / np.sqrt(n)
+    between = np.corrcoef(columns) - np.eye(len(columns))  # offsets and flip, epochs, seeds
+    assert np.abs(between).max() < 5 / np.sqrt(n)
+    high = np.corrcoef([x * 2**20 % 1 for x in columns]) - np.eye(len(columns))  # the low bits
+    assert np.abs(high).max() < 5 / np.sqrt(n)
 
 
 def test_deit_survives_its_strongest_levels():

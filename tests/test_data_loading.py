@@ -1,5 +1,6 @@
 """Datasets and their epochs, batches, columns, and loading of local data."""
 
+import gc
 import logging
 import pickle
 import random
@@ -21,11 +22,13 @@ from hf_kd.data import (
     Mixer,
     TrainingCollator,
     build_transform,
+    cache,
     class_names,
     find_columns,
     load_data,
     loading,
 )
+from hf_kd.data import dataset as dataset_module
 from hf_kd.data.columns import encode_labels
 
 # ---- dataset
@@ -84,7 +87,101 @@ def test_spawned_workers_see_the_epoch():
         multiprocessing_context="spawn",
     )
     for epoch in (0, 1):
-        assert torch.equal(epoch_of(loader, dataset, epoch), torch.stack([dataset[i]["pixels"] for i in range(4)]))
+        pixels = epoch_of(loader, dataset, epoch)
+        assert dataset._decoded.known.all()  # by the worker, in memory that is shared
+        assert torch.equal(pixels, torch.stack([dataset[i]["pixels"] for i in range(4)]))
+
+
+def odd_table(dense=False):
+    """Images of 16 px, a few of another size and a few broken, whose keys are not the positions."""
+    table, other = image_table(40, broken=(5, 6, 23)), image_table(40, size=24)
+    images = [
+        (other if i in (8, 30) else table).cast_column("image", datasets.Image(decode=False))[i]["image"]
+        for i in range(40)
+    ]
+    labels = {"label": [[i / 40, 0.0, 1 - i / 40] for i in range(40)] if dense else table["label"]}
+    feature = datasets.Sequence(datasets.Value("float32")) if dense else table.features["label"]
+    features = datasets.Features({"image": datasets.Image(), "label": feature, "__index__": datasets.Value("int64")})
+    rows = {"image": images, **labels, "__index__": [3 * i + 1 for i in range(40)]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def batches_of(dataset, collator, workers=0):
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist() + [8, 5, 2]  # some twice
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(dataset, 6, sampler=order, collate_fn=collator, **options)
+    found = []
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        found += list(loader)
+    return found
+
+
+def assert_same(batches, expected):
+    for batch, other in zip(batches, expected, strict=True):
+        assert list(batch) == list(other)
+        for key, value in batch.items():
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augment", [None, "none", "flip", "pad_crop"])
+def test_batches_of_kept_images_are_those_of_images_decoded_each_time(augment, workers, monkeypatch):
+    """The null experiment of the memory of decoded images, bit by bit, with broken images and such of another size."""
+    for table in (odd_table(), odd_table(dense=True)):
+        collator = TrainingCollator(size=20, seed=5, mixer=Mixer(3, 0.8, 1.0) if augment == "flip" else None)
+
+        def images():
+            return ImageDataset(table.select(range(40)), seed=5).for_training(augment, 20)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "MAX_BYTES", 0)
+            each = images()
+            assert each._decoded is None
+            expected = batches_of(each, collator)
+        kept = images()
+        assert_same(batches_of(kept, collator, workers), expected)
+        assert sorted(np.flatnonzero(~kept._decoded.known)) == [5, 6, 8, 23, 30]
+        assert_same(batches_of(kept, collator), expected)  # what the workers decoded
+        assert_same(batches_of(pickle.loads(pickle.dumps(kept)), collator), expected)
+
+
+def test_images_are_decoded_once_for_all_who_use_the_dataset(monkeypatch):
+    table, decoded = image_table(12), []
+
+    def noted(row, key, *options):
+        decoded.append(key)
+        return read_item(row, key, *options)
+
+    read_item = dataset_module.read_item
+    monkeypatch.setattr(dataset_module, "read_item", noted)
+    training, evaluation = ImageDataset(table).for_training("pad_crop", 16), ImageDataset(table)
+    assert decoded == [0]  # for its size
+    first, again = ([dataset.__getitems__(range(12)) for _ in range(2)][1] for dataset in (training, evaluation))
+    assert sorted(decoded) == [0, *range(12)]
+    again[3]["pixels"].zero_()  # what a user does with an item is not seen by others
+    assert torch.equal(evaluation[3]["pixels"], torch.from_numpy(photo(16, 16, seed=3)).permute(2, 0, 1))
+    assert not torch.equal(first[3]["pixels"], evaluation[3]["pixels"])
+    assert sorted(decoded) == [0, *range(12)]
+    assert all("skipped" in item for item in ImageDataset(table, max_pixels=255).__getitems__([0, 1]))  # another limit
+    assert "skipped" not in evaluation[1] and evaluation.__getitems__([]) == []
+    count = len(cache._caches)
+    del table
+    gc.collect()
+    assert len(cache._caches) == count - 1  # with the dataset
+
+
+def test_what_does_not_fit_or_is_drawn_for_each_image_is_not_kept(monkeypatch):
+    table = image_table(12)
+    monkeypatch.setattr(cache, "MAX_BYTES", 12 * 3 * 16 * 16)
+    assert ImageDataset(table)._decoded is not None
+    monkeypatch.setattr(cache, "MAX_BYTES", 12 * 3 * 16 * 16 - 1)
+    assert ImageDataset(table.select(range(12)))._decoded is None
+    assert ImageDataset(image_table(12, broken=range(12)))._decoded is None
+    monkeypatch.undo()
+    resized = ImageDataset(table).for_training("resized_crop", 8)
+    resized.__getitems__([1, 2])
+    assert not resized._decoded.known.any()
 
 
 def test_dataset_and_mixing_leave_the_callers_generators_alone():

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny
 from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
-from transformers import ViTImageProcessor
+from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_kd import DistillationTrainer
-from hf_kd.data import ImageDataset
+from hf_kd.data import ImageDataset, cache
 from hf_kd.losses import LOSSES
 from hf_kd.reporting.collect import make_record
 
@@ -304,6 +304,44 @@ def test_soft_labels_of_mixing_train_and_leave_the_config_alone(tmp_path):
         trainer = trainer_for(tmp_path / loss, loss=loss, mixup_alpha=0.8, cutmix_alpha=1.0)
         trainer.train()
         assert trainer.model.config.problem_type is None
+
+
+# ---- images that are kept once they are decoded ----
+
+
+class StopAt4(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == 4  # within an epoch
+
+
+def test_training_on_kept_images_is_that_on_images_decoded_each_time(tmp_path, monkeypatch):
+    settings = {"augment": "pad_crop", "max_steps": 6, "max_skipped_fraction": 0.5, "save_strategy": "steps"}
+
+    def trainer(name):
+        data = with_broken(rows(20), 3, 11)  # three steps an epoch
+        return trainer_for(tmp_path / name, train=data, evaluation=data, **settings)
+
+    def results(trainer):
+        metrics = {key: value for key, value in trainer.evaluate().items() if not key.endswith(("time", "_second"))}
+        return metrics, trainer.skipped, trainer.eval_skipped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "MAX_BYTES", 0)
+        each = trainer("each")
+        each.train()
+        assert each.train_dataset._decoded is None
+    stopped = trainer("kept")
+    stopped.add_callback(StopAt4())
+    stopped.train()
+    resumed = trainer("kept")
+    resumed.train(resume_from_checkpoint=True)
+    kept = trainer("whole")
+    kept.train()
+    assert kept.train_dataset._decoded.known.sum() == 18 and kept.state.global_step == 6
+    for other in (kept, resumed):
+        assert results(other) == results(each)
+        for name, value in each.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[name]), name
 
 
 # ---- what is counted, and images without labels ----

@@ -61,6 +61,8 @@ class TrainingCollator:
         if self.size is not None:
             mode = self.interpolation or InterpolationMode.BICUBIC
             shape = [self.size] * 2 if isinstance(self.size, int) else [*self.size]
+            if len({image.shape for image in images}) == 1:  # at once; the pixels are the same
+                return resize(torch.stack(images), shape, mode, antialias=True)
             images = [resize(image, shape, mode, antialias=True) for image in images]
         return _stack(images, "train_image_size, or augment with 'resized_crop'")
 

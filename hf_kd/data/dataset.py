@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -13,11 +13,12 @@ from torch.utils.data import Dataset, Subset
 
 from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
+from .cache import DecodedImages, decoded_images
 from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
 from .order import BLOCK_ROWS, RowGroup, epoch_order
 from .streaming import StreamedRows
-from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
+from .transforms import CropAndFlip, augment_image, build_transform, forked_rng, sample_draws, sample_seed, seed_rngs
 
 
 def read_item(
@@ -73,6 +74,9 @@ class ImageDataset(Dataset):
     `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another
     dataset, they make it be read in the same order.
 
+    Images of one size of a `datasets.Dataset` are decoded once and kept, if all rows of that size fit in 1.5 GB and
+    the transform is none or a `CropAndFlip`, which is then applied to whole batches. Items are the same bit by bit.
+
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, so that every process has a batch.
     """
@@ -90,7 +94,7 @@ class ImageDataset(Dataset):
         seed: int = 0,
         max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
-        self._undecoded, self._keys = _has_image_rows(dataset), None
+        self._undecoded, self._keys, source = _has_image_rows(dataset), None, dataset
         if isinstance(dataset, datasets.Dataset) and INDEX_COLUMN in dataset.column_names:
             self._keys = dataset.select_columns(INDEX_COLUMN).with_format("numpy")[:][INDEX_COLUMN]
         if self._undecoded:
@@ -102,6 +106,10 @@ class ImageDataset(Dataset):
         self.transform, self.seed, self.max_pixels = transform, seed, max_pixels
         self.groups: list[RowGroup] | None = getattr(dataset, "groups", None)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
+        self._decoded: DecodedImages | None = None
+        if self._undecoded and isinstance(dataset, datasets.Dataset):
+            self._labels = dataset.select_columns(label_column)
+            self._decoded = decoded_images(source, cast(str, image_column), max_pixels, self._first_image)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that augmentation depends on; takes effect in running workers too."""
@@ -152,8 +160,42 @@ class ImageDataset(Dataset):
         _, order, places = self._places
         return order[places[index] + 1 :][:BLOCK_ROWS]
 
+    def _first_image(self) -> Tensor | None:
+        items = (self._read_each([row], None)[0] for row in range(min(len(self), 10)))
+        return next((item["pixels"] for item in items if "pixels" in item), None)
+
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
-        options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column, self.max_pixels)
+        """The items of these rows: those of decoded images at once, any other by itself."""
+        by_batch = self.transform is None or isinstance(self.transform, CropAndFlip)
+        if self._decoded is None or not by_batch or not all(0 <= row < len(self) for row in indices):
+            return self._read_each(indices, self.transform)
+        new, others = [row for row in indices if not self._decoded.known[row]], dict[int, dict[str, Any]]()
+        for row, item in zip(new, self._read_each(new, None), strict=True):
+            if not self._decoded.add(row, item.get("pixels")):  # broken, or of another shape
+                others[row] = item
+                if self.transform is not None and "pixels" in item:
+                    pixels = augment_image(item["pixels"], self.transform, self.seed, item["epoch"], item["index"])
+                    others[row] = item | {"pixels": pixels}
+        batch = iter(self._read_batch([row for row in indices if row not in others]))
+        return [others[row] if row in others else next(batch) for row in indices]
+
+    def _read_batch(self, rows: list[int]) -> list[dict[str, Any]]:
+        """The items of rows whose images are decoded."""
+        assert self._decoded is not None
+        keys = np.asarray(rows) if self._keys is None else self._keys[rows]
+        pixels, epoch = self._decoded.pixels[rows], int(self._epoch)
+        if isinstance(self.transform, CropAndFlip):
+            pixels = self.transform.batch(pixels, sample_draws(self.seed, epoch, keys))
+        labels = self._labels[rows][self.label_column]
+        return [
+            {"pixels": image, "labels": label, "index": key, "epoch": epoch}
+            for image, label, key in zip(torch.from_numpy(pixels).unbind(), labels, keys.tolist(), strict=True)
+        ]
+
+    def _read_each(self, indices: list[int], transform: Callable[[Tensor], Tensor] | None) -> list[dict[str, Any]]:
+        if not indices:
+            return []
+        options = (int(self._epoch), transform, self.seed, self.image_column, self.label_column, self.max_pixels)
         with forked_rng():
             items = [read_item(row, key, *options) for key, row in self._rows(indices)]
         for item in items if isinstance(self.dataset, StreamedRows) else ():

@@ -1,7 +1,7 @@
 """Augmentation of one image (uint8 to uint8), mixing of a batch, and randomness that can be repeated."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,10 +35,9 @@ def build_transform(augment: str, size: int | tuple[int, int] | None = None) -> 
     """
     if augment not in AUGMENTS:
         raise ValueError(f"unknown augment {augment!r}: choose one of {', '.join(AUGMENTS)}")
+    if augment in ("none", "flip", "pad_crop"):
+        return CropAndFlip(crop=augment == "pad_crop", flip=augment != "none")
     flip = v2.RandomHorizontalFlip()
-    sizeless = {"none": v2.Identity(), "flip": flip, "pad_crop": v2.Compose([PadCrop(), flip])}
-    if augment in sizeless:
-        return sizeless[augment]
     if not size:
         hint = "pass train_image_size, or processing_class; for images of one small size take 'pad_crop'"
         raise ValueError(f"augment {augment!r} needs a size in pixels: {hint}")
@@ -70,19 +69,42 @@ def _posterize(image, bits: int, **kwargs):
 
 def augment_image(pixels: Tensor, transform: Callable[[Tensor], Tensor], seed: int, epoch: int, key: int) -> Tensor:
     """The augmentation of one image, a function of seed, epoch and sample key alone; call it within `forked_rng`."""
+    if isinstance(transform, CropAndFlip):
+        return torch.from_numpy(transform.batch(pixels.numpy()[None], sample_draws(seed, epoch, [key]))[0])
     seed_rngs(sample_seed(seed, epoch, key))
     return transform(pixels)
 
 
-class PadCrop(nn.Module):
-    """Random crop of the image's own size after padding each side with black by an eighth of it."""
+class CropAndFlip(nn.Module):
+    """Images of one shape, whole batches at once: a crop of an image's own size after padding each side with black by
+    an eighth of it, and a horizontal flip half of the time.
 
-    def forward(self, image: Tensor) -> Tensor:  # not v2.RandomCrop: it wants one size, and takes five times longer
-        height, width = image.shape[-2:]
-        pad_y, pad_x = height // 8, width // 8
-        top, left = (int(torch.randint(2 * pad + 1, ())) for pad in (pad_y, pad_x))
-        padded = nn.functional.pad(image, (pad_x, pad_x, pad_y, pad_y))
-        return padded[:, top : top + height, left : left + width]
+    Called with one image, uint8 (3, H, W), it draws from torch's global generator.
+    """
+
+    def __init__(self, crop: bool, flip: bool) -> None:
+        super().__init__()
+        self.crop, self.flip = crop, flip
+
+    def forward(self, image: Tensor) -> Tensor:
+        draws = torch.randint(2**32, (1, 3)).numpy().astype(np.uint64)
+        return torch.from_numpy(self.batch(image.numpy()[None], draws)[0])
+
+    def batch(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Images, uint8 (B, 3, H, W), by `draws`, uint64 (B, 3) below 2³²: of offsets from top and left, and flip."""
+        if self.crop:
+            count, channels, height, width = images.shape
+            pads = height // 8, width // 8
+            padded = np.zeros((count, channels, height + 2 * pads[0], width + 2 * pads[1]), images.dtype)
+            padded[:, :, pads[0] : pads[0] + height, pads[1] : pads[1] + width] = images
+            # To whole numbers up to 2 pad, all equally likely (to one in 10⁷).
+            top, left = (draws[:, i] * np.uint64(2 * pad + 1) >> np.uint64(32) for i, pad in enumerate(pads))
+            crops = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+            images = crops[np.arange(count), :, top.astype(np.int64), left.astype(np.int64)]
+        if self.flip:
+            flipped = draws[:, 2] < 2**31
+            images = np.where(flipped[:, None, None, None], images[..., ::-1], images)
+        return images
 
 
 class NoiseErasing(v2.RandomErasing):
@@ -128,6 +150,20 @@ class Mixer:
 def sample_seed(*numbers: int) -> int:
     """A seed in [0, 2**32) from numbers that are not negative, such as seed, epoch and sample key."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sample_draws(seed: int, epoch: int, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Three random numbers, uint64 (B, 3) below 2³², of each sample: a function of seed, epoch and its key alone.
+
+    The counter-based generator SplitMix64 (doi 10.1145/2660193.2660195), whose numbers 3 k to 3 k + 2 are those of key
+    k; it starts from seed and epoch, mixed by numpy's SeedSequence.
+    """
+    start = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    counts = np.asarray(keys, np.uint64)[:, None] * np.uint64(3) + np.arange(1, 4, dtype=np.uint64)
+    bits: np.ndarray = start + counts * np.uint64(0x9E3779B97F4A7C15)  # modulo 2⁶⁴, as all that follows
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ bits >> np.uint64(shift)) * np.uint64(factor)
+    return (bits ^ bits >> np.uint64(31)) >> np.uint64(32)
 
 
 @contextmanager
