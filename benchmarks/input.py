@@ -10,6 +10,8 @@ over rounds. Contenders:
 - example: what transformers' image classification example does, Pillow to a normalised float batch.
 - timm, plain / deit: timm's training transform with the same augmentation, on Pillow images.
 - stream: hf_kd on parquet files through `load_data(..., streaming=True)`; map-style: the same rows with datasets.
+- cifar: PNGs of 32 px, pad_crop, batches of 128, after the first epoch. Images that are kept once they are decoded,
+  augmented by the batch, against decoding and augmenting each.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from hf_kd.data import ImageDataset, TrainingCollator
+from hf_kd.data import ImageDataset, TrainingCollator, cache
 from hf_kd.data.order import StreamSampler
 from hf_kd.data.streaming import StreamedRows
 from hf_kd.reporting.record import collect_versions
@@ -55,7 +57,10 @@ def photographs(n: int) -> list[bytes]:
 
 
 def rows(encoded: list[bytes]) -> datasets.Dataset:
-    columns = {"image": [{"bytes": data, "path": None} for data in encoded], "label": list(range(len(encoded)))}
+    columns = {
+        "image": [{"bytes": data, "path": None} for data in encoded],
+        "label": [i % 1000 for i in range(len(encoded))],
+    }
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
@@ -112,6 +117,43 @@ def contenders(encoded: list[bytes], folder: Path) -> dict[str, Callable[[], Non
     }
 
 
+def small_images(n: int) -> list[bytes]:
+    """Photographs at CIFAR's size, as its files on the Hub are encoded."""
+    encoded, large = [], photographs(20)
+    for i in range(n):
+        with Image.open(io.BytesIO(large[i % len(large)])) as image:
+            left, top = np.random.default_rng(i).integers(0, 150, 2).tolist()
+            part = image.resize((32, 32), Image.Resampling.BICUBIC, (left, top, left + 200, top + 200))
+        part.save(buffer := io.BytesIO(), "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def compare_cifar(rounds: int, images: int = 2560) -> str:
+    """Lines of the table, of the loader in the process and with two workers that persist."""
+    data, lines = rows(small_images(images)), []
+
+    def loader(limit: int, workers: int) -> DataLoader:
+        cache.MAX_BYTES, before = limit, cache.MAX_BYTES
+        dataset = ImageDataset(data.select(range(images))).for_training("pad_crop", 32)
+        cache.MAX_BYTES = before
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        return DataLoader(dataset, 128, shuffle=True, collate_fn=TrainingCollator(32), **options)
+
+    for workers, asked in ((0, "at least 5.0"), (2, "")):
+        loaders, seconds = [loader(cache.MAX_BYTES, workers), loader(0, workers)], []
+        for round_ in range(rounds + 1):
+            for each in loaders:
+                start = time.perf_counter()
+                assert sum(len(batch["pixels"]) for batch in each) == images
+                seconds += [time.perf_counter() - start] if round_ else []
+        ratios = [b / a for a, b in zip(seconds[::2], seconds[1::2], strict=True)]
+        name = f"cifar, batch ({workers} workers, {images / statistics.median(seconds[::2]):.0f}/s)"
+        spread = f"{statistics.median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f}"
+        lines.append(f"| {name} | cifar, per image | {spread} | {asked} |")
+    return "\n".join(lines)
+
+
 RATIOS = [  # contender, against, asked
     ("hf_kd, resized_crop", "example", "at least 2.0"),
     ("hf_kd, resized_crop", "timm, plain", "at least 1.4"),
@@ -141,6 +183,7 @@ def main() -> None:
         ratios = [b / a for a, b in zip(times[name], times[against], strict=True)]
         middle = statistics.median(ratios)
         print(f"| {name} | {against} | {middle:.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {asked} |")
+    print(compare_cifar(arguments.rounds))
     speeds = {name: f"{arguments.images / statistics.median(seconds):.0f}/s" for name, seconds in times.items()}
     versions = {
         key: value for key, value in collect_versions().items() if key in ("python", "torch", "torchvision", "timm")

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
@@ -108,8 +109,9 @@ class ImageDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
         self._decoded: DecodedImages | None = None
         if self._undecoded and isinstance(dataset, datasets.Dataset):
-            self._labels = dataset.select_columns(label_column)
             self._decoded = decoded_images(source, cast(str, image_column), max_pixels, self._first_image)
+        if self._decoded is not None:  # as a row gives them
+            self._labels = dataset.select_columns(label_column).with_format("arrow")[:][label_column].combine_chunks()
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that augmentation depends on; takes effect in running workers too."""
@@ -186,7 +188,7 @@ class ImageDataset(Dataset):
         pixels, epoch = self._decoded.pixels[rows], int(self._epoch)
         if isinstance(self.transform, CropAndFlip):
             pixels = self.transform.batch(pixels, sample_draws(self.seed, epoch, keys))
-        labels = self._labels[rows][self.label_column]
+        labels = self._labels.take(pa.array(rows, pa.int64())).to_pylist()
         return [
             {"pixels": image, "labels": label, "index": key, "epoch": epoch}
             for image, label, key in zip(torch.from_numpy(pixels).unbind(), labels, keys.tolist(), strict=True)
