@@ -4,8 +4,8 @@
     python benchmarks/input.py --rounds 7 --workers 2
 
 The images have ImageNet's usual size: JPEGs of 500 × 375 px, quality 90, made from photographs of foolbox.
-In every round each contender makes the same batches in turn, in one process with one thread, or in
-loader workers of one thread each, whose start is not measured; the ratio is the median over rounds. Contenders:
+In every round each contender makes the same batches in turn, in one process with one thread, or in loader workers of
+one thread each, whose start is not measured; the ratio is the median over rounds. Contenders:
 
 - hf_kd, resized_crop / deit: decoding, RandomResizedCrop(224), flip (and RandAugment, erasing), to a uint8 batch.
 - example: what transformers' image classification example does, Pillow to a normalised float batch.
