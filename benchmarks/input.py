@@ -1,10 +1,11 @@
 """Input speed, as ratios measured in one run: from encoded photographs to augmented training batches.
 
     python benchmarks/input.py --rounds 7
+    python benchmarks/input.py --rounds 7 --workers 2
 
 The images have ImageNet's usual size: JPEGs of 500 × 375 px, quality 90, made from photographs of foolbox.
-In every round each contender makes the same batches in turn, in one process with one thread; the ratio is the median
-over rounds. Contenders:
+In every round each contender makes the same batches in turn, in one process with one thread, or in loader workers of
+one thread each, whose start is not measured; the ratio is the median over rounds. Contenders:
 
 - hf_kd, resized_crop / deit: decoding, RandomResizedCrop(224), flip (and RandAugment, erasing), to a uint8 batch.
 - example: what transformers' image classification example does, Pillow to a normalised float batch.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -64,10 +66,14 @@ def rows(encoded: list[bytes]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def ours(dataset, augment: str, sampler=None, workers: int = 0) -> Callable[[], None]:
+def loading(workers: int) -> dict[str, Any]:
+    return {"num_workers": workers, "persistent_workers": workers > 0}  # their start is not measured
+
+
+def ours(dataset, augment: str, workers: int, sampler=None) -> Callable[[], None]:
     images = ImageDataset(dataset).for_training(augment, SIZE)
     order = {"batch_sampler": sampler(images)} if sampler else {"batch_size": BATCH}
-    loader = DataLoader(images, collate_fn=TrainingCollator(SIZE), num_workers=workers, **order)
+    loader = DataLoader(images, collate_fn=TrainingCollator(SIZE), **order, **loading(workers))
 
     def run() -> None:
         for batch in loader:
@@ -76,7 +82,7 @@ def ours(dataset, augment: str, sampler=None, workers: int = 0) -> Callable[[], 
     return run
 
 
-def pillow(encoded: list[bytes], transform: Callable) -> Callable[[], None]:
+def pillow(encoded: list[bytes], transform: Callable, workers: int) -> Callable[[], None]:
     class Images(torch.utils.data.Dataset):
         def __len__(self):
             return len(encoded)
@@ -84,7 +90,7 @@ def pillow(encoded: list[bytes], transform: Callable) -> Callable[[], None]:
         def __getitem__(self, i):
             return transform(Image.open(io.BytesIO(encoded[i])).convert("RGB")), i
 
-    loader = DataLoader(Images(), BATCH)
+    loader = DataLoader(Images(), BATCH, **loading(workers))
 
     def run() -> None:
         for _ in loader:
@@ -93,7 +99,7 @@ def pillow(encoded: list[bytes], transform: Callable) -> Callable[[], None]:
     return run
 
 
-def contenders(encoded: list[bytes], folder: Path) -> dict[str, Callable[[], None]]:
+def contenders(encoded: list[bytes], folder: Path, workers: int) -> dict[str, Callable[[], None]]:
     data = rows(encoded)
     mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
     steps = [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
@@ -107,13 +113,13 @@ def contenders(encoded: list[bytes], folder: Path) -> dict[str, Callable[[], Non
         return StreamSampler(images, BATCH, (1, 0, 0))
 
     return {
-        "example": pillow(encoded, transforms.Compose([*steps, transforms.Normalize(mean, std)])),
-        "timm, plain": pillow(encoded, timm.data.create_transform(SIZE, is_training=True, **plain)),
-        "timm, deit": pillow(encoded, timm.data.create_transform(SIZE, is_training=True, **deit)),
-        "hf_kd, resized_crop": ours(data, "resized_crop"),
-        "hf_kd, deit": ours(data, "deit"),
-        "map-style": ours(data, "resized_crop"),
-        "stream": ours(StreamedRows([str(folder / "a.parquet")], FEATURES), "resized_crop", sampler),
+        "example": pillow(encoded, transforms.Compose([*steps, transforms.Normalize(mean, std)]), workers),
+        "timm, plain": pillow(encoded, timm.data.create_transform(SIZE, is_training=True, **plain), workers),
+        "timm, deit": pillow(encoded, timm.data.create_transform(SIZE, is_training=True, **deit), workers),
+        "hf_kd, resized_crop": ours(data, "resized_crop", workers),
+        "hf_kd, deit": ours(data, "deit", workers),
+        "map-style": ours(data, "resized_crop", workers),
+        "stream": ours(StreamedRows([str(folder / "a.parquet")], FEATURES), "resized_crop", workers, sampler),
     }
 
 
@@ -166,12 +172,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     np.random.seed(0)
     encoded, times = photographs(arguments.images), {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = contenders(encoded, Path(folder))
+        runs = contenders(encoded, Path(folder), arguments.workers)
         for round_ in range(arguments.rounds + 1):
             for name, run in runs.items():
                 start = time.perf_counter()
@@ -188,7 +195,10 @@ def main() -> None:
     versions = {
         key: value for key, value in collect_versions().items() if key in ("python", "torch", "torchvision", "timm")
     }
-    print(f"\nimages a second: {speeds}; {arguments.rounds} rounds of {arguments.images} images, 1 thread, {versions}")
+    setting = (
+        f"{arguments.rounds} rounds of {arguments.images} images, {arguments.workers} loader workers, 1 thread each"
+    )
+    print(f"\nimages a second: {speeds}; {setting}, {versions}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import struct
 import sys
 import warnings
@@ -11,10 +12,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import scipy.stats
 import torch
 from data_helpers import alone as alone
 from data_helpers import encode, photo
 from data_helpers import pytestmark as pytestmark
+from torchvision.transforms import v2
 
 from hf_kd.data import (
     AUGMENTS,
@@ -24,6 +27,7 @@ from hf_kd.data import (
     build_transform,
     decode_rgb,
 )
+from hf_kd.data.decode import _jpeg_size
 from hf_kd.data.transforms import sample_draws
 
 ORIENTATION = 0x112
@@ -148,6 +152,20 @@ def test_decode_once_torchvision_has_no_decoders(monkeypatch):
         assert torch.equal(decode_rgb(data), by_pillow(data))
 
 
+def test_the_header_of_a_jpeg_gives_the_size_that_pillow_gives():
+    rgb = PIL.Image.fromarray(photo(37, 53))
+    kinds = [{}, {"progressive": True}, {"comment": b"\xff\xc0 in a comment"}, {"restart_marker_rows": 1}]
+    kinds += [{"exif": oriented(6), "icc_profile": bytes(70_000)}, {"quality": 100, "subsampling": 0}]
+    for options in kinds:
+        data = encode(rgb, "JPEG", **options)
+        assert _jpeg_size(data) == PIL.Image.open(io.BytesIO(data)).size == (53, 37)
+        pixels = data.index(b"\xff\xda")
+        assert not any(map(_jpeg_size, (data[:length] for length in range(pixels))))
+        frame = data.rindex(b"\xff\xc2" if "progressive" in options else b"\xff\xc0", 0, pixels)
+        for marker in (b"\xff\x01", b"\xff\xd0", b"\xff\xff", data[frame:pixels]):  # none usual there: ask Pillow
+            assert _jpeg_size(data[:frame] + marker + data[frame:]) is None
+
+
 def test_undecodable():
     rgb = photo(64, 64)
     sources = [encode(rgb, kind)[:cut] for kind in ("JPEG", "PNG", "WEBP") for cut in (0, 3, 30, 200, -300)]
@@ -250,9 +268,45 @@ def test_draws_are_uniform_and_independent_over_keys_epochs_and_seeds():
     assert np.abs(high).max() < 5 / np.sqrt(n)
 
 
+@pytest.mark.parametrize("size", [24, (30, 20)])
+@pytest.mark.parametrize("shape", [(60, 80), (90, 40), (12, 120), (120, 12)])
+def test_resized_crop_draws_the_parts_that_torchvision_does(size, shape):
+    """Down to the parts in the middle of images that are too narrow for any other."""
+    height, width = (size, size) if isinstance(size, int) else size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)
+    crop, image = v2.RandomResizedCrop(size, ratio=ratio), torch.empty(3, *shape)
+    random.seed(0)
+    ours = np.array([build_transform("resized_crop", size).draw(*shape) for _ in range(2000)])
+    params = [crop.make_params([image]) for _ in range(2000)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params])
+    for measure in (
+        *(lambda parts, i=i: parts[:, i] for i in range(4)),
+        lambda parts: parts[:, 2] * parts[:, 3],
+        lambda parts: parts[:, 3] / parts[:, 2],
+    ):
+        assert scipy.stats.ks_2samp(measure(ours), measure(theirs), method="asymp").pvalue > 1e-3
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= shape).all()
+
+
+def test_resized_crop_is_the_resized_part_of_torchvision():
+    transform, flips = build_transform("resized_crop", (24, 30)), 0
+    decoded = decode_rgb(encode(photo(60, 80), "JPEG"))
+    for image in (decoded, decoded.contiguous(), decoded[:, ::2, 1:]):  # however it lies in memory
+        for seed in range(40):
+            random.seed(seed)
+            part = transform.draw(*image.shape[1:])
+            expected = v2.functional.resized_crop(image, *part, [24, 30], v2.InterpolationMode.BICUBIC, antialias=True)
+            random.seed(seed)
+            result = transform(image)
+            flipped = torch.equal(result, expected.flip(2))
+            assert flipped or torch.equal(result, expected)
+            flips += flipped
+    assert 40 < flips < 80
+
+
 def test_deit_survives_its_strongest_levels():
     """About one image in a thousand draws a posterisation to 0 bits, which current Pillow refuses."""
-    transform = build_transform("deit", 16).transforms[3]
+    transform = build_transform("deit", 16).transforms[2]
     image = PIL.Image.fromarray(photo(16, 16))
     posterise = next(op for op in transform.ops if op.name.startswith("Posterize"))
     posterise.prob, posterise.magnitude, posterise.magnitude_std = 1.0, 10, 0
@@ -262,7 +316,7 @@ def test_deit_survives_its_strongest_levels():
 
 
 def test_deit_resamples_with_one_filter():
-    operations = build_transform("deit", 16).transforms[3].ops
+    operations = build_transform("deit", 16).transforms[2].ops
     assert {operation.kwargs["resample"] for operation in operations} == {PIL.Image.Resampling.BICUBIC}
 
 

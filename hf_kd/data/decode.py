@@ -119,11 +119,9 @@ def _from_tensor(image: Tensor) -> Tensor:
 
 
 def _from_bytes(data: bytes, max_pixels: int) -> Tensor:
-    if _torchvision_agrees(data):
-        if data.startswith(_PNG):  # whose header is quickly read
-            _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), max_pixels)
-        else:
-            _open(data, max_pixels)
+    size = _size_for_torchvision(data, max_pixels)
+    if size is not None:
+        _check_size(*size, max_pixels)
         with suppress(ImportError, RuntimeError, Warning):  # Pillow may decode it, or gives the clearer error
             from torchvision.io import ImageReadMode, decode_image  # deprecated; without it Pillow decodes everything
 
@@ -150,16 +148,40 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise UndecodableImage(f"{width} × {height} pixels are more than max_image_pixels={max_pixels}")
 
 
-def _torchvision_agrees(data: bytes) -> bool:
-    """Whether torchvision, which is faster, decodes this to Pillow's pixels: it sees no orientation in XMP, nor in PNG
-    one in EXIF behind the pixels."""
+def _size_for_torchvision(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Width and height, if torchvision, which is faster, decodes this to Pillow's pixels.
+
+    It sees no orientation in XMP, nor in PNG one in EXIF behind the pixels.
+    """
     if data.startswith(b"\xff\xd8\xff"):
-        return b"tiff:Orientation" not in data
+        return _jpeg_size(data)
     if data.startswith(_PNG):  # byte 24 is the bit depth; torchvision gives uint16 for 16
         tags = (b"eXIf", b"com.adobe.xmp", b"Raw profile type exif")
-        return data[24:25] != b"\x10" and not any(tag in data for tag in tags)
+        if data[24:25] == b"\x10" or any(tag in data for tag in tags):
+            return None
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     # The extended form of WebP (VP8X) may hold an orientation or an animation.
-    return data[:4] == b"RIFF" and data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
+    if data[:4] == b"RIFF" and data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L"):
+        return _open(data, max_pixels).size
+    return None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from an ordinary header (ITU T.81, annex B) without an orientation in XMP, else None.
+
+    Pillow's open gives the same but takes several times longer.
+    """
+    at, size = 2, None
+    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] >= 0xC0 and not 0xD0 <= data[at + 1] <= 0xD9:
+        marker = data[at + 1]
+        if marker == 0xDA:  # the pixels follow
+            return None if data.find(b"tiff:Orientation", 0, at) >= 0 else size
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            if size is not None:
+                return None
+            size = int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def _from_pil(image: PIL.Image.Image) -> Tensor:
