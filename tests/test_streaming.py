@@ -49,9 +49,20 @@ def stream(folder, sizes, **options):
     return ImageDataset(StreamedRows(write(folder, sizes, **options)[0], FEATURES)).for_training(None, None)
 
 
-def small_blocks(monkeypatch):
-    for module in (order, streaming, dataset_module):
-        monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+def small_blocks(monkeypatch, ahead=1):
+    """Blocks of 8 rows, and so many bytes read ahead: of one row group at least."""
+    monkeypatch.setattr(order, "BLOCK_ROWS", 8)
+    for module in (order, streaming):
+        monkeypatch.setattr(module, "READ_AHEAD", ahead)
+
+
+def wait_for_reads(rows):
+    """Until nothing more is read ahead."""
+    count = 0
+    while count < len(rows._tables):
+        count = len(rows._tables)
+        for table in list(rows._tables.values()):
+            table.exception()
 
 
 # ---- the order ----
@@ -143,14 +154,46 @@ def test_the_items_are_those_of_the_dataset_on_disk(tmp_path):
 
 
 def test_what_has_been_read_is_forgotten_and_what_follows_is_read_ahead(tmp_path, monkeypatch):
-    small_blocks(monkeypatch)
+    """By two readers, each with half of the 100 row groups: 5 of them ahead, and never one of the other's."""
     dataset = stream(tmp_path, [400])
-    for batch in StreamSampler(dataset, 8, (1, 0, 0)):
-        dataset.__getitems__(batch)
-        held = list(dataset.dataset._tables)
-        assert sum(dataset.dataset.groups[place].rows for place in held) <= 4 * 8 + 4
-        following = dataset._following(batch[-1])
-        assert set(dataset.dataset._groups_of(following)) <= set(held)
+    rows = dataset.dataset
+    size, images = rows.groups[0].size, sum(len(row["image"]["bytes"]) for row in rows.__getitems__(range(4)))
+    assert images < size < 2 * images  # with the statistics, which hold the first and the last image
+    for group in rows.groups:
+        object.__setattr__(group, "size", size)
+    small_blocks(monkeypatch, ahead=5 * size)
+    samplers = [StreamSampler(dataset, 8, (2, rank, 0)) for rank in (0, 1)]
+    own = [set(rows._groups_of(np.concatenate(list(sampler)))) for sampler in samplers]
+    assert not own[0] & own[1]
+    for sampler, groups in zip(samplers, own, strict=True):
+        rows._clear()
+        batches, used = list(sampler), set()
+        for i, batch in enumerate(batches):
+            dataset.__getitems__(batch)
+            wait_for_reads(rows)
+            used |= set(rows._groups_of(np.array(batch)))
+            held = set(rows._tables)
+            assert held <= groups and sum(rows.groups[place].size for place in held) <= (5 + 2 + 1) * size
+            following = list(dict.fromkeys(rows._groups_of(np.concatenate([batch[-1:], *batches[i + 1 :]]))))
+            ahead = [place for place in following if place not in used]
+            assert set(ahead[:5]) <= held and not set(ahead[6:]) & held
+
+
+def test_what_cannot_be_read_ahead_is_tried_again_when_it_is_needed(tmp_path, monkeypatch):
+    small_blocks(monkeypatch, ahead=10**9)
+    dataset = stream(tmp_path, [40])
+    keep, faults = StreamedRows._read, [PermissionError("not now")] * 3
+
+    def read(self, group):
+        if faults and group.index:
+            raise faults.pop()
+        return keep(self, group)
+
+    monkeypatch.setattr(StreamedRows, "_read", read)
+    dataset.dataset.__getitems__([0], range(10))
+    wait_for_reads(dataset.dataset)
+    assert 1 < len(dataset.dataset._tables) < 10 and not faults
+    assert [row["label"] for row in dataset.dataset.__getitems__(range(40))] == [i % 6 for i in range(40)]
 
 
 def test_a_failure_of_the_network_is_tried_again_and_others_are_not(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
 from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
-from .order import BLOCK_ROWS, RowGroup, epoch_order
+from .order import RowGroup, Upcoming, epoch_order
 from .streaming import StreamedRows
 from .transforms import augment_image, build_transform, forked_rng, sample_seed, seed_rngs
 
@@ -79,7 +79,8 @@ class ImageDataset(Dataset):
 
     replacement = False
     labelled = True
-    _places: tuple[int, np.ndarray, np.ndarray] | None = None  # of an epoch its order, and where in it each row is
+    reader_ends: Any = (np.iinfo(int).max,)  # see `Upcoming`; those of its sampler
+    _upcoming: tuple[int, Upcoming] | None = None  # of an epoch
 
     def __init__(
         self,
@@ -144,13 +145,12 @@ class ImageDataset(Dataset):
         assert self.groups is not None
         return epoch_order(self.groups, self.seed if self.replacement else None, int(self._epoch))
 
-    def _following(self, index: int) -> np.ndarray:
-        """The rows of about a block that come next after one."""
-        if self._places is None or self._places[0] != int(self._epoch):
-            order = self.epoch_order()
-            self._places = int(self._epoch), order, np.argsort(order)
-        _, order, places = self._places
-        return order[places[index] + 1 :][:BLOCK_ROWS]
+    def _following(self, index: int) -> list[int]:
+        """The row groups that are read after a row, as far as they are read ahead."""
+        if self._upcoming is None or self._upcoming[0] != int(self._epoch):
+            assert self.groups is not None
+            self._upcoming = int(self._epoch), Upcoming(self.groups, self.epoch_order(), self.reader_ends)
+        return self._upcoming[1].after(index)
 
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
         options = (int(self._epoch), self.transform, self.seed, self.image_column, self.label_column, self.max_pixels)
