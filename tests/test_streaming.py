@@ -339,7 +339,7 @@ def test_a_run_goes_on_where_it_was_without_the_rows_before(tmp_path, monkeypatc
         assert len(decoded) == sum(map(len, seen))
 
 
-def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch, caplog):
+def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch):
     rows = StreamedRows(write(tmp_path / "d", SHARDS[4])[0], FEATURES)
     whole = trainer_for(tmp_path / "whole", train=rows, **SETTINGS)
     whole.train()
@@ -352,9 +352,9 @@ def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch, 
         return keep(self, *args)
 
     monkeypatch.setattr(StreamedRows, "__getitems__", fail)
-    with pytest.raises(PermissionError, match="withdrawn"):
+    with pytest.raises(PermissionError, match="withdrawn") as caught:
         trainer_for(tmp_path / "out", train=rows, **SETTINGS).train()
-    assert f"the state is saved in {tmp_path / 'out' / 'checkpoint-3'}" in caplog.text
+    assert caught.value.__notes__ == [f"The state of step 3 is saved in {tmp_path / 'out' / 'checkpoint-3'}."]
     resumed = trainer_for(tmp_path / "out", train=rows, **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed), weights(whole))
@@ -395,7 +395,8 @@ def test_the_command_line(tmp_path, things, capsys, undrawn_figures):
 
 
 def train_two_passes(folder):
-    """A pass of 53 images, of which the last step has 5; in one process with the batches of two."""
+    """Two passes of 53 images, of which the last step has 5; in one process with the batches of two. The file `resume`
+    holds the step to go on from, `fail` the process that fails after the step."""
     rows = StreamedRows(sorted(map(str, (folder / "d").glob("train*"))), FEATURES)
     test = StreamedRows(sorted(map(str, (folder / "d").glob("test*"))), FEATURES)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -410,7 +411,10 @@ def train_two_passes(folder):
 
     trainer._prepare_inputs = noting
     if (folder / "resume").exists():
-        trainer.train(str(folder / f"out-{world}" / "checkpoint-6"))
+        trainer.train(str(folder / f"out-{world}" / f"checkpoint-{(folder / 'resume').read_text()}"))
+    elif (folder / "fail").exists():
+        fail_in(trainer, *map(int, (folder / "fail").read_text().split()))
+        trainer.train()
     else:
         trainer.train()
     metrics = trainer.evaluate()
@@ -422,15 +426,28 @@ def train_two_passes(folder):
     trainer.accelerator.wait_for_everyone()
 
 
+def fail_in(trainer, rank, step):
+    get = StreamedRows.__getitems__
+
+    def fail(self, *args):
+        if trainer.args.process_index == rank and trainer.state.global_step == step:
+            raise PermissionError("access was withdrawn")
+        return get(self, *args)
+
+    StreamedRows.__getitems__ = fail
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, monkeypatch):
     write(tmp_path / "d", SHARDS[4])
     write(tmp_path / "d", [9, 4], "test", 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
 
-    def launch():
+    def launch(expected=0):
         done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == expected, done.stderr[-3000:]
+        if expected:
+            return done.stderr
         seen = [json.loads((tmp_path / f"seen-2-{rank}.json").read_text()) for rank in (0, 1)]
         return [
             list(map(sorted, (a + b for a, b in zip(*seen, strict=True))))[: 2 * 4],
@@ -455,9 +472,18 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
     first, second = (json.loads((tmp_path / f"metrics-{n}.json").read_text()) for n in (1, 2))
     for name in ("loss", "kl"):
         assert first[f"eval_{name}"] == pytest.approx(second[f"eval_{name}"], rel=1e-4)
-    (tmp_path / "resume").touch()
+    (tmp_path / "resume").write_text("6")
     resumed, again = launch()
     assert resumed[:2] == seen[6:8] and torch.equal(two, again)
+    # A process without data: both save the step before, also where it is not the first process.
+    (tmp_path / "resume").unlink()
+    (tmp_path / "fail").write_text("1 5")
+    told = launch(expected=1)
+    assert "access was withdrawn" in told and "The state of step 5 is saved in" in told
+    assert sorted(path.name for path in (tmp_path / "out-2").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+    (tmp_path / "resume").write_text("5")
+    resumed, again = launch()
+    assert resumed[:3] == seen[5:8] and torch.equal(two, again)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def read_item(
         transform: uint8 (3, H, W) to uint8 (3, h, w). What it draws depends on seed, epoch and key alone.
 
     Returns:
-        What `decode_row` gives with "index" (the key) and "epoch"; for an image that cannot be decoded these two and
-        "skipped", "<path or key>: <reason>".
+        What `decode_row` gives with "index" (the key) and "epoch"; for an image that cannot be decoded these two,
+        "skipped", "<path or key>: <reason>", and "kind", see `UndecodableImage`.
     """
     keys: dict[str, Any] = {"index": key, "epoch": epoch}
     if isinstance(row, dict) and "skipped" in row:
@@ -49,7 +49,7 @@ def read_item(
     except UndecodableImage as error:
         source = row.get(image_column) if isinstance(row, dict) else None
         path = source.get("path") if isinstance(source, dict) else None
-        return keys | {"skipped": f"{path or key}: {error}"}
+        return keys | {"skipped": f"{path or key}: {error}", "kind": error.kind}
     if transform is not None and "pixels" in item:
         item["pixels"] = augment_image(item["pixels"], transform, seed, epoch, key)
     return item | keys
@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
     dataset, they make it be read in the same order.
 
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
-    can be, so that every process has a batch.
+    can be, if one of the next 1,000 can, so that every process has a batch.
     """
 
     replacement = False
@@ -136,7 +136,8 @@ class ImageDataset(Dataset):
         """Several items at once, which torch's DataLoader asks for: one read and one fork for the whole batch."""
         items = self._read(indices)
         if self.replacement and all("skipped" in item for item in items):
-            following = (self._read([(indices[-1] + i) % len(self)])[0] for i in range(1, len(self)))
+            tries = range(1, min(len(self), 1000))
+            following = (self._read([(indices[-1] + i) % len(self)])[0] for i in tries)
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
         return items
 
