@@ -217,7 +217,9 @@ class DistillationTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, count, error = [], None, None
+        batches: list[dict] = []
+        count: Any = None
+        error = None
         with self._data_wait.waiting():
             try:
                 batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -282,6 +282,35 @@ def test_a_webdataset_is_streamed(tmp_path, monkeypatch, label):
         assert item["labels"] == item["index"] % 6
         assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), expected)
     assert len(load_data(str(tmp_path / "d"), streaming=True, max_train_samples=10).train) == 10
+    # The index is made once; of a file that has changed again. Names come from a file.
+    made, keep = [], streaming._samples
+    monkeypatch.setattr(streaming, "_samples", lambda tar, file, **more: made.append(file) or keep(tar, file, **more))
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    again = load_data(str(tmp_path / "d"), streaming=True, class_names=str(tmp_path / "names.txt"))
+    assert (again.fingerprint, again.train.groups, again.names) == (data.fingerprint, data.train.groups, NAMES)
+    assert not made
+    os.utime(tmp_path / "d" / "test-0000.tar", (0, 0))
+    load_data(str(tmp_path / "d"), streaming=True)
+    assert [os.path.basename(file) for file in made] == ["test-0000.tar"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_integers_as_labels_are_named(tmp_path, streaming):
+    integers = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split, size in (("train", 24), ("test", 12)):
+        write(tmp_path / "d", [size], split, features=integers)
+        write(tmp_path / "named", [size], split)
+    names = ["ant", "bee, a", "cat", "dog", "elk", "no"]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    for given in (names, tmp_path / "names.json"):
+        assert load_data(str(tmp_path / "d"), streaming=streaming, class_names=given).names == names
+    with pytest.raises(ValueError, match="class_names are for a column of integers"):
+        load_data(str(tmp_path / "named"), streaming=streaming, class_names=names)
+    with pytest.raises(ValueError, match="label 5|outside 0 … 4"):
+        load_data(str(tmp_path / "d"), streaming=streaming, class_names=names[:5])
+    for wrong, match in ((["a", "b", "a"], "names a twice"), ("nothing.txt", "cannot be read"), (["a", ""], "empty")):
+        with pytest.raises(ValueError, match=match):
+            load_data(str(tmp_path / "d"), streaming=streaming, class_names=wrong)
 
 
 # ---- training ----

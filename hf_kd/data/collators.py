@@ -151,8 +151,8 @@ def _batch(rows: list[dict[str, Any]], stack: Stack, skipped: dict[str, str]) ->
     if not rows:
         some = "; ".join(list(skipped)[:5])
         raise ValueError(
-            f"no image of this batch of {len(skipped)} can be decoded ({count_kinds(skipped)}), nor one of those after "
-            f"it: {some}"
+            f"no image of this batch of {len(skipped)} can be decoded ({count_kinds(skipped)}), nor one of those "
+            f"after it: {some}"
         )
     labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
     batch: dict[str, Any] = {"labels": labels.long() if labels.ndim == 1 else labels.float()}

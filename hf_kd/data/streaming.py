@@ -213,14 +213,30 @@ class TarRows(StreamedRows):
     """The samples of a webdataset: an image (jpg, jpeg, png or webp) and a label (cls, or the "label" of a json).
 
     Its files have no index: their headers are read once for it, which on the Hub takes as long as reading all of them.
+    The index is kept in the cache of datasets.
     """
 
     def _index(self, file: str) -> list[int]:
         def read(opened: Any) -> list[tuple[int, int]]:
             with tarfile.open(fileobj=opened, mode="r:") as tar:
-                return [(sample["end"], sample["label"]) for sample in _samples(tar, file)]
+                return [(sample["end"], sample["label"]) for sample in _samples(tar, file, with_images=False)]
 
-        ends_and_labels = _patiently(file, read)
+        filesystem, path = fsspec.core.url_to_fs(file)
+        kept = Path(datasets.config.HF_DATASETS_CACHE, "hf_kd_tar_index", f"{filesystem.ukey(path)}.json")
+        try:
+            ends_and_labels = json.loads(kept.read_text())
+        except (OSError, ValueError):
+            if "://" in file:
+                logger.warning_once(
+                    "the tar files have no index: it is made now, once, which takes as long as reading all of them, "
+                    f"and kept in {kept.parent}"
+                )
+            ends_and_labels = _patiently(file, read)
+            with contextlib.suppress(OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # several processes may make it at once
+                temporary.write_text(json.dumps(ends_and_labels))
+                temporary.replace(kept)
         groups = [ends_and_labels[i : i + TAR_GROUP] for i in range(0, len(ends_and_labels), TAR_GROUP)]
         stops = [group[-1][0] for group in groups]
         labels = [label for _, label in ends_and_labels]
@@ -250,7 +266,7 @@ class TarRows(StreamedRows):
         return pa.Table.from_pylist(rows)
 
 
-def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
+def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Iterator[dict[str, Any]]:
     """The samples of a tar file: members that follow each other and have the same name up to its first dot."""
 
     def key(member: tarfile.TarInfo) -> str:
@@ -263,7 +279,8 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
             if kind in ("jpg", "jpeg", "png", "webp"):
-                found["image"].append({"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"})
+                data = content.read() if with_images else None
+                found["image"].append({"bytes": data, "path": f"{os.path.basename(file)}:{member.name}"})
             elif kind in found:
                 with contextlib.suppress(ValueError):  # no number, or no JSON
                     found[kind].append(json.loads(content.read()))
