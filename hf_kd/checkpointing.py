@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
         )
     try:
         yield str(staging)
-        skipped = {"training": [*trainer.skipped], "evaluation": [*trainer.eval_skipped]}
+        skipped = {"training": trainer.skipped, "evaluation": trainer.eval_skipped}
         (staging / name).mkdir(parents=True, exist_ok=True)  # as for the generators' state of each process
         (staging / name / SKIPPED_FILE.format(args.process_index)).write_text(json.dumps(skipped))
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
@@ -120,27 +119,14 @@ def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
     file = Path(checkpoint or "", SKIPPED_FILE.format(trainer.args.process_index))
     if checkpoint and file.is_file():
         before = json.loads(file.read_text())
-        trainer.skipped.update(dict.fromkeys(before["training"]))
-        trainer.eval_skipped.update(dict.fromkeys(before["evaluation"]))
+        trainer.skipped.update(before["training"])
+        trainer.eval_skipped.update(before["evaluation"])
 
 
 def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
     """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
     if head is not None:
         save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
-
-
-@contextlib.contextmanager
-def saved_without_data(trainer) -> Iterator[None]:
-    """Where the data of the next step cannot be had, a single process saves its state before the error goes on."""
-    try:
-        yield
-    except Exception:
-        folder = Path(trainer.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
-        if trainer.args.world_size == 1 and trainer.state.global_step and not folder.exists():
-            trainer._save_checkpoint(trainer.model, trial=None)
-            logger.warning(f"there is no data for the next step; the state is saved in {folder}")
-        raise
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:

@@ -114,7 +114,7 @@ class DistillationConfig(TrainingArguments):
         "Multiply the learning rate by lr_step_factor after these epochs (in place of lr_scheduler_type)."
     )
     lr_step_factor: float = option("See lr_step_epochs. The CIFAR standard is 0.2.", 0.1)
-    max_skipped_fraction: float = option("Stop when more than this share of the images can't be decoded.", 0.01)
+    max_skipped_fraction: float = option("Stop when more than this share of the images seen can't be decoded.", 0.01)
     max_image_pixels: int = option("Images of more pixels are skipped like broken ones.", MAX_IMAGE_PIXELS)
     feature_module: str | None = option("USKD: module of the student whose output feeds the auxiliary head.")
     teacher_dtype: str | None = option("Compute type of the teacher: fp32, bf16 or fp16. Default: as the student's.")

@@ -45,6 +45,16 @@ def resolve(repo_id: str, revision: str | None = None, repo_type: str = "model")
             raise error from None
 
 
+def check_access(repo_id: str, repo_type: str) -> None:
+    """Raises GatedRepoError for a repository whose files are not open to this user; says nothing of other errors."""
+    try:
+        HfApi().auth_check(repo_id, repo_type=repo_type)
+    except errors.GatedRepoError:
+        raise
+    except (errors.HTTPError, OSError):
+        pass
+
+
 def user_message(error: BaseException) -> str | None:
     """One clear message for an error that comes from the Hub, the network or a full disk; None for any other.
 

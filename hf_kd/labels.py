@@ -149,6 +149,31 @@ def read_class_map(value):
     return class_map
 
 
+def read_class_names(names) -> list[str] | None:
+    """Class names in the order of their labels (None or a list) from themselves, or from a file: a JSON or YAML list,
+    or any other file with one name in each line."""
+    if isinstance(names, (str, os.PathLike)):
+        import yaml
+
+        path = Path(names).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+            listed = yaml.safe_load(text) if path.suffix in (".json", ".yaml", ".yml") else text.splitlines()
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"class_names: {names} cannot be read (seen from {os.getcwd()}): {error}") from error
+        if not isinstance(listed, list):
+            raise ValueError(f"class_names: {names} holds no list of names, but {listed!r:.80}.")
+        names = listed
+    if names is None:
+        return None
+    names = [str(name).strip() for name in names]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or "" in names:
+        problem = f"names {', '.join(repeated[:5])} twice" if "" not in names else "has an empty name"
+        raise ValueError(f"class_names {problem}: give each class a name of its own, in the order of the labels.")
+    return names
+
+
 def head_rows(own: Mapping[int, str], names) -> tuple[list[int] | None, int]:
     """The row of a checkpoint's head for each class of the data (None if the head must be new), and how many are new.
 

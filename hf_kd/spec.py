@@ -20,7 +20,8 @@ PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer tha
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.
 STUDENT_OPTIONS = ("trust_remote_code", "from_scratch", "image_size", "image_mean", "image_std", "model_kwargs")
 DATA_OPTIONS = (
-    "train_split eval_split eval_fraction image_column label_column max_train_samples max_eval_samples streaming"
+    "train_split eval_split eval_fraction image_column label_column class_names max_train_samples max_eval_samples "
+    "streaming"
 ).split()
 # Arguments of the trainer that say how a run is carried out and reported, not what is learned.
 EXECUTION = (
@@ -76,6 +77,7 @@ class DataSource:
     eval_fraction: float | None = None
     image_column: str | None = None
     label_column: str | None = None
+    class_names: list[str] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     streaming: bool = False

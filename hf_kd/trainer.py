@@ -35,6 +35,7 @@ from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
 from .reporting.collect import write_plan
 from .spec import Experiment
+from .step_data import count_in_all_processes, count_samples
 from .teacher_check import measure_teacher, warn_near_chance
 
 _NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
@@ -68,8 +69,8 @@ class DistillationTrainer(Trainer):
         augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
         auxiliary_head (`AuxiliaryHead | None`): of a loss that requires aux_logits. It is a submodule of the
             student, `aux_head`, until `train()` returns, and again in the next `train()`.
-        skipped, eval_skipped (`dict[str, None]`): the images that this process could not decode in training and in
-            evaluation, in order of appearance.
+        skipped, eval_skipped (`dict[str, str]`): the images that this process could not decode in training and in
+            evaluation, in order of appearance, and of which kind each is (see `UndecodableImage`).
     """
 
     # compute_loss scales every micro-batch by its share of the optimizer step's samples.
@@ -127,8 +128,8 @@ class DistillationTrainer(Trainer):
         self.teacher = align(teacher) if "teacher_logits" in self.train_loss.requires else None
         same = eval_teacher is None or eval_teacher is teacher
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
-        self.skipped: dict[str, None] = {}
-        self.eval_skipped: dict[str, None] = {}
+        self.skipped: dict[str, str] = {}
+        self.eval_skipped: dict[str, str] = {}
         warn_distillation_head(student)
         self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
         super().__init__(
@@ -216,8 +217,15 @@ class DistillationTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        with checkpointing.saved_without_data(self), self._data_wait.waiting():
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches: list[dict] = []
+        count: Any = None
+        error = None
+        with self._data_wait.waiting():
+            try:
+                batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+            except Exception as caught:  # of which the other processes must know
+                error = caught
+            return batches, count_in_all_processes(self, count, error, device)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -234,15 +242,7 @@ class DistillationTrainer(Trainer):
         return super()._run_epoch(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
-        """Samples in one optimizer step, over all its micro-batches and all ranks. Also notes what was skipped."""
-        for batch in batch_samples:
-            note_skipped(batch, self.skipped, len(self.train_dataset), self.args.max_skipped_fraction)
-        if not batch_samples:
-            return None
-        count = sum(len(batch["labels"]) for batch in batch_samples)
-        if self.args.world_size == 1:
-            return count
-        return self.accelerator.reduce(torch.tensor(count, device=device, dtype=torch.float32), "sum")
+        return count_samples(self, batch_samples)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Those of transformers without class tokens and position embeddings, as in the paper's code."""
@@ -333,7 +333,7 @@ class DistillationTrainer(Trainer):
         another evaluation does not count every image that could be.
         """
         meter = self._meter = ClassificationMeter()
-        self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, None]()
+        self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, str]()
         self._labelled = getattr(dataloader.dataset, "labelled", True)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

@@ -213,7 +213,7 @@ def test_items_and_undecodable_images():
     assert set(item) == {"pixels", "labels", "index", "epoch"}
     assert (item["labels"], item["index"], item["epoch"]) == (2, 2, 0)
     assert torch.equal(item["pixels"], torch.from_numpy(photo(16, 16, seed=2)).permute(2, 0, 1))
-    assert set(dataset[1]) == {"skipped", "index", "epoch"} and dataset[1]["skipped"].startswith("1: ")
+    assert set(dataset[1]) == {"skipped", "kind", "index", "epoch"} and dataset[1]["skipped"].startswith("1: ")
     with pytest.raises(IndexError):
         dataset[12]
     with pytest.raises(ValueError, match="image.*label"):
@@ -272,10 +272,10 @@ def test_collator_drops_or_keeps_what_cannot_be_decoded():
     items = [dataset[i] for i in range(4)] + [{"image": b"broken", "label": 1, "index": 4, "epoch": 0}]
     batch = TrainingCollator()(items)
     assert batch["pixels"].shape == (2, 3, 16, 16) and batch["labels"].tolist() == [1, 0]
-    assert [text.split(":")[0] for text in batch["skipped"]] == [
-        "0",
-        "2",
-        "no image file that Pillow knows; it begins with b'broken'",
+    assert [(text.split(":")[0], kind) for text, kind in batch["skipped"].items()] == [
+        ("0", "truncated"),
+        ("2", "truncated"),
+        ("no image file that Pillow knows; it begins with b'broken'", "no image"),
     ]
     kept = EvaluationCollator()(items)
     assert kept["labels"].tolist() == [-100, 1, -100, 0, -100] and kept["skipped"] == batch["skipped"]

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from local_hub import LocalHub, cifar100, deit_tiny
+from local_hub import LocalHub, cifar100, deit_tiny, imagenet
 from PIL import Image
 from tiny import tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_kd.cli import main
+from hf_kd.data import load_data
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
 
@@ -226,8 +227,8 @@ def revoked(hub, monkeypatch):
         (None, ["--student", "facebook/deit-tiny-patch16-242"], [f"Did you mean {STUDENT}?"]),
         (None, ["--dataset", "uoft-cs/cifar10"], [f"Did you mean {DATA}?"]),
         (None, ["--student_revision", "v9"], ["'v9'", STUDENT]),
-        (no_network, [], ["can't be reached", STUDENT, "HF_ENDPOINT"]),
-        (offline, [], ["HF_HUB_OFFLINE", STUDENT]),
+        (no_network, [], ["can't be reached", DATA, "HF_ENDPOINT"]),
+        (offline, [], ["HF_HUB_OFFLINE", DATA]),
         (fault("GET /api/models", 429), [], ["too many requests", "Wait 1 s"]),
         (fault("parquet", 429), [], ["too many requests", "(429)"]),
         (fault("/resolve/.*/model.safetensors", 500), [], ["server error (500"]),
@@ -244,6 +245,26 @@ def test_faults_are_one_message(prepare, more, messages, here, monkeypatch, caps
     assert said.count("error: ") == 1 and "Traceback" not in said
     for message in messages:
         assert message in said
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_gated_dataset_is_told_before_anything_is_loaded(here, tmp_path, monkeypatch, capsys, token, streaming):
+    """Without a token, and with that of a user who has not accepted the conditions."""
+    name = "ILSVRC/imagenet-1k"
+    here.add_repo(name, imagenet(tmp_path / "imagenet", 8, 4, 1), repo_type="dataset", gated=True)
+    here.patch(monkeypatch, tmp_path / "cache", token)
+    here.requests.clear()
+    assert main(["distill", "--student", STUDENT, "--loss", "uskd", "--dataset", name, "--use_cpu", *streaming]) == 1
+    page = f"{here.endpoint}/datasets/{name}"
+    message = f"dataset {name} is gated: accept its conditions on {page}, and log in as the same user with"
+    assert capsys.readouterr().err == f"\nerror: {message} `hf auth login`.\n"
+    assert not [path for _, path in here.requests if "/resolve/" in path or STUDENT in path]
+    assert not list(Path().iterdir())
+    if token:
+        here.grant(name, "anna", "dataset")
+        data = load_data(name, streaming=bool(streaming))
+        assert (len(data.train), len(data.names)) == (8, 1000)
 
 
 def test_a_full_disk_loses_nothing(here, monkeypatch, capsys):

@@ -49,9 +49,20 @@ def stream(folder, sizes, **options):
     return ImageDataset(StreamedRows(write(folder, sizes, **options)[0], FEATURES)).for_training(None, None)
 
 
-def small_blocks(monkeypatch):
-    for module in (order, streaming, dataset_module):
-        monkeypatch.setattr(module, "BLOCK_ROWS", 8)
+def small_blocks(monkeypatch, ahead=1):
+    """Blocks of 8 rows, and so many bytes read ahead: of one row group at least."""
+    monkeypatch.setattr(order, "BLOCK_ROWS", 8)
+    for module in (order, streaming):
+        monkeypatch.setattr(module, "READ_AHEAD", ahead)
+
+
+def wait_for_reads(rows):
+    """Until nothing more is read ahead."""
+    count = 0
+    while count < len(rows._tables):
+        count = len(rows._tables)
+        for table in list(rows._tables.values()):
+            table.exception()
 
 
 # ---- the order ----
@@ -143,14 +154,46 @@ def test_the_items_are_those_of_the_dataset_on_disk(tmp_path):
 
 
 def test_what_has_been_read_is_forgotten_and_what_follows_is_read_ahead(tmp_path, monkeypatch):
-    small_blocks(monkeypatch)
+    """By two readers, each with half of the 100 row groups: 5 of them ahead, and never one of the other's."""
     dataset = stream(tmp_path, [400])
-    for batch in StreamSampler(dataset, 8, (1, 0, 0)):
-        dataset.__getitems__(batch)
-        held = list(dataset.dataset._tables)
-        assert sum(dataset.dataset.groups[place].rows for place in held) <= 4 * 8 + 4
-        following = dataset._following(batch[-1])
-        assert set(dataset.dataset._groups_of(following)) <= set(held)
+    rows = dataset.dataset
+    size, images = rows.groups[0].size, sum(len(row["image"]["bytes"]) for row in rows.__getitems__(range(4)))
+    assert images < size < 2 * images  # with the statistics, which hold the first and the last image
+    for group in rows.groups:
+        object.__setattr__(group, "size", size)
+    small_blocks(monkeypatch, ahead=5 * size)
+    samplers = [StreamSampler(dataset, 8, (2, rank, 0)) for rank in (0, 1)]
+    own = [set(rows._groups_of(np.concatenate(list(sampler)))) for sampler in samplers]
+    assert not own[0] & own[1]
+    for sampler, groups in zip(samplers, own, strict=True):
+        rows._clear()
+        batches, used = list(sampler), set()
+        for i, batch in enumerate(batches):
+            dataset.__getitems__(batch)
+            wait_for_reads(rows)
+            used |= set(rows._groups_of(np.array(batch)))
+            held = set(rows._tables)
+            assert held <= groups and sum(rows.groups[place].size for place in held) <= (5 + 2 + 1) * size
+            following = list(dict.fromkeys(rows._groups_of(np.concatenate([batch[-1:], *batches[i + 1 :]]))))
+            ahead = [place for place in following if place not in used]
+            assert set(ahead[:5]) <= held and not set(ahead[6:]) & held
+
+
+def test_what_cannot_be_read_ahead_is_tried_again_when_it_is_needed(tmp_path, monkeypatch):
+    small_blocks(monkeypatch, ahead=10**9)
+    dataset = stream(tmp_path, [40])
+    keep, faults = StreamedRows._read, [PermissionError("not now")] * 3
+
+    def read(self, group):
+        if faults and group.index:
+            raise faults.pop()
+        return keep(self, group)
+
+    monkeypatch.setattr(StreamedRows, "_read", read)
+    dataset.dataset.__getitems__([0], range(10))
+    wait_for_reads(dataset.dataset)
+    assert 1 < len(dataset.dataset._tables) < 10 and not faults
+    assert [row["label"] for row in dataset.dataset.__getitems__(range(40))] == [i % 6 for i in range(40)]
 
 
 def test_a_failure_of_the_network_is_tried_again_and_others_are_not(tmp_path, monkeypatch):
@@ -239,6 +282,35 @@ def test_a_webdataset_is_streamed(tmp_path, monkeypatch, label):
         assert item["labels"] == item["index"] % 6
         assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), expected)
     assert len(load_data(str(tmp_path / "d"), streaming=True, max_train_samples=10).train) == 10
+    # The index is made once; of a file that has changed again. Names come from a file.
+    made, keep = [], streaming._samples
+    monkeypatch.setattr(streaming, "_samples", lambda tar, file, **more: made.append(file) or keep(tar, file, **more))
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    again = load_data(str(tmp_path / "d"), streaming=True, class_names=str(tmp_path / "names.txt"))
+    assert (again.fingerprint, again.train.groups, again.names) == (data.fingerprint, data.train.groups, NAMES)
+    assert not made
+    os.utime(tmp_path / "d" / "test-0000.tar", (0, 0))
+    load_data(str(tmp_path / "d"), streaming=True)
+    assert [os.path.basename(file) for file in made] == ["test-0000.tar"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_integers_as_labels_are_named(tmp_path, streaming):
+    integers = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split, size in (("train", 24), ("test", 12)):
+        write(tmp_path / "d", [size], split, features=integers)
+        write(tmp_path / "named", [size], split)
+    names = ["ant", "bee, a", "cat", "dog", "elk", "no"]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    for given in (names, tmp_path / "names.json"):
+        assert load_data(str(tmp_path / "d"), streaming=streaming, class_names=given).names == names
+    with pytest.raises(ValueError, match="class_names are for a column of integers"):
+        load_data(str(tmp_path / "named"), streaming=streaming, class_names=names)
+    with pytest.raises(ValueError, match="label 5|outside 0 … 4"):
+        load_data(str(tmp_path / "d"), streaming=streaming, class_names=names[:5])
+    for wrong, match in ((["a", "b", "a"], "names a twice"), ("nothing.txt", "cannot be read"), (["a", ""], "empty")):
+        with pytest.raises(ValueError, match=match):
+            load_data(str(tmp_path / "d"), streaming=streaming, class_names=wrong)
 
 
 # ---- training ----
@@ -296,7 +368,7 @@ def test_a_run_goes_on_where_it_was_without_the_rows_before(tmp_path, monkeypatc
         assert len(decoded) == sum(map(len, seen))
 
 
-def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch, caplog):
+def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch):
     rows = StreamedRows(write(tmp_path / "d", SHARDS[4])[0], FEATURES)
     whole = trainer_for(tmp_path / "whole", train=rows, **SETTINGS)
     whole.train()
@@ -309,9 +381,9 @@ def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch, 
         return keep(self, *args)
 
     monkeypatch.setattr(StreamedRows, "__getitems__", fail)
-    with pytest.raises(PermissionError, match="withdrawn"):
+    with pytest.raises(PermissionError, match="withdrawn") as caught:
         trainer_for(tmp_path / "out", train=rows, **SETTINGS).train()
-    assert f"the state is saved in {tmp_path / 'out' / 'checkpoint-3'}" in caplog.text
+    assert caught.value.__notes__ == [f"The state of step 3 is saved in {tmp_path / 'out' / 'checkpoint-3'}."]
     resumed = trainer_for(tmp_path / "out", train=rows, **SETTINGS)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed), weights(whole))
@@ -352,7 +424,8 @@ def test_the_command_line(tmp_path, things, capsys, undrawn_figures):
 
 
 def train_two_passes(folder):
-    """A pass of 53 images, of which the last step has 5; in one process with the batches of two."""
+    """Two passes of 53 images, of which the last step has 5; in one process with the batches of two. The file `resume`
+    holds the step to go on from, `fail` the process that fails after the step."""
     rows = StreamedRows(sorted(map(str, (folder / "d").glob("train*"))), FEATURES)
     test = StreamedRows(sorted(map(str, (folder / "d").glob("test*"))), FEATURES)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -367,7 +440,10 @@ def train_two_passes(folder):
 
     trainer._prepare_inputs = noting
     if (folder / "resume").exists():
-        trainer.train(str(folder / f"out-{world}" / "checkpoint-6"))
+        trainer.train(str(folder / f"out-{world}" / f"checkpoint-{(folder / 'resume').read_text()}"))
+    elif (folder / "fail").exists():
+        fail_in(trainer, *map(int, (folder / "fail").read_text().split()))
+        trainer.train()
     else:
         trainer.train()
     metrics = trainer.evaluate()
@@ -379,15 +455,28 @@ def train_two_passes(folder):
     trainer.accelerator.wait_for_everyone()
 
 
+def fail_in(trainer, rank, step):
+    get = StreamedRows.__getitems__
+
+    def fail(self, *args):
+        if trainer.args.process_index == rank and trainer.state.global_step == step:
+            raise PermissionError("access was withdrawn")
+        return get(self, *args)
+
+    StreamedRows.__getitems__ = fail
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, monkeypatch):
     write(tmp_path / "d", SHARDS[4])
     write(tmp_path / "d", [9, 4], "test", 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
 
-    def launch():
+    def launch(expected=0):
         done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == expected, done.stderr[-3000:]
+        if expected:
+            return done.stderr
         seen = [json.loads((tmp_path / f"seen-2-{rank}.json").read_text()) for rank in (0, 1)]
         return [
             list(map(sorted, (a + b for a, b in zip(*seen, strict=True))))[: 2 * 4],
@@ -412,9 +501,18 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
     first, second = (json.loads((tmp_path / f"metrics-{n}.json").read_text()) for n in (1, 2))
     for name in ("loss", "kl"):
         assert first[f"eval_{name}"] == pytest.approx(second[f"eval_{name}"], rel=1e-4)
-    (tmp_path / "resume").touch()
+    (tmp_path / "resume").write_text("6")
     resumed, again = launch()
     assert resumed[:2] == seen[6:8] and torch.equal(two, again)
+    # A process without data: both save the step before, also where it is not the first process.
+    (tmp_path / "resume").unlink()
+    (tmp_path / "fail").write_text("1 5")
+    told = launch(expected=1)
+    assert "access was withdrawn" in told and "The state of step 5 is saved in" in told
+    assert sorted(path.name for path in (tmp_path / "out-2").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+    (tmp_path / "resume").write_text("5")
+    resumed, again = launch()
+    assert resumed[:3] == seen[5:8] and torch.equal(two, again)
 
 
 if __name__ == "__main__":

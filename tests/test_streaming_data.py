@@ -1,20 +1,27 @@
 """Streams of unusual files, and streams with other options of the trainer."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 import datasets
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
+import torch
 from cli_helpers import NAMES, images
 from data_helpers import alone as alone
-from data_helpers import encode
+from data_helpers import encode, photo
 from data_helpers import pytestmark as pytestmark
 from test_streaming import SETTINGS, write
 from trainer_helpers import trainer_for
 
+from hf_kd import step_data
 from hf_kd.batch_of_one import check_batches_of_one
 from hf_kd.data import ImageDataset, load_data
+from hf_kd.data import dataset as dataset_module
 from hf_kd.data.order import StreamSampler, sampler_of_stream
 from hf_kd.reporting import make_record
 
@@ -58,6 +65,88 @@ def test_images_that_cannot_be_decoded_are_listed_by_file_and_row(tmp_path):
     assert [text.split(": ")[0] for text in sorted(trainer.eval_skipped)] == [
         f"test-0.parquet, row {i}" for i in (1, 2, 3)
     ]
+
+
+def test_images_of_every_kind_are_converted_or_skipped_and_counted(tmp_path):
+    rgb, exif = photo(40, 50), PIL.Image.Exif()
+    exif[0x0112] = 6
+    grey, alpha = rgb[..., 0], np.dstack([rgb, rgb[..., 0]])
+    wide = grey.astype(np.uint16) * 257
+    images = {mode: PIL.Image.fromarray(rgb).convert(mode) for mode in ("CMYK", "L", "P", "RGB")}
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    converted = [
+        encode(images["CMYK"], "JPEG"),
+        encode(images["L"], "JPEG"),
+        encode(PIL.Image.fromarray(alpha).convert("LA")),
+        encode(images["P"], transparency=bytes(range(256))),
+        encode(PIL.Image.fromarray(alpha)),
+        encode(images["RGB"], "JPEG", exif=exif.tobytes()),
+        encode(images["P"], "GIF", save_all=True, append_images=[images["L"]]),
+        encode(rgb[:1, :1]),
+    ]
+    bad = {"truncated": encode(rgb, "JPEG")[:-100], "empty": b"", "no image": b"<html>", "too large": bomb}
+    encoded = [*converted, encode(PIL.Image.fromarray(wide)), *bad.values()]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    column = [{"bytes": data, "path": None} for data in encoded]
+    table = datasets.Dataset.from_dict({"image": column, "label": [i % 6 for i in range(13)]}, features=features)
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / "d" / f"{split}.parquet")
+    data = load_data(str(tmp_path / "d"), streaming=True)
+    items = ImageDataset(data.train).__getitems__(range(13))
+    for item, source in zip(items, converted, strict=False):
+        image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(source)))
+        image = image.convert("RGBA" if image.mode == "P" else image.mode).convert("RGB")
+        assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), np.asarray(image))
+    assert np.array_equal(items[8]["pixels"][0].numpy(), grey)
+    assert [item["kind"] for item in items[9:]] == list(bad)
+    found = []
+    for part in (data, load_data(str(tmp_path / "d"))):  # map-style: the same path
+        options = {"augment": "none", "max_steps": -1, "num_train_epochs": 1, "max_skipped_fraction": 0.9}
+        trainer = trainer_for(tmp_path / "out", train=part.train, evaluation=part.eval, **options)
+        trainer.train()
+        found.append(make_record(trainer)["data"]["skipped"])
+        assert found[-1]["kinds"] == found[-1]["eval_kinds"] == dict.fromkeys(sorted(bad), 1)
+        assert found[-1]["count"] == len(found[-1]["examples"]) == 4
+    assert found[0]["examples"][0].startswith("train.parquet, row ")
+
+
+def test_a_stream_of_bad_images_ends_early(tmp_path, monkeypatch):
+    """Of 5,000 rows none can be decoded but the last: not all of them are read."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    (tmp_path / "d").mkdir()
+    for split, count in (("train", 5000), ("test", 1)):
+        column = [{"bytes": b"", "path": None}] * (count - 1) + [{"bytes": encode(photo(8, 8)), "path": None}]
+        rows = {"image": column, "label": [i % 6 for i in range(count)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / f"{split}.parquet")
+    train = load_data(str(tmp_path / "d"), streaming=True).train
+    trainer = trainer_for(tmp_path / "out", train=train, max_steps=-1, num_train_epochs=1)
+    decoded, keep = [], dataset_module.decode_row
+    monkeypatch.setattr(dataset_module, "decode_row", lambda *args: decoded.append(1) or keep(*args))
+    with pytest.raises(ValueError, match=r"no image of this batch of 8 can be decoded \(8 empty\)"):
+        trainer.train()
+    assert len(decoded) < 2100  # the loader is one batch ahead
+
+
+def test_the_cap_is_relative_to_what_was_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_data, "FEWEST", 20)
+    trainer = trainer_for(tmp_path / "out", max_skipped_fraction=0.2)  # batches of 8
+    trainer.train_dataset = range(100)
+
+    def note(step, *skipped):
+        trainer.state.global_step = step
+        batch = {"labels": torch.zeros(max(8 - len(skipped), 0)), "skipped": dict.fromkeys(skipped, "empty")}
+        return step_data.count_samples(trainer, [batch])
+
+    assert note(0, "a", "b", "c", "d") == 4  # of 20
+    assert note(2) == note(3, "a", "e") + 2 == 8  # of 32
+    with pytest.raises(ValueError, match=r"9 of 40 images could not be decoded \(9 empty\)"):
+        note(4, "f", "g", "h", "i")
+    trainer.skipped.clear()
+    assert note(40, *"abcdefgh") == 0
+    with pytest.raises(ValueError, match="21 of 100 images"):
+        note(40, *map(str, range(13)))
 
 
 def test_a_limit_within_a_row_group_ends_the_rows(tmp_path):

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from hub_helpers import hub as hub
 from hub_helpers import told
 from hub_records import BODY_FAULTS
+from huggingface_hub.errors import HfHubHTTPError
 from local_hub import cifar100, imagenet
+from test_streaming import small_blocks, wait_for_reads
 from tiny import tiny
 
 from hf_kd.cli import main
@@ -56,6 +59,31 @@ def test_a_fault_that_passes_loses_no_row_and_repeats_none(cifar, monkeypatch, k
     monkeypatch.setattr(cifar, "delay", 0.0)
     fault = cifar.fail("GET .*/lfs/.*train" if kind in BODY_FAULTS else r"/resolve/.*train", kind, times=8)
     assert rows_of(data) == expected and fault.hits
+
+
+def test_what_was_read_ahead_covers_an_outage(cifar, tmp_path, monkeypatch):
+    """Slow bodies at first, then nothing at all: the row groups that were asked for ahead are given out, no more."""
+    cifar.add_repo("lab/imagenet", imagenet(tmp_path / "imagenet", 96), repo_type="dataset")
+    monkeypatch.setattr(cifar, "delay", 0.0)
+    rows = load_data("lab/imagenet", streaming=True).train
+    size = max(group.size for group in rows.groups)
+    small_blocks(monkeypatch, ahead=10 * size)
+    dataset = ImageDataset(rows).for_training(None, None)
+    batches = list(StreamSampler(dataset, 4, (1, 0, 0)))
+    slow = cifar.fail("GET .*/(lfs|resolve)/.*train", "slow", times=None)
+    dataset.__getitems__(batches[0])
+    wait_for_reads(rows)
+    asked = len(rows._tables)
+    assert slow.hits and 10 <= asked < len(rows.groups)
+    monkeypatch.setattr(streaming, "PATIENCE", 0)
+    cifar.fail("GET .*train", 503, times=None)
+    given, groups = 1, set()
+    with pytest.raises(HfHubHTTPError):
+        for batch in batches[1:]:
+            dataset.__getitems__(batch)
+            given, groups = given + 1, groups | set(rows._groups_of(np.array(batch)))
+    assert 10 <= len(groups) <= asked and given >= 10
+    wait_for_reads(rows)  # none is to outlive the Hub
 
 
 @pytest.mark.parametrize("kind", [401, 403])

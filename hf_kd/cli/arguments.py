@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig, JSONObject, check_numbers, option, read_json
 from ..experiment.variants import run_configs
-from ..labels import read_class_map
+from ..labels import read_class_map, read_class_names
 from ..losses import LOSSES
 from ..recipes import EVERY_EPOCH, names
 from ..reporting.record import METRICS, TEACHER_METRICS
@@ -53,6 +53,10 @@ class ScriptArguments:
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
     )
+    class_names: dict | str | list | None = option(
+        "Names of classes whose labels are integers: a file with one in each line, or with a JSON or YAML list. "
+        "Default: the labels."
+    )
     dataset_config: str | None = option("Configuration of a dataset on the Hub.")
     train_split: str | None = option("Split to train on. Default: train.")
     eval_split: str | None = option("Split to evaluate on. Default: validation or test.")
@@ -77,7 +81,7 @@ class ScriptArguments:
             raise ValueError("--student must be given (or be in the --config file); see --help.")
         if self.preset not in (None, "auto", "none", *names()):
             raise ValueError(f"--preset {self.preset} is unknown; there are: auto, none, {', '.join(names())}.")
-        self.class_map = read_class_map(self.class_map)
+        self.class_map, self.class_names = read_class_map(self.class_map), read_class_names(self.class_names)
         if isinstance(self.model_kwargs, str):
             self.model_kwargs = read_json("model_kwargs", self.model_kwargs)
         sizes = ("image_size", "max_train_samples", "max_eval_samples")

@@ -52,6 +52,8 @@ def run_command(name: str, argv: list[str]) -> int:
         if traceback or message is None:  # the traceback helps with an error that is not expected
             raise
         print(f"\nerror: {message}", file=sys.stderr)
+        if folder and (notes := getattr(error, "__notes__", [])):  # where the state was saved
+            print(*notes, f"Resume with: {resume_command(folder)}", sep="\n", file=sys.stderr)
         return status
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -2,10 +2,11 @@
 
 A batch holds "pixels" uint8 (B, 3, h, w), float32 in [0, 1] after mixing, or "pixel_values" stacked as they are;
 "labels" int64 (B,), or float32 (B, C); "index" int64 (B,), the sample keys, and "epoch", an int, where the items have
-them; and "skipped", a list of texts about images that could not be decoded, only if there are any, in evaluation with
-"decoded", bool (B,).
+them; and "skipped", a dict of a text about each image that could not be decoded and its kind (see
+`UndecodableImage`), only if there are any, in evaluation with "decoded", bool (B,).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -114,30 +115,47 @@ def evaluation_collator(student: Preprocessing | None, teacher: Preprocessing | 
     return EvaluationCollator(*(each.resize_and_crop if each is not None else None for each in (student, other)))
 
 
-def note_skipped(batch: dict[str, Any], skipped: dict[str, None], total: int, max_fraction: float) -> None:
-    """Moves the "skipped" of a batch into a dict; ValueError if that is more than `max_fraction` of `total` images."""
-    skipped.update(dict.fromkeys(batch.pop("skipped", ())))
-    if len(skipped) > max_fraction * total:
+def note_skipped(batch: dict[str, Any], skipped: dict[str, str], seen: int, max_fraction: float) -> None:
+    """Moves the "skipped" of a batch into a dict; ValueError if that is more than `max_fraction` of `seen` images."""
+    skipped.update(batch.pop("skipped", {}))
+    if len(skipped) > max_fraction * seen:
         limit = f"more than max_skipped_fraction={max_fraction} allows"
-        raise ValueError(f"{len(skipped)} of {total} images could not be decoded, {limit}: {list(skipped)[:5]}.")
+        raise ValueError(
+            f"{len(skipped)} of {seen} images could not be decoded ({count_kinds(skipped)}), {limit}: "
+            f"{list(skipped)[:5]}."
+        )
 
 
-def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Decoded items, of those that cannot be decoded only the keys, and the reasons of these."""
-    rows, skipped = [], []
+def kinds_of(skipped: dict[str, str]) -> dict[str, int]:
+    """How many images of each kind could not be decoded, the most frequent first."""
+    return dict(Counter(sorted(skipped.values())).most_common())
+
+
+def count_kinds(skipped: dict[str, str]) -> str:
+    """`kinds_of` as a text: "2 truncated, 1 empty"."""
+    return ", ".join(f"{count} {kind}" for kind, count in kinds_of(skipped).items())
+
+
+def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Decoded items, of those that cannot be decoded only the keys, and the reasons and kinds of these."""
+    rows, skipped = [], {}
     for item in items:
         row = {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
         try:
             row |= decode_row(item)
         except UndecodableImage as error:
-            skipped.append(str(error))
+            skipped[str(error)] = error.kind
         rows.append(row)
     return rows, skipped
 
 
-def _batch(rows: list[dict[str, Any]], stack: Stack, skipped: list[str]) -> dict[str, Any]:
+def _batch(rows: list[dict[str, Any]], stack: Stack, skipped: dict[str, str]) -> dict[str, Any]:
     if not rows:
-        raise ValueError(f"no image of this batch of {len(skipped)} can be decoded: {'; '.join(skipped)}")
+        some = "; ".join(list(skipped)[:5])
+        raise ValueError(
+            f"no image of this batch of {len(skipped)} can be decoded ({count_kinds(skipped)}), nor one of those "
+            f"after it: {some}"
+        )
     labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
     batch: dict[str, Any] = {"labels": labels.long() if labels.ndim == 1 else labels.float()}
     if "pixel_values" in rows[0]:

@@ -10,6 +10,7 @@ import torch
 
 from ..metrics.classification import IGNORED_LABEL
 
+_INTEGERS = ("int", "uint")  # how the names of these types begin
 _LABELS = ("labels", "label", "fine_label")  # of which the first that is there is taken
 INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row number in the split, in file order
 
@@ -84,10 +85,22 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
     return list(feature.names)
 
 
-def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
+def check_unnamed(feature: Any, label_column: str, names: list[str] | None) -> None:
+    """ValueError for `names` of classes that have names already."""
+    is_integer = getattr(feature, "dtype", "").startswith(_INTEGERS) and not getattr(feature, "names", None)
+    if names is not None and not is_integer:
+        kind = f"{feature!r:.200}"
+        raise ValueError(
+            f"class_names are for a column of integers, and column {label_column!r} is {kind}: leave them out"
+        )
+
+
+def encode_labels(
+    splits: dict[str, datasets.Dataset], label_column: str, class_names: list[str] | None = None
+) -> dict[str, datasets.Dataset]:
     """The splits with `label_column` a ClassLabel of the same names in all of them, every label of it checked.
 
-    Texts become classes in sorted order; integers become the classes "0" to the largest.
+    Texts become classes in sorted order; integers those of `class_names`, else the classes "0" to the largest.
     """
     feature = next(iter(splits.values())).features[label_column]
     if any(data.features[label_column] != feature for data in splits.values()):
@@ -97,13 +110,14 @@ def encode_labels(splits: dict[str, datasets.Dataset], label_column: str) -> dic
     tables = {split: data.select_columns(label_column).with_format("arrow")[:] for split, data in splits.items()}
     labels = {split: table[label_column] for split, table in tables.items()}
     dtype = getattr(feature, "dtype", "")
-    names = getattr(feature, "names", None)  # of a ClassLabel
+    check_unnamed(feature, label_column, class_names)
+    names = getattr(feature, "names", None) or class_names  # of a ClassLabel
     if dtype in ("string", "large_string"):
         names = sorted(set().union(*(values.unique().to_pylist() for values in labels.values())) - {None})
         labels = {split: pc.index_in(values, pa.array(names, values.type)) for split, values in labels.items()}
     elif dtype == "bool":
         labels = {split: values.cast(pa.int64()) for split, values in labels.items()}
-    elif not dtype.startswith(("int", "uint")):
+    elif not dtype.startswith(_INTEGERS):
         columns = ", ".join(next(iter(splits.values())).column_names)
         raise ValueError(
             f"column {label_column!r} is {feature}: no labels, which are integers, texts or a ClassLabel. Cast it, or "

@@ -17,7 +17,7 @@ from ..labels import check_class_order
 from .cache import DecodedImages, decoded_images
 from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
-from .order import BLOCK_ROWS, RowGroup, epoch_order
+from .order import RowGroup, Upcoming, epoch_order
 from .streaming import StreamedRows
 from .transforms import CropAndFlip, augment_image, build_transform, forked_rng, sample_draws, sample_seed, seed_rngs
 
@@ -40,8 +40,8 @@ def read_item(
         transform: uint8 (3, H, W) to uint8 (3, h, w). What it draws depends on seed, epoch and key alone.
 
     Returns:
-        What `decode_row` gives with "index" (the key) and "epoch"; for an image that cannot be decoded these two and
-        "skipped", "<path or key>: <reason>".
+        What `decode_row` gives with "index" (the key) and "epoch"; for an image that cannot be decoded these two,
+        "skipped", "<path or key>: <reason>", and "kind", see `UndecodableImage`.
     """
     keys: dict[str, Any] = {"index": key, "epoch": epoch}
     if isinstance(row, dict) and "skipped" in row:
@@ -51,7 +51,7 @@ def read_item(
     except UndecodableImage as error:
         source = row.get(image_column) if isinstance(row, dict) else None
         path = source.get("path") if isinstance(source, dict) else None
-        return keys | {"skipped": f"{path or key}: {error}"}
+        return keys | {"skipped": f"{path or key}: {error}", "kind": error.kind}
     if transform is not None and "pixels" in item:
         item["pixels"] = augment_image(item["pixels"], transform, seed, epoch, key)
     return item | keys
@@ -79,12 +79,13 @@ class ImageDataset(Dataset):
     the transform is none or a `CropAndFlip`, which is then applied to whole batches. Items are the same bit by bit.
 
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
-    can be, so that every process has a batch.
+    can be, if one of the next 1,000 can, so that every process has a batch.
     """
 
     replacement = False
     labelled = True
-    _places: tuple[int, np.ndarray, np.ndarray] | None = None  # of an epoch its order, and where in it each row is
+    reader_ends: Any = (np.iinfo(int).max,)  # see `Upcoming`; those of its sampler
+    _upcoming: tuple[int, Upcoming] | None = None  # of an epoch
 
     def __init__(
         self,
@@ -145,7 +146,8 @@ class ImageDataset(Dataset):
         """Several items at once, which torch's DataLoader asks for: one read and one fork for the whole batch."""
         items = self._read(indices)
         if self.replacement and all("skipped" in item for item in items):
-            following = (self._read([(indices[-1] + i) % len(self)])[0] for i in range(1, len(self)))
+            tries = range(1, min(len(self), 1000))
+            following = (self._read([(indices[-1] + i) % len(self)])[0] for i in tries)
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
         return items
 
@@ -154,13 +156,12 @@ class ImageDataset(Dataset):
         assert self.groups is not None
         return epoch_order(self.groups, self.seed if self.replacement else None, int(self._epoch))
 
-    def _following(self, index: int) -> np.ndarray:
-        """The rows of about a block that come next after one."""
-        if self._places is None or self._places[0] != int(self._epoch):
-            order = self.epoch_order()
-            self._places = int(self._epoch), order, np.argsort(order)
-        _, order, places = self._places
-        return order[places[index] + 1 :][:BLOCK_ROWS]
+    def _following(self, index: int) -> list[int]:
+        """The row groups that are read after a row, as far as they are read ahead."""
+        if self._upcoming is None or self._upcoming[0] != int(self._epoch):
+            assert self.groups is not None
+            self._upcoming = int(self._epoch), Upcoming(self.groups, self.epoch_order(), self.reader_ends)
+        return self._upcoming[1].after(index)
 
     def _first_image(self) -> Tensor | None:
         items = (self._read_each([row], None)[0] for row in range(min(len(self), 10)))

@@ -18,7 +18,18 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class UndecodableImage(ValueError):
-    """The image is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which."""
+    """The image is broken, truncated, or of a kind that has no defined conversion to RGB; the text says which.
+
+    `kind` is by what they are counted: "empty", "truncated", "broken", "no image", "no file", "too large" (see
+    `decode_rgb`), "unsupported", or "other" where a dataset of the user's own gives only a text.
+    """
+
+    def __init__(self, text: str, kind: str = "unsupported") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+    def __reduce__(self):
+        return type(self), (str(self), self.kind)
 
 
 def decode_rgb(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
@@ -55,8 +66,9 @@ def decode_rgb(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     except UndecodableImage:
         raise
     except Exception as error:  # Pillow's plugins raise errors of any type
-        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
-    raise UndecodableImage(f"no image in a value of type {type(source).__name__}")
+        kind = "truncated" if "truncated" in str(error).lower() else "broken"
+        raise UndecodableImage(f"{type(error).__name__}: {error}", kind) from error
+    raise UndecodableImage(f"no image in a value of type {type(source).__name__}", "no image")
 
 
 def decode_row(
@@ -83,7 +95,7 @@ def decode_row(
     if isinstance(row, tuple | list) and len(row) == 2:
         row = dict(zip(("image", "label"), row, strict=True))
     if "skipped" in row:
-        raise UndecodableImage(row["skipped"])
+        raise UndecodableImage(row["skipped"], row.get("kind", "other"))
     image = next((key for key in ("pixel_values", image_column, "pixels", "image", "img") if key in row), None)
     label = next((key for key in (label_column, "labels", "label") if key in row), None)
     if image is None or label is None:
@@ -104,7 +116,7 @@ def read_file(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UndecodableImage(f"cannot read the file: {error}") from error
+        raise UndecodableImage(f"cannot read the file: {error}", "no file") from error
 
 
 def _from_tensor(image: Tensor) -> Tensor:
@@ -119,6 +131,8 @@ def _from_tensor(image: Tensor) -> Tensor:
 
 
 def _from_bytes(data: bytes, max_pixels: int) -> Tensor:
+    if not data:
+        raise UndecodableImage("it has no bytes", "empty")
     size = _size_for_torchvision(data, max_pixels)
     if size is not None:
         _check_size(*size, max_pixels)
@@ -136,7 +150,8 @@ def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:  # whose own text is the address of the BytesIO
-        raise UndecodableImage(f"no image file that Pillow knows; it begins with {data[:8]!r}") from error
+        text = f"no image file that Pillow knows; it begins with {data[:8]!r}"
+        raise UndecodableImage(text, "no image") from error
     finally:
         PIL.Image.MAX_IMAGE_PIXELS = limit
     _check_size(image.width, image.height, max_pixels)
@@ -145,7 +160,8 @@ def _open(data: bytes, max_pixels: int) -> PIL.Image.Image:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise UndecodableImage(f"{width} × {height} pixels are more than max_image_pixels={max_pixels}")
+        text = f"{width} × {height} pixels are more than max_image_pixels={max_pixels}"
+        raise UndecodableImage(text, "too large")
 
 
 def _size_for_torchvision(data: bytes, max_pixels: int) -> tuple[int, int] | None:

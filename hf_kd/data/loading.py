@@ -13,9 +13,10 @@ from datasets import Dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..hub import resolve
-from ..labels import name_key
+from ..labels import name_key, read_class_names
 from ..quickstart import bundled
-from .columns import INDEX_COLUMN, class_names, encode_labels, find_columns
+from .columns import INDEX_COLUMN, check_unnamed, encode_labels, find_columns
+from .columns import class_names as class_names_of
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
 from .streaming import StreamedRows, check_class_names, stream_features, stream_splits
 
@@ -67,6 +68,7 @@ def load_data(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     streaming: bool = False,
+    class_names: list[str] | str | None = None,
 ) -> ImageData:
     """Loads an image classification dataset and checks every label of it.
 
@@ -87,6 +89,7 @@ def load_data(
             largest to train on, the smallest to evaluate on.
         streaming: read the images while training, from parquet or webdataset files here or on the Hub, without
             downloading them first. Nothing can be held out, labels are integers, and the limits take the first rows.
+        class_names: of integers as labels, in their order, or a file of them; see `read_class_names`.
 
     Raises:
         ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
@@ -94,16 +97,17 @@ def load_data(
     for option, limit in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if limit is not None and limit < 1:
             raise ValueError(f"{option} must be at least 1, not {limit}; leave it out to take all")
+    given_names = read_class_names(class_names)
     if streaming:
         columns, first = (image_column, label_column), (max_train_samples, max_eval_samples)
-        return _load_stream(name, config_name, revision, train_split, eval_split, columns, first)
+        return _load_stream(name, config_name, revision, train_split, eval_split, columns, first, given_names)
     splits, commit = _read(name, config_name, revision)
     sizes = ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
     train_split, eval_split = _choose_splits(name, splits, sizes, train_split, eval_split)
     image_column, label_column = find_columns(splits[train_split], image_column, label_column)
     find_columns(splits[eval_split], image_column, label_column)
-    chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column)
-    names = class_names(chosen[train_split], label_column)
+    chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column, given_names)
+    names = class_names_of(chosen[train_split], label_column)
     _check_several(name, names, label_column)
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
@@ -189,6 +193,7 @@ def _load_stream(
     eval_split: str | None,
     columns: tuple[str | None, str | None],
     limits: tuple[int | None, int | None],
+    given_names: list[str] | None,
 ) -> ImageData:
     """`load_data` with `streaming`: from the files' footers alone."""
     rows_class, splits, features, commit = stream_splits(name, _local_path(name), config_name, revision)
@@ -216,7 +221,9 @@ def _load_stream(
         origin = [name, commit, config_name] if commit else rows[split].describe()
         fingerprints[split] = fingerprint(*origin, split, image_column, label_column)
     check_class_names(rows[train_split].schemas() | rows[eval_split].schemas())
-    names = getattr(features[label_column], "names", None) or [str(i) for i in range(max(largest.values()) + 1)]
+    check_unnamed(features[label_column], label_column, given_names)
+    names = getattr(features[label_column], "names", None) or given_names
+    names = names or [str(i) for i in range(max(largest.values()) + 1)]
     _check_several(name, names, label_column)
     for split, label in largest.items():
         if label >= len(names):

@@ -15,16 +15,21 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 BLOCK_ROWS = 1024  # rows that are shuffled among themselves, from row groups that follow each other
+# Of what follows, each reader (a loader worker of a process) holds so much as it is in the files. An image of ImageNet
+# has 110 KB: these are 4,880 of them, a minute's at 81 images a second. 16 workers cover a minute at 1,300 images a
+# second, with 8 GiB of memory.
+READ_AHEAD = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a parquet file: the rows `start` to `start + rows` of its split."""
+    """A row group of a parquet file: the rows `start` to `start + rows` of its split, `size` bytes in memory."""
 
     file: str
     index: int
     start: int
     rows: int
+    size: int = 0
 
 
 def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.ndarray:
@@ -38,6 +43,38 @@ def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.
     block = np.repeat((np.cumsum(sizes) - sizes) // BLOCK_ROWS, sizes)  # of each row: where its group begins
     order = np.concatenate(shuffled)
     return order[np.lexsort((rng.random(len(order)), block))]
+
+
+class Upcoming:
+    """Which row groups a reader goes on with in an epoch.
+
+    Args:
+        groups: all row groups.
+        order: all rows in the order of the epoch.
+        ends: where in it the part of each reader ends; beyond, another one reads.
+    """
+
+    def __init__(self, groups: Sequence[RowGroup], order: np.ndarray, ends: Sequence[int]) -> None:
+        self._sizes, self._order, self._ends = np.array([group.size for group in groups]), order, np.asarray(ends)
+        self._starts, self._position = np.array([group.start for group in groups]), np.argsort(order)
+        self._part: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def after(self, row: int) -> list[int]:
+        """The row groups of rows that follow a row: those that are begun, and `READ_AHEAD` bytes of others."""
+        at = int(self._position[row])
+        part = int(np.searchsorted(self._ends, at, side="right"))
+        if self._part is None or self._part[0] != part:
+            start = int(self._ends[part - 1]) if part else 0
+            places = np.searchsorted(self._starts, self._order[start : self._ends[part]], side="right") - 1
+            found, first = np.unique(places, return_index=True)
+            last = len(places) - 1 - np.unique(places[::-1], return_index=True)[1]
+            by_first = np.argsort(first)
+            self._part = part, found[by_first], start + first[by_first], start + last[by_first]
+        _, found, first, last = self._part
+        new = first > at
+        sizes = self._sizes[found[new]]
+        ahead = found[new][np.cumsum(sizes) - sizes < READ_AHEAD]  # one at least
+        return [*found[~new & (last > at)].tolist(), *ahead.tolist()]
 
 
 def batch_sizes(rows: int, batch_size: int, processes: int, drop_last: bool = False) -> list[int]:
@@ -74,6 +111,12 @@ def batches(order: np.ndarray, sizes: Sequence[int], processes: int, workers: in
     by_reader = np.argsort(_readers(len(sizes), processes, workers), kind="stable")
     parts = np.split(order, np.cumsum(np.asarray(sizes)[by_reader]))
     return [parts[i] for i in np.argsort(by_reader)]
+
+
+def reader_ends(sizes: Sequence[int], processes: int, workers: int) -> np.ndarray:
+    """Where in the order of an epoch the part of each reader ends; the last one has what no batch has."""
+    rows = np.bincount(_readers(len(sizes), processes, workers), sizes).astype(int)
+    return np.append(np.cumsum(rows), np.iinfo(int).max)
 
 
 def _readers(count: int, processes: int, workers: int) -> np.ndarray:
@@ -114,6 +157,7 @@ class StreamSampler(BatchRebalanceSampler):
     def __init__(self, dataset, batch_size: int, readers: tuple[int, int, int], drop_last: bool = False) -> None:
         self.dataset, (self.processes, self.rank, self.workers) = dataset, readers
         self.sizes = batch_sizes(len(dataset), batch_size, self.processes, drop_last)
+        dataset.reader_ends = reader_ends(self.sizes, self.processes, self.workers)
         factor = reading_factor(dataset.groups, self._batches(), self.processes, self.workers)
         if factor > 1.2:
             logger.warning_once(
@@ -136,6 +180,7 @@ def evaluation_order(dataset, batch_size: int, readers: tuple[int, int, int]) ->
     """The rows in the order in which an evaluation takes them, whose batches accelerate shares among processes."""
     full, rest = divmod(len(dataset), batch_size)
     sizes = [batch_size] * full + ([rest] if rest else [])
+    dataset.reader_ends = reader_ends(sizes, readers[0], readers[2])
     return np.concatenate(batches(dataset.epoch_order(), sizes, readers[0], readers[2])).tolist()
 
 

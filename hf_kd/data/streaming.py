@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import tarfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +30,13 @@ import pyarrow.parquet as pq
 from transformers.utils import logging
 
 from ..hub import is_temporary, resolve
-from .order import BLOCK_ROWS, RowGroup
+from .order import READ_AHEAD, RowGroup
 
 logger = logging.get_logger(__name__)
 
 TAR_GROUP = 64  # samples of a tar file that are read together
 PATIENCE = 600  # seconds of failures after which a file is given up
+READS = 4  # row groups that a reader reads at once
 
 
 class StreamedRows:
@@ -46,7 +48,7 @@ class StreamedRows:
         limit: only so many of the first rows.
 
     `groups` are its row groups, `origin` is what `load_data` knows of where they come from. A worker holds those of
-    the current block and, read ahead, of the next one in memory, as they are in the files.
+    the current block in memory, as they are in the files, and those that it reads ahead: see `READ_AHEAD`.
 
     What cannot be reached is tried again for ten minutes, unless that is of no use.
     """
@@ -64,7 +66,7 @@ class StreamedRows:
                 start = self.groups[-1].start + self.groups[-1].rows if self.groups else 0
                 rows = rows if limit is None else min(rows, limit - start)
                 if rows > 0:
-                    self.groups.append(RowGroup(file, index, start, rows))
+                    self.groups.append(RowGroup(file, index, start, rows, self._size(file, index)))
         self._starts = np.array([group.start for group in self.groups])
         self._clear()
 
@@ -73,13 +75,21 @@ class StreamedRows:
         self._footers[file] = _footer(file)
         return [self._footers[file].row_group(i).num_rows for i in range(self._footers[file].num_row_groups)]
 
+    def _size(self, file: str, index: int) -> int:
+        """The bytes of a row group in memory."""
+        footer = self._footers[file].row_group(index)
+        columns = [footer.column(i) for i in range(footer.num_columns)]
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in self.features)
+
     def _clear(self) -> None:
         self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: list[int] = []  # row groups that are to be read, in this order
+        self._running = 0
+        self._lock, self._pool = threading.RLock(), ThreadPoolExecutor(READS)
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_pool": None}
+        return {**self.__dict__, "_tables": None, "_lock": None, "_pool": None, "_pid": None}
 
     @property
     def total(self) -> int:
@@ -96,36 +106,65 @@ class StreamedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int], following: np.ndarray | None = None) -> list[dict[str, Any]]:
-        """These rows; the row groups of those that will follow are read meanwhile."""
+    def __getitems__(self, indices: Sequence[int], following: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """These rows; the row groups with these numbers, from which further rows will be asked for, are read ahead."""
         rows = np.asarray(indices)
         rows = np.where(rows < 0, rows + len(self), rows)
         if ((rows < 0) | (rows >= len(self))).any():
             raise IndexError(f"there are {len(self)} rows, asked for are {list(indices)[:5]}")
         places = self._groups_of(rows)
-        self._start_reading([*places, *self._groups_of(rows[:0] if following is None else following)])
+        tables = self._start_reading(np.unique(places).tolist(), following)
         found: list[Any] = [None] * len(rows)
-        for place in np.unique(places):
+        for place, read in tables.items():
             here = np.flatnonzero(places == place)
-            table = self._tables[place].result().take(rows[here] - self.groups[place].start)
+            table = read.result().take(rows[here] - self.groups[place].start)
             for i, row in zip(here, table.to_pylist(), strict=True):
                 found[i] = row
         return found
 
-    def _start_reading(self, places: list[int]) -> None:
-        """Starts to read these row groups, and forgets others, those first that were used the longest ago."""
+    def _start_reading(self, places: list[int], following: Sequence[int]) -> dict[int, Future[pa.Table]]:
+        """Starts to read row groups, those that are needed now first, and gives these. Forgets others where they are
+        too many, those first that were used the longest ago."""
         if self._pid != os.getpid():  # threads do not live on in a forked worker
             self._clear()
-        self._pool = self._pool or ThreadPoolExecutor(4)
-        for place in dict.fromkeys(places):
-            table = self._tables.get(place)
-            if table is None or (table.done() and table.exception()):
-                self._tables[place] = self._pool.submit(self._read, self.groups[place])
-            self._tables.move_to_end(place)
-        held = sum(self.groups[place].rows for place in self._tables)
-        while held > 4 * BLOCK_ROWS and next(iter(self._tables)) not in places:
-            oldest, _ = self._tables.popitem(last=False)
-            held -= self.groups[oldest].rows
+        with self._lock:
+            for place in places:
+                table = self._tables.get(place)
+                if table is None or (table.done() and table.exception()):
+                    self._submit(place)
+            wanted = dict.fromkeys([*places, *following])
+            self._ahead = list(following)
+            self._read_ahead()
+            for place in filter(self._tables.__contains__, wanted):
+                self._tables.move_to_end(place)
+            held = sum(self.groups[place].size for place in {*self._tables, *wanted})
+            while held > READ_AHEAD and next(iter(self._tables)) not in wanted:
+                oldest, _ = self._tables.popitem(last=False)
+                held -= self.groups[oldest].size
+            return {place: self._tables[place] for place in places}
+
+    def _submit(self, place: int) -> None:
+        def read() -> pa.Table:
+            try:
+                return self._read(self.groups[place])
+            except BaseException:
+                self._ahead = []  # until more is asked for
+                raise
+            finally:
+                with self._lock, contextlib.suppress(RuntimeError):  # Python is about to exit
+                    self._running -= 1
+                    self._read_ahead()
+
+        self._running += 1
+        self._tables[place] = self._pool.submit(read)
+
+    def _read_ahead(self) -> None:
+        """Keeps all threads busy. More are not submitted: Python waits for what is when it exits."""
+        for place in self._ahead:
+            if self._running >= READS:
+                break
+            if place not in self._tables:
+                self._submit(place)
 
     def label_range(self, column: str) -> tuple[int, int]:
         """The smallest and the largest label of a column of integers, a missing one counting as -1."""
@@ -151,7 +190,7 @@ class StreamedRows:
 
     def describe(self) -> list[str]:
         """Names, sizes and row counts of the files."""
-        return [f"{os.path.basename(file)} {_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
+        return [f"{os.path.basename(file)} {_file_size(file)} {sum(counts)}" for file, counts in self._rows.items()]
 
     def place(self, row: int) -> str:
         """The name of the file and the number in it of a row."""
@@ -174,19 +213,39 @@ class TarRows(StreamedRows):
     """The samples of a webdataset: an image (jpg, jpeg, png or webp) and a label (cls, or the "label" of a json).
 
     Its files have no index: their headers are read once for it, which on the Hub takes as long as reading all of them.
+    The index is kept in the cache of datasets.
     """
 
     def _index(self, file: str) -> list[int]:
         def read(opened: Any) -> list[tuple[int, int]]:
             with tarfile.open(fileobj=opened, mode="r:") as tar:
-                return [(sample["end"], sample["label"]) for sample in _samples(tar, file)]
+                return [(sample["end"], sample["label"]) for sample in _samples(tar, file, with_images=False)]
 
-        ends_and_labels = _patiently(file, read)
+        filesystem, path = fsspec.core.url_to_fs(file)
+        kept = Path(datasets.config.HF_DATASETS_CACHE, "hf_kd_tar_index", f"{filesystem.ukey(path)}.json")
+        try:
+            ends_and_labels = json.loads(kept.read_text())
+        except (OSError, ValueError):
+            if "://" in file:
+                logger.warning_once(
+                    "the tar files have no index: it is made now, once, which takes as long as reading all of them, "
+                    f"and kept in {kept.parent}"
+                )
+            ends_and_labels = _patiently(file, read)
+            with contextlib.suppress(OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # several processes may make it at once
+                temporary.write_text(json.dumps(ends_and_labels))
+                temporary.replace(kept)
         groups = [ends_and_labels[i : i + TAR_GROUP] for i in range(0, len(ends_and_labels), TAR_GROUP)]
         stops = [group[-1][0] for group in groups]
         labels = [label for _, label in ends_and_labels]
         self._footers[file] = [*zip([0, *stops], stops, strict=False)], min(labels, default=0), max(labels, default=0)
         return [len(group) for group in groups]
+
+    def _size(self, file: str, index: int) -> int:
+        start, stop = self._footers[file][0][index]
+        return stop - start
 
     def label_range(self, column: str) -> tuple[int, int]:
         footers = self._footers.values()
@@ -207,7 +266,7 @@ class TarRows(StreamedRows):
         return pa.Table.from_pylist(rows)
 
 
-def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
+def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Iterator[dict[str, Any]]:
     """The samples of a tar file: members that follow each other and have the same name up to its first dot."""
 
     def key(member: tarfile.TarInfo) -> str:
@@ -220,7 +279,8 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
             if kind in ("jpg", "jpeg", "png", "webp"):
-                found["image"].append({"bytes": content.read(), "path": f"{os.path.basename(file)}:{member.name}"})
+                data = content.read() if with_images else None
+                found["image"].append({"bytes": data, "path": f"{os.path.basename(file)}:{member.name}"})
             elif kind in found:
                 with contextlib.suppress(ValueError):  # no number, or no JSON
                     found[kind].append(json.loads(content.read()))
@@ -234,7 +294,7 @@ def _samples(tar: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
         yield {"image": found["image"][0], "label": labels[0], "end": end}
 
 
-def _size(file: str) -> int:
+def _file_size(file: str) -> int:
     filesystem, path = fsspec.core.url_to_fs(file)
     return filesystem.size(path)
 

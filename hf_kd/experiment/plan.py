@@ -46,6 +46,9 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=repo_id)
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
+    dataset_origin = _origin("dataset", script, earlier)
+    if dataset_origin["commit"]:
+        hub.check_access(script.dataset, "dataset")
     push = _push_target(script, config)
     student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
     config_of_student = _config(student)
@@ -66,7 +69,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
-    source = DataSource(**_origin("dataset", script, earlier), config_name=script.dataset_config, **data_options)
+    source = DataSource(**dataset_origin, config_name=script.dataset_config, **data_options)
     side = _input_side(student, config_of_student)
     teacher, config_of_teacher = None, None
     if script.teacher:

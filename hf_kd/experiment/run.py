@@ -14,6 +14,7 @@ from .. import hub
 from ..checkpointing import last_checkpoint
 from ..config import DistillationConfig
 from ..data import ImageData, load_data
+from ..data.collators import count_kinds
 from ..launcher import check_processes, resume_command
 from ..losses import loss_source
 from ..losses.functional import DivergedError
@@ -190,14 +191,15 @@ def _train(
     trainer.save_model()  # before anything else can go wrong
     metrics = None if diverged else _final_metrics(trainer)
     skipped, eval_skipped = (
-        sorted(set(gather_object(list(part)))) for part in (trainer.skipped, trainer.eval_skipped)
+        dict(sorted(gather_object(list(part.items())))) for part in (trainer.skipped, trainer.eval_skipped)
     )
     if config.process_index:
         return {"teacher_metrics": teacher_metrics}  # the record is the first process's
     if skipped or eval_skipped:
         print(
-            f"skipped {len(skipped)} images in training and {len(eval_skipped)} in evaluation (up to "
-            f"--max_skipped_fraction {config.max_skipped_fraction:g}), see {RUN_FILE}: {[*skipped, *eval_skipped][0]}"
+            f"skipped {len(skipped)} images in training and {len(eval_skipped)} in evaluation "
+            f"({count_kinds(skipped | eval_skipped)}; up to --max_skipped_fraction {config.max_skipped_fraction:g}), "
+            f"see {RUN_FILE}: {[*skipped, *eval_skipped][0]}"
         )
     described = None
     if teacher is not None and experiment.teacher is not None:

@@ -35,7 +35,8 @@ SETTINGS = (
     "mixup_alpha cutmix_alpha label_smoothing_factor"
 ).split()
 ELSEWHERE = (
-    "seed loss loss_kwargs from_scratch eval_fraction use_cpu local_rank label_names do_train do_eval do_predict"
+    "seed loss loss_kwargs from_scratch eval_fraction class_names use_cpu local_rank label_names do_train "
+    "do_eval do_predict"
 ).split()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..data import ImageData
+from ..data.collators import kinds_of
 from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
@@ -131,7 +132,7 @@ def make_record(
     metrics: dict | None = None,
     data: ImageData | None = None,
     student: dict | None = None,
-    skipped: tuple[list, list] | None = None,
+    skipped: tuple[dict, dict] | None = None,
     **known,
 ) -> dict:
     """The record of a trained student; see `hf_kd.reporting.record` for its keys.
@@ -141,7 +142,8 @@ def make_record(
         metrics: what `trainer.evaluate()` gave; default: a new evaluation, unless `diverged` is known.
         data: what the datasets were loaded with; without it they may tell their name and split themselves.
         student: further keys of the student's entry, or other values, such as id and from_scratch.
-        skipped: images that could not be decoded in training and in evaluation; default: those of this process.
+        skipped: images that could not be decoded in training and in evaluation, and why; default: those of this
+            process.
         **known: further keys of the record, or other values: name, teacher, command, settings, preset, license,
             diverged, ….
     """
@@ -162,7 +164,7 @@ def make_record(
             }
             for name, part in sets.items()
         }
-    skipped = skipped or (list(trainer.skipped), list(trainer.eval_skipped))
+    skipped = skipped or (trainer.skipped, trainer.eval_skipped)
     student_entry = describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
     if saved := [file.stat().st_size for file in Path(args.output_dir).glob("model*.safetensors")]:
         student_entry["size_mb"] = sum(saved) / 1e6
@@ -186,9 +188,11 @@ def make_record(
             "augmentation": trainer.augmentation_applied,
             "skipped": {
                 "count": len(skipped[0]),
-                "examples": skipped[0][:100],
+                "kinds": kinds_of(skipped[0]),
+                "examples": list(skipped[0])[:100],
                 "eval_count": len(skipped[1]),
-                "eval_examples": skipped[1][:100],
+                "eval_kinds": kinds_of(skipped[1]),
+                "eval_examples": list(skipped[1])[:100],
             },
         },
         "seed": args.seed,

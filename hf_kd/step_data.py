@@ -1,0 +1,56 @@
+"""The images of an optimizer step: how many there are, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .data.collators import note_skipped
+from .hub import user_message
+
+FEWEST = 1000  # images that `max_skipped_fraction` is a share of at least, if there are so many
+
+
+def count_samples(trainer, batches: list[dict]) -> int | None:
+    """The images in a step's batches of this process; None if the epoch is over. Also notes what was skipped."""
+    args = trainer.args
+    seen = (trainer.state.global_step + 1) * args.train_batch_size * args.gradient_accumulation_steps
+    seen = min(len(trainer.train_dataset), max(seen, FEWEST))
+    for batch in batches:
+        note_skipped(batch, trainer.skipped, seen, args.max_skipped_fraction)
+    return sum(len(batch["labels"]) for batch in batches) if batches else None
+
+
+def count_in_all_processes(trainer, count: int | None, error: Exception | None, device) -> torch.Tensor | int | None:
+    """The sum of what `count_samples` gives. A single process, or one that reads a stream, may report an error in its
+    place: then all processes save the state of the last step and raise it, those without one as an OSError."""
+    args, step, texts = trainer.args, trainer.state.global_step, [""]
+    folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    is_saved = folder.exists()
+    if args.world_size == 1:
+        if error is None:
+            return count
+    else:
+        # Looking at the sum makes a GPU wait, which is not worth it where no network is involved.
+        streams = bool(getattr(trainer.train_dataset, "groups", None))
+        if error is not None and not streams:
+            raise error
+        if error is None and count is None:
+            return None
+        value = torch.tensor(math.nan if count is None else count, device=device, dtype=torch.float32)
+        total = trainer.accelerator.reduce(value, "sum")
+        if not streams or not total.isnan():
+            return total
+        found = gather_object([(error and (user_message(error) or str(error) or type(error).__name__), is_saved)])
+        texts = [f"process {rank} has no data: {text}" for rank, (text, _) in enumerate(found) if text]
+        is_saved = all(saved for _, saved in found)
+    if step and not is_saved:
+        trainer._save_checkpoint(trainer.model, trial=None)
+    raised = OSError("; ".join(texts)) if error is None else error
+    if step:
+        raised.add_note(f"The state of step {step} is saved in {folder}.")
+    raise raised
