@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from hf_kd.data import ImageDataset, TrainingCollator
-from hf_kd.data.order import StreamSampler
+from hf_kd.data.order import EpochSampler
 from hf_kd.data.streaming import StreamedRows
 from hf_kd.reporting.record import collect_versions
 
@@ -99,7 +99,7 @@ def contenders(encoded: list[bytes], folder: Path) -> dict[str, Callable[[], Non
     )
 
     def sampler(images):
-        return StreamSampler(images, BATCH, (1, 0, 0))
+        return EpochSampler(images, BATCH, (1, 0, 0))
 
     return {
         "example": pillow(encoded, transforms.Compose([*steps, transforms.Normalize(mean, std)])),

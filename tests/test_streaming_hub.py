@@ -18,7 +18,7 @@ from tiny import tiny
 
 from hf_kd.cli import main
 from hf_kd.data import ImageDataset, load_data, streaming
-from hf_kd.data.order import StreamSampler
+from hf_kd.data.order import EpochSampler
 
 NAME = "uoft-cs/cifar100"
 OPTIONS = {"label_column": "fine_label", "streaming": True}
@@ -35,7 +35,7 @@ def cifar(hub, tmp_path, monkeypatch):
 
 def rows_of(data):
     dataset = ImageDataset(data.train, "img", "fine_label").for_training(None, None)
-    batches = [dataset.__getitems__(batch) for batch in StreamSampler(dataset, 16, (1, 0, 0))]
+    batches = [dataset.__getitems__(batch) for batch in EpochSampler(dataset, 16, (1, 0, 0))]
     return sorted((item["index"], item["labels"], item["pixels"].sum().item()) for batch in batches for item in batch)
 
 

@@ -73,12 +73,15 @@ class ImageDataset(Dataset):
     `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another
     dataset, they make it be read in the same order.
 
+    `order_seed` is that of the order in which a stream is read, None for the order of its rows.
+
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, so that every process has a batch.
     """
 
     replacement = False
     labelled = True
+    order_seed: int | None = None
     _places: tuple[int, np.ndarray, np.ndarray] | None = None  # of an epoch its order, and where in it each row is
 
     def __init__(
@@ -109,10 +112,12 @@ class ImageDataset(Dataset):
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
 
-    def for_training(self, augment: str | None, size: int | tuple[int, int] | None) -> "ImageDataset":
+    def for_training(
+        self, augment: str | None, size: int | tuple[int, int] | None, order_seed: int | None = 0
+    ) -> "ImageDataset":
         """A copy with `replacement`, the same epoch and, if `augment` is not None, what `build_transform` gives."""
         dataset = copy.copy(self)
-        dataset.replacement = True
+        dataset.replacement, dataset.order_seed, dataset._places = True, order_seed, None
         if augment is not None:
             dataset.transform = build_transform(augment, size)
         return dataset
@@ -139,15 +144,10 @@ class ImageDataset(Dataset):
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
         return items
 
-    def epoch_order(self) -> np.ndarray:
-        """All rows of a stream in the order of the current epoch; for evaluation as they are."""
-        assert self.groups is not None
-        return epoch_order(self.groups, self.seed if self.replacement else None, int(self._epoch))
-
     def _following(self, index: int) -> np.ndarray:
-        """The rows of about a block that come next after one."""
+        """The rows of about a block that come next after one of a stream."""
         if self._places is None or self._places[0] != int(self._epoch):
-            order = self.epoch_order()
+            order = epoch_order(self.groups or (), self.order_seed, int(self._epoch))
             self._places = int(self._epoch), order, np.argsort(order)
         _, order, places = self._places
         return order[places[index] + 1 :][:BLOCK_ROWS]
