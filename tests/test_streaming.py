@@ -371,7 +371,14 @@ def train_two_passes(folder):
         trainer.train(str(folder / f"out-{world}" / "checkpoint-6"))
     else:
         trainer.train()
-    metrics = trainer.evaluate()
+    counted, predict = [], trainer.prediction_step
+
+    def counting(model, inputs, *args, **options):
+        counted.extend(trainer.gather_function(inputs["index"]).tolist())
+        return predict(model, inputs, *args, **options)
+
+    trainer.prediction_step = counting
+    metrics = trainer.evaluate() | {"ids": sorted(counted)}
     rank = trainer.args.process_index
     (folder / f"seen-{world}-{rank}.json").write_text(json.dumps(seen))
     if trainer.is_world_process_zero():
@@ -411,6 +418,7 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
     train_two_passes(tmp_path)
     torch.testing.assert_close(two, torch.load(tmp_path / "weights-1.pt"), rtol=1e-4, atol=1e-5)
     first, second = (json.loads((tmp_path / f"metrics-{n}.json").read_text()) for n in (1, 2))
+    assert first["ids"] == second["ids"] == list(range(13))
     for name in ("loss", "kl"):
         assert first[f"eval_{name}"] == pytest.approx(second[f"eval_{name}"], rel=1e-4)
     (tmp_path / "resume").touch()
