@@ -100,8 +100,8 @@ def compare(there: Path, here: Path) -> tuple[list[str], bool]:
     """The rows of a table of both folders' runs; whether all is equal.
 
     Left out of the difference of the losses are the logs at the steps that are named. The first mean after a resume is
-    that of the steps since the checkpoint, and `train_loss`, logged at the end, has no step before the resume, while
-    transformers divides it by all of them.
+    that of the steps since the checkpoint, and `train_loss`, logged at the end, that of the steps since the resume,
+    while an uninterrupted run has those since the last log and of all steps.
     """
     import torch
     from safetensors.torch import load_file
