@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from hf_kd.data import ImageDataset, TrainingCollator, cache
-from hf_kd.data.order import StreamSampler
+from hf_kd.data.order import EpochSampler
 from hf_kd.data.streaming import StreamedRows
 from hf_kd.reporting.record import collect_versions
 
@@ -110,7 +110,7 @@ def contenders(encoded: list[bytes], folder: Path, workers: int) -> dict[str, Ca
     )
 
     def sampler(images):
-        return StreamSampler(images, BATCH, (1, 0, 0))
+        return EpochSampler(images, BATCH, (1, 0, 0))
 
     return {
         "example": pillow(encoded, transforms.Compose([*steps, transforms.Normalize(mean, std)]), workers),

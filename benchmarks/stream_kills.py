@@ -9,33 +9,30 @@ reports how many images were decoded before the first new batch, and how many by
 import argparse
 import hashlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 SHARDS = (90, 31, 140, 12, 88, 75, 64)  # rows
 BATCH, EPOCHS, EVERY = 8, 3, 5  # images a process, passes, steps between checkpoints
 
 
-def write_shards(folder: Path) -> None:
-    import datasets
+def write_shards(folder: Path, source, split: str, sizes: Sequence[int], rows_per_group: int = 10) -> None:
+    """The first rows of a dataset in parquet files of these sizes."""
     import pyarrow.parquet as pq
 
-    from hf_kd.quickstart import bundled
-
-    source = datasets.load_dataset(str(bundled("quickstart")), split="train")
-    for split, sizes in (("train", SHARDS), ("test", (50,))):
-        start = 0
-        for i, rows in enumerate(sizes):
-            part = source.select(range(start, start + rows)).with_format("arrow")[:]
-            start += rows
-            file = folder / f"{split}-{i:05d}-of-{len(sizes):05d}.parquet"
-            pq.write_table(part.replace_schema_metadata(source.data.schema.metadata), file, row_group_size=10)
+    start = 0
+    for i, rows in enumerate(sizes):
+        part = source.select(range(start, start + rows)).with_format("arrow")[:]
+        start += rows
+        file = folder / f"{split}-{i:05d}-of-{len(sizes):05d}.parquet"
+        pq.write_table(part.replace_schema_metadata(source.data.schema.metadata), file, row_group_size=rows_per_group)
 
 
 def train(data: str, output: str, workers: int) -> None:
@@ -93,9 +90,15 @@ def start(data: Path, output: Path, processes: int, workers: int) -> subprocess.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     here = [__file__, "--train", str(data), str(output), "--processes", str(processes), "--workers", str(workers)]
     command = [sys.executable, *(launcher if processes > 1 else []), *here]
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 to a session: the launcher and its workers, which have process groups of their own."""
+    found = psutil.Process(process.pid)
+    for each in [found, *found.children(recursive=True)]:
+        each.kill()
+    process.communicate()
 
 
 def lines(folder: Path, rank: int) -> list[dict]:
@@ -127,10 +130,16 @@ def main() -> None:
     if arguments.train:
         train(*arguments.train, workers)
         return
+    import datasets
+
+    from hf_kd.quickstart import bundled
+
     rng, folder = random.Random(arguments.seed), Path(tempfile.mkdtemp())
     data, whole, killed = folder / "data", folder / "whole", folder / "killed"
     data.mkdir()
-    write_shards(data)
+    source = datasets.load_dataset(str(bundled("quickstart")), split="train")
+    write_shards(data, source, "train", SHARDS)
+    write_shards(data, source, "test", (50,))
     finish(start(data, whole, processes, workers))
     expected = [[line["ids"] for line in lines(whole, rank)] for rank in range(processes)]
     steps = len(expected[0])
@@ -139,8 +148,7 @@ def main() -> None:
         process = start(data, killed, processes, workers)
         while process.poll() is None and not any(line["step"] >= target for line in lines(killed, 0)):
             time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     finish(start(data, killed, processes, workers))
     good, sessions = True, []
     for rank in range(processes):

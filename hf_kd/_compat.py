@@ -27,7 +27,7 @@ LATER = {"private"}  # parameters that not all of the supported versions have
 USED = {
     "transformers.Trainer._get_eval_sampler": "eval_dataset",
     "transformers.Trainer._prepare_inputs": "inputs",
-    "transformers.Trainer._run_epoch": "epoch",
+    "transformers.Trainer._run_epoch": "epoch num_update_steps_per_epoch train_dataloader",
     "transformers.Trainer.create_model_card": "model_name",
     "transformers.Trainer.loss_is_scaled_for_ga": None,
     "transformers.Trainer.push_to_hub": "commit_message token revision",

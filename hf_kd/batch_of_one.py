@@ -23,14 +23,11 @@ _TORCH_SAYS = "Expected more than 1 value per channel"
 def check_batches_of_one(trainer, dataset, batch_size: int) -> None:
     """ValueError before training if it has a batch of one image in which a batch norm gets one value per channel."""
     args, preprocessing = trainer.args, trainer.preprocessing
-    streamed = isinstance(dataset, ImageDataset) and dataset.groups
-    # Several processes get whole batches: accelerate fills the last one up, unless the processes share a stream's.
-    filled = args.world_size > 1 and args.accelerator_config.even_batches and not streamed
     ends_before = (
         0 < args.max_steps * args.gradient_accumulation_steps <= len(dataset) // batch_size // args.world_size
     )
-    has_one = 1 in batch_sizes(len(dataset), batch_size, args.world_size if streamed else 1)
-    if batch_size > 1 and (args.dataloader_drop_last or filled or ends_before or not has_one):
+    has_one = 1 in batch_sizes(len(dataset), batch_size, args.world_size, args.dataloader_drop_last)
+    if batch_size > 1 and (ends_before or not has_one):
         return
     values = dataset[0].get("pixel_values") if isinstance(dataset, ImageDataset) else None
     if values is None and preprocessing is None:

@@ -288,6 +288,11 @@ def check_trainer_arguments(args, data_collator, compute_loss_func) -> None:
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process for each, with "
             "`accelerate launch` or `torchrun`, or choose one with CUDA_VISIBLE_DEVICES."
         )
+    if args.parallelism_config is not None and args.parallelism_config.non_data_parallel_size > 1:
+        raise ValueError("parallelism_config: tensor, context and sequence parallelism are not supported.")
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(f"accelerator_config.{name} is not supported: each process reads its own batches.")
     if data_collator is not None and (args.mixup_alpha or args.cutmix_alpha):
         raise ValueError("mixup_alpha and cutmix_alpha need the trainer's own collator: drop them or data_collator=.")
     if compute_loss_func is not None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from .launcher import resume_command
 from .reporting.record import plain
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: the images of an epoch were in another order
 PLAN_FILE = "plan.json"
 PYTHON_RESUME = "trainer.train(resume_from_checkpoint=True)"  # of a trainer that was built in Python
 # Options of the command line that are fields of a source and arguments of `load_student` and `load_data`.

@@ -23,7 +23,7 @@ from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, note_skipped, training_collator
-from .data.order import sampler_of_stream
+from .data.order import sampler_of
 from .data.wait import DataWait
 from .losses import DistillationLoss, Progress
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
@@ -199,7 +199,8 @@ class DistillationTrainer(Trainer):
             size = self.preprocessing.training_shape(size)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
-            dataset = dataset.for_training(self.augmentation_applied, size)
+            dataset = dataset.for_training(self.augmentation_applied, size, self.args.data_seed)
+        sampler = sampler_of(self.args, dataset, batch_size, is_training)
         if is_training:
             check_batches_of_one(self, dataset, batch_size)
         if self._own_collator and is_training:
@@ -207,10 +208,10 @@ class DistillationTrainer(Trainer):
         elif self._own_collator:
             teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
             self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
-        if labelled and isinstance(dataset, ImageDataset) and dataset.groups:  # predictions are in the rows' order
-            sampler_fn = sampler_of_stream(self.args, batch_size, is_training)
+        if labelled and sampler is not None:  # predictions are in the rows' order
+            sampler_fn = lambda _: sampler  # noqa: E731
         drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
+        self.args.dataloader_drop_last = False  # an evaluation counts every image, and training has its sampler
         try:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
@@ -233,13 +234,14 @@ class DistillationTrainer(Trainer):
         # transformers keeps one loader for all datasets that are passed, where workers persist.
         return self._get_dataloader(eval_dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler)
 
-    def _run_epoch(self, *args, epoch, num_update_steps_per_epoch, **kwargs):  # type: ignore[override]
-        self._steps_per_epoch = num_update_steps_per_epoch
-        # accelerate forwards set_epoch to the dataset only where the sampler takes none.
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.train_dataset.set_epoch(epoch)
-        kwargs |= {"epoch": epoch, "num_update_steps_per_epoch": num_update_steps_per_epoch}
-        return super()._run_epoch(*args, **kwargs)
+    def _run_epoch(self, **kwargs):  # type: ignore[override]
+        self._steps_per_epoch = kwargs["num_update_steps_per_epoch"]
+        # accelerate and transformers forward set_epoch to some datasets and samplers only.
+        batches = kwargs["train_dataloader"].batch_sampler
+        for part in (self.train_dataset, getattr(batches, "batch_sampler", batches)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(**kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
         return count_samples(self, batch_samples)

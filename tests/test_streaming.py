@@ -23,7 +23,7 @@ from trainer_helpers import trainer_for
 
 from hf_kd.data import ImageDataset, load_data, order, streaming, wait
 from hf_kd.data import dataset as dataset_module
-from hf_kd.data.order import RowGroup, StreamSampler, batch_sizes, epoch_order
+from hf_kd.data.order import EpochSampler, RowGroup, batch_sizes, epoch_order
 from hf_kd.data.streaming import StreamedRows
 
 FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
@@ -78,7 +78,8 @@ def test_each_row_once_a_pass_and_as_many_steps_for_all(tmp_path, processes, wor
         dataset.set_epoch(epoch)
         seen, steps = [], []
         for rank in range(processes):
-            sampler = StreamSampler(dataset, 8, (processes, rank, workers))
+            sampler = EpochSampler(dataset, 8, (processes, rank, workers))
+            sampler.set_epoch(epoch)
             loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
             found = [[item["index"] for item in batch] for batch in loader]
             assert found == list(sampler) and all(found)
@@ -129,12 +130,12 @@ def test_a_row_group_is_read_by_few_readers_and_else_the_factor_is_told(tmp_path
     monkeypatch.setattr(StreamedRows, "_read", lambda self, group: read.append(group) or keep(self, group))
     dataset = stream(tmp_path / "many", [96, 96])
     for rank in (0, 1):
-        for batch in StreamSampler(dataset, 8, (2, rank, 0)):
+        for batch in EpochSampler(dataset, 8, (2, rank, 0)):
             dataset.__getitems__(batch)
     assert sum(group.rows for group in read) <= 1.2 * 192
     assert not caplog.text
     dataset = stream(tmp_path / "one", [40], rows_per_group=40)
-    StreamSampler(dataset, 8, (2, 0, 2))
+    EpochSampler(dataset, 8, (2, 0, 2))
     assert "2 processes with 2 loader workers read 1 row groups, so that each image is read 4.0 times" in caplog.text
 
 
@@ -162,7 +163,7 @@ def test_what_has_been_read_is_forgotten_and_what_follows_is_read_ahead(tmp_path
     for group in rows.groups:
         object.__setattr__(group, "size", size)
     small_blocks(monkeypatch, ahead=5 * size)
-    samplers = [StreamSampler(dataset, 8, (2, rank, 0)) for rank in (0, 1)]
+    samplers = [EpochSampler(dataset, 8, (2, rank, 0)) for rank in (0, 1)]
     own = [set(rows._groups_of(np.concatenate(list(sampler)))) for sampler in samplers]
     assert not own[0] & own[1]
     for sampler, groups in zip(samplers, own, strict=True):
@@ -275,7 +276,7 @@ def test_a_webdataset_is_streamed(tmp_path, monkeypatch, label):
     assert (len(data.train), len(data.eval), data.names) == (53, 9, list("012345"))
     assert [group.rows for group in data.train.groups] == [1, *[4] * 5, 4, 4, 1, *[4] * 5, 3]
     dataset = ImageDataset(data.train).for_training(None, None)
-    items = [item for batch in StreamSampler(dataset, 8, (1, 0, 0)) for item in dataset.__getitems__(batch)]
+    items = [item for batch in EpochSampler(dataset, 8, (1, 0, 0)) for item in dataset.__getitems__(batch)]
     assert sorted(item["index"] for item in items) == list(range(53))
     for item in items:
         expected = np.asarray(sources["train"][1]["image"][item["index"]])
@@ -446,7 +447,14 @@ def train_two_passes(folder):
         trainer.train()
     else:
         trainer.train()
-    metrics = trainer.evaluate()
+    counted, predict = [], trainer.prediction_step
+
+    def counting(model, inputs, *args, **options):
+        counted.extend(trainer.gather_function(inputs["index"]).tolist())
+        return predict(model, inputs, *args, **options)
+
+    trainer.prediction_step = counting
+    metrics = trainer.evaluate() | {"ids": sorted(counted)}
     rank = trainer.args.process_index
     (folder / f"seen-{world}-{rank}.json").write_text(json.dumps(seen))
     if trainer.is_world_process_zero():
@@ -486,7 +494,7 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
     seen, two = launch()
     assert [sum(map(len, seen[i : i + 4])) for i in (0, 4)] == [53, 53]
     assert sorted(row for batch in seen[:4] for row in batch) == list(range(53)) and len(seen[3]) == 5
-    keep = StreamSampler._batches
+    keep = EpochSampler._batches
 
     def merged(self):
         self.sizes, self.processes = batch_sizes(53, 8, 2), 2
@@ -494,11 +502,12 @@ def test_two_processes_equal_one_and_resume_in_the_middle_of_a_pass(tmp_path, mo
         self.processes = 1
         return [np.concatenate(parts[i : i + 2]) for i in range(0, len(parts), 2)]
 
-    monkeypatch.setattr(StreamSampler, "_batches", merged)
-    monkeypatch.setattr(StreamSampler, "__len__", lambda self: 4)
+    monkeypatch.setattr(EpochSampler, "_batches", merged)
+    monkeypatch.setattr(EpochSampler, "__len__", lambda self: 4)
     train_two_passes(tmp_path)
     torch.testing.assert_close(two, torch.load(tmp_path / "weights-1.pt"), rtol=1e-4, atol=1e-5)
     first, second = (json.loads((tmp_path / f"metrics-{n}.json").read_text()) for n in (1, 2))
+    assert first["ids"] == second["ids"] == list(range(13))
     for name in ("loss", "kl"):
         assert first[f"eval_{name}"] == pytest.approx(second[f"eval_{name}"], rel=1e-4)
     (tmp_path / "resume").write_text("6")

@@ -22,7 +22,7 @@ from hf_kd import step_data
 from hf_kd.batch_of_one import check_batches_of_one
 from hf_kd.data import ImageDataset, load_data
 from hf_kd.data import dataset as dataset_module
-from hf_kd.data.order import StreamSampler, sampler_of_stream
+from hf_kd.data.order import EpochSampler
 from hf_kd.reporting import make_record
 
 
@@ -165,15 +165,12 @@ def test_a_limit_within_a_row_group_ends_the_rows(tmp_path):
 def test_drop_last_leaves_the_last_images_out(tmp_path, processes):
     rows = load_data(folder_of(tmp_path, 35), streaming=True).train
     dataset = ImageDataset(rows).for_training(None, None)
-    args = trainer_for(tmp_path / "out", train=rows, dataloader_drop_last=True).args
-    make = sampler_of_stream(args, 8, True)
-    make.keywords["readers"] = (processes, 0, 0)
-    samplers = [StreamSampler(dataset, **make.keywords | {"readers": (processes, i, 0)}) for i in range(processes)]
+    samplers = [EpochSampler(dataset, 8, (processes, i, 0), drop_last=True) for i in range(processes)]
     assert len(samplers[0]) == 4 // processes
     found = [row for sampler in samplers for batch in sampler for row in batch]
     assert all(len(batch) == 8 for batch in samplers[0]) and len(set(found)) == len(found) == 32
     with pytest.raises(ValueError, match="35 images fill no step of 40.*dataloader_drop_last False"):
-        StreamSampler(dataset, 40, (1, 0, 0), drop_last=True)
+        EpochSampler(dataset, 40, (1, 0, 0), drop_last=True)
 
 
 def test_a_stream_with_drop_last_is_trained_without_a_batch_of_one(tmp_path):

@@ -75,6 +75,8 @@ class ImageDataset(Dataset):
     `groups` are the row groups of a stream, in whose order it is read (see `hf_kd.data.order`); set on another
     dataset, they make it be read in the same order.
 
+    `order_seed` is that of the order in which a stream is read, None for the order of its rows.
+
     Images of one size of a `datasets.Dataset` are decoded once and kept, if all rows of that size fit in 1.5 GB and
     the transform is none or a `CropAndFlip`, which is then applied to whole batches. Items are the same bit by bit.
 
@@ -84,6 +86,7 @@ class ImageDataset(Dataset):
 
     replacement = False
     labelled = True
+    order_seed: int | None = None
     reader_ends: Any = (np.iinfo(int).max,)  # see `Upcoming`; those of its sampler
     _upcoming: tuple[int, Upcoming] | None = None  # of an epoch
 
@@ -120,10 +123,12 @@ class ImageDataset(Dataset):
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
 
-    def for_training(self, augment: str | None, size: int | tuple[int, int] | None) -> "ImageDataset":
+    def for_training(
+        self, augment: str | None, size: int | tuple[int, int] | None, order_seed: int | None = 0
+    ) -> "ImageDataset":
         """A copy with `replacement`, the same epoch and, if `augment` is not None, what `build_transform` gives."""
         dataset = copy.copy(self)
-        dataset.replacement = True
+        dataset.replacement, dataset.order_seed, dataset._upcoming = True, order_seed, None
         if augment is not None:
             dataset.transform = build_transform(augment, size)
         return dataset
@@ -151,16 +156,12 @@ class ImageDataset(Dataset):
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
         return items
 
-    def epoch_order(self) -> np.ndarray:
-        """All rows of a stream in the order of the current epoch; for evaluation as they are."""
-        assert self.groups is not None
-        return epoch_order(self.groups, self.seed if self.replacement else None, int(self._epoch))
-
     def _following(self, index: int) -> list[int]:
         """The row groups that are read after a row, as far as they are read ahead."""
         if self._upcoming is None or self._upcoming[0] != int(self._epoch):
             assert self.groups is not None
-            self._upcoming = int(self._epoch), Upcoming(self.groups, self.epoch_order(), self.reader_ends)
+            order = epoch_order(self.groups, self.order_seed, int(self._epoch))
+            self._upcoming = int(self._epoch), Upcoming(self.groups, order, self.reader_ends)
         return self._upcoming[1].after(index)
 
     def _first_image(self) -> Tensor | None:

@@ -1,12 +1,10 @@
-"""The order in which an epoch reads a stream: which rows, in which batches, by which process and loader worker."""
+"""The order of an epoch: which rows, in which batches, by which process and, of a stream, by which loader worker."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers.trainer_pt_utils import BatchRebalanceSampler
@@ -33,7 +31,10 @@ class RowGroup:
 
 
 def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.ndarray:
-    """All rows in the order of an epoch: row groups shuffled, then rows within blocks; unchanged without a seed."""
+    """All rows in the order of an epoch: row groups shuffled, then rows within blocks; unchanged without a seed.
+
+    Of a dataset that is not a stream all rows are one group, so that this is a permutation of them.
+    """
     rows = [np.arange(group.start, group.start + group.rows) for group in groups]
     if seed is None:
         return np.concatenate(rows)
@@ -142,57 +143,73 @@ def spaced_rows(groups: Sequence[RowGroup], count: int, places: int = 8) -> list
     return [row for part in rows for row in part][:count]
 
 
-class StreamSampler(BatchRebalanceSampler):
-    """The batches of one process in an epoch of a stream.
+class EpochSampler(BatchRebalanceSampler):
+    """The batches of one process in an epoch: each row once, and as many steps for all processes.
 
-    A `BatchRebalanceSampler` because that is what transformers takes as a sampler of batches which knows its rank.
+    The images of a step do not depend on the number of processes that share them, except for those of a stream, of
+    which each reader has row groups of its own. A `BatchRebalanceSampler` because that is what transformers takes as
+    a sampler of batches which knows its rank.
 
     Args:
-        dataset: an `ImageDataset` with `groups`, whose seed and epoch are used.
+        dataset: any map-style dataset; one with `groups` is read as a stream is.
         batch_size: images of one process.
         readers: number of processes, rank of this one, and its number of loader workers.
         drop_last: see `batch_sizes`.
+        seed: see `epoch_order`.
     """
 
-    def __init__(self, dataset, batch_size: int, readers: tuple[int, int, int], drop_last: bool = False) -> None:
-        self.dataset, (self.processes, self.rank, self.workers) = dataset, readers
-        self.sizes = batch_sizes(len(dataset), batch_size, self.processes, drop_last)
-        dataset.reader_ends = reader_ends(self.sizes, self.processes, self.workers)
-        factor = reading_factor(dataset.groups, self._batches(), self.processes, self.workers)
+    def __init__(
+        self, dataset, batch_size: int, readers: tuple[int, int, int], drop_last: bool = False, seed: int | None = 0
+    ) -> None:
+        self.processes, self.rank, self.workers = readers
+        self.order_seed, self.epoch, rows = seed, 0, len(dataset)
+        self.sizes = batch_sizes(rows, batch_size, self.processes, drop_last)
+        self.groups: list[RowGroup] | None = getattr(dataset, "groups", None)
+        self._blocks = self.groups or [RowGroup("", 0, 0, rows)]
+        if self.groups:
+            dataset.reader_ends = reader_ends(self.sizes, self.processes, self.workers)
+        factor = reading_factor(self.groups, self._batches(), self.processes, self.workers) if self.groups else 1.0
         if factor > 1.2:
             logger.warning_once(
-                f"{self.processes} processes with {max(1, self.workers)} loader workers read {len(dataset.groups)} "
+                f"{self.processes} processes with {max(1, self.workers)} loader workers read {len(self._blocks)} "
                 f"row groups, so that each image is read {factor:.1f} times: use fewer --dataloader_num_workers, or "
                 "files with more row groups."
             )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         return (batch.tolist() for batch in self._batches()[self.rank :: self.processes])
 
     def _batches(self) -> list[np.ndarray]:
-        return batches(self.dataset.epoch_order(), self.sizes, self.processes, self.workers)
+        readers = (self.processes, self.workers) if self.groups else (1, 0)
+        return batches(epoch_order(self._blocks, self.order_seed, self.epoch), self.sizes, *readers)
 
     def __len__(self) -> int:
         return len(self.sizes) // self.processes
 
 
-def evaluation_order(dataset, batch_size: int, readers: tuple[int, int, int]) -> list[int]:
-    """The rows in the order in which an evaluation takes them, whose batches accelerate shares among processes."""
-    full, rest = divmod(len(dataset), batch_size)
+def sampler_of(args, dataset, batch_size: int, is_training: bool) -> EpochSampler | list[int] | None:
+    """What the loader of a process with these arguments of a trainer draws from: batches of rows for training, rows
+    for an evaluation of a stream, whose batches accelerate shares among the processes; None: the rows as they are."""
+    groups, sequential = getattr(dataset, "groups", None), args.train_sampling_strategy == "sequential"
+    processes, workers = args.world_size, args.dataloader_num_workers
+    if is_training:
+        if sequential and groups:
+            raise ValueError(
+                "a stream is shuffled in blocks, train_sampling_strategy='sequential' is not supported: leave it out, "
+                "or leave --streaming out."
+            )
+        readers, seed = (processes, args.process_index, workers), None if sequential else args.data_seed
+        return EpochSampler(dataset, batch_size, readers, args.dataloader_drop_last, seed)
+    return evaluation_order(dataset, batch_size, processes, workers) if groups else None
+
+
+def evaluation_order(dataset, batch_size: int, processes: int, workers: int) -> list[int]:
+    """The rows of a stream in an order in which each reader has row groups of its own."""
+    rows = epoch_order(dataset.groups, None, 0)
+    full, rest = divmod(len(rows), batch_size)
     sizes = [batch_size] * full + ([rest] if rest else [])
-    dataset.reader_ends = reader_ends(sizes, readers[0], readers[2])
-    return np.concatenate(batches(dataset.epoch_order(), sizes, readers[0], readers[2])).tolist()
-
-
-def sampler_of_stream(args, batch_size: int, is_training: bool) -> Callable[[Any], Any]:
-    """What makes the sampler of a stream, for the process of a trainer with these arguments."""
-    readers = args.world_size, args.process_index, args.dataloader_num_workers
-    if not is_training:
-        return functools.partial(evaluation_order, batch_size=batch_size, readers=readers)
-    if args.train_sampling_strategy == "sequential":
-        raise ValueError(
-            "a stream is shuffled in blocks, train_sampling_strategy='sequential' is not supported: leave it out, or "
-            "leave --streaming out."
-        )
-    drop_last = args.dataloader_drop_last
-    return functools.partial(StreamSampler, batch_size=batch_size, readers=readers, drop_last=drop_last)
+    dataset.reader_ends = reader_ends(sizes, processes, workers)
+    return np.concatenate(batches(rows, sizes, processes, workers)).tolist()
