@@ -1,4 +1,4 @@
-"""Writes everything that shows results again from the records: python benchmarks/regenerate.py
+"""Writes everything that shows results again from the records, and docs/losses.md: python benchmarks/regenerate.py
 
 Cards and curves in model_cards/, curves in benchmarks/results/, and the tables and verdicts between
 `<!-- results NAME -->` and `<!-- end -->` in README.md and in benchmarks/results/ come from the run.json (seeds.json)
@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from hf_kd.losses.overview import overview
 from hf_kd.reporting import comparison_table, plot_curves, teacher_row_of, verdicts, write_card
 from hf_kd.reporting.record import write_json
 
@@ -57,6 +58,7 @@ def main() -> None:
             write_card(path.parent)
         if path.name == "run.json":
             plot_curves(new.get("runs", [new]), path.with_name("curves.png"))
+    (ROOT / "docs" / "losses.md").write_text(overview(), "utf-8")
     for path in PAGES:
         path.write_text(page(path.read_text("utf-8")), "utf-8")
 

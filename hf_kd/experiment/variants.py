@@ -49,7 +49,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
         for name, values in losses.items():
             values = dict(values)
             loss = values.pop("loss", name)
-            name = loss_class(loss).name if name == loss else name  # of a class of the user's own
+            name = loss_class(loss).name if name == loss and ":" in loss else name
             if recipe:
                 values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
