@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_kd.losses.overview import overview
 from hf_kd.reporting import comparison_table, plot_curves, teacher_row_of, verdicts, write_card
 from hf_kd.reporting.record import write_json
+from hf_kd.reporting.significance import BASELINE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,11 +29,11 @@ def with_verdicts(record: dict) -> dict:
     """The record of a comparison, or of a run with the comparison that it was part of, with its verdicts anew."""
     if "runs" in record:
         runs = [with_verdicts(run) for run in record["runs"]]
-        return record | {"runs": runs, "verdicts": verdicts(runs)}
+        return record | {"runs": runs, "verdicts": verdicts(runs, record.get("against", BASELINE))}
     if not record.get("verdict"):
         return record
-    runs = record["verdict"]["runs"]
-    (own,) = (verdict for verdict in verdicts(runs) if verdict["loss"] == record["name"])
+    runs, against = record["verdict"]["runs"], record["verdict"]["tests"][0]["against"]
+    (own,) = (verdict for verdict in verdicts(runs, against) if verdict["loss"] == record["name"])
     return record | {"verdict": own | {"runs": runs}}
 
 
