@@ -1,4 +1,4 @@
-"""Writes everything that shows results again from the records: python benchmarks/regenerate.py
+"""Writes everything that shows results again from the records, and docs/losses.md: python benchmarks/regenerate.py
 
 Cards and curves in model_cards/, curves in benchmarks/results/, and the tables and verdicts between
 `<!-- results NAME -->` and `<!-- end -->` in README.md and in benchmarks/results/ come from the run.json (seeds.json)
@@ -9,8 +9,10 @@ import json
 import re
 from pathlib import Path
 
+from hf_kd.losses.overview import overview
 from hf_kd.reporting import comparison_table, plot_curves, teacher_row_of, verdicts, write_card
 from hf_kd.reporting.record import write_json
+from hf_kd.reporting.significance import BASELINE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,11 +29,11 @@ def with_verdicts(record: dict) -> dict:
     """The record of a comparison, or of a run with the comparison that it was part of, with its verdicts anew."""
     if "runs" in record:
         runs = [with_verdicts(run) for run in record["runs"]]
-        return record | {"runs": runs, "verdicts": verdicts(runs)}
+        return record | {"runs": runs, "verdicts": verdicts(runs, record.get("against", BASELINE))}
     if not record.get("verdict"):
         return record
-    runs = record["verdict"]["runs"]
-    (own,) = (verdict for verdict in verdicts(runs) if verdict["loss"] == record["name"])
+    runs, against = record["verdict"]["runs"], record["verdict"]["tests"][0]["against"]
+    (own,) = (verdict for verdict in verdicts(runs, against) if verdict["loss"] == record["name"])
     return record | {"verdict": own | {"runs": runs}}
 
 
@@ -57,6 +59,7 @@ def main() -> None:
             write_card(path.parent)
         if path.name == "run.json":
             plot_curves(new.get("runs", [new]), path.with_name("curves.png"))
+    (ROOT / "docs" / "losses.md").write_text(overview(), "utf-8")
     for path in PAGES:
         path.write_text(page(path.read_text("utf-8")), "utf-8")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from transformers import SchedulerType, TrainingArguments
 
-from .losses import LOSSES, DistillationLoss, get_loss, loss_class
+from .losses import LOSSES, SETTINGS, DistillationLoss, get_loss, loss_class
 from .losses.functional import check_number
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
@@ -91,11 +91,15 @@ class DistillationConfig(TrainingArguments):
         output_dir: str  # None is replaced in __post_init__
 
     loss: str = option(
-        f"What to train with: {', '.join(LOSSES)}, or a class of your own: package.module:Class or file.py:Class.",
+        f"What to train with: {', '.join([*LOSSES, *SETTINGS])} (see `hf-kd losses`), or a class of your own: "
+        "package.module:Class or file.py:Class.",
         "uskd",
     )
     loss_kwargs: JSONObject | None = option(
         "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."
+    )
+    logit_standardization: bool = option(
+        "Standardize the logits of student and teacher in the teacher's terms of --loss: kd and dkd.", False
     )
     augment: str = option(
         f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, resized_crop "
@@ -130,6 +134,9 @@ class DistillationConfig(TrainingArguments):
             self.loss_kwargs = read_json("loss_kwargs", self.loss_kwargs)
         if isinstance(self.lr_scheduler_kwargs, str):
             self.lr_scheduler_kwargs = read_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        if self.logit_standardization:  # of this loss, not of those that it is compared with
+            self.loss_kwargs = {**(self.loss_kwargs or {}), "logit_standardization": True}
+            self.logit_standardization = False
         check_numbers(self, _NUMBERS, _POSITIVE, **_RANGES)
         self.build_loss()
         self.augment_given = bool(self.augment)  # the default is not refused where it cannot apply

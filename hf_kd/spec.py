@@ -170,6 +170,7 @@ class Experiment:
     preset: dict[str, Any] | None = resumable()  # name, source, and which of its settings the user has changed
     provenance: dict[str, str] | None = resumable()  # "you" or "preset NAME", by setting
     command: str | None = resumable()
+    against: str = resumable("ce")  # the variant that the others are tested against
     push: dict[str, Any] | None = resumable()  # repo_id, private, revision, and the folder of the run that is pushed
     requirements: dict[str, Any] | None = resumable()  # optimizer steps of a run, parameters, disk space in bytes
     versions: dict[str, Any] | None = resumable()

@@ -25,7 +25,7 @@ from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, note_skipped, training_collator
 from .data.order import sampler_of
 from .data.wait import DataWait
-from .losses import DistillationLoss, Progress
+from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
@@ -144,7 +144,7 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         if self.train_loss.reduce_mean is None and args.world_size > 1:
-            self.train_loss.reduce_mean = lambda mean: self.accelerator.reduce(mean, "mean")
+            self.train_loss.reduce_mean, self.train_loss.world_size = mean_over_ranks, args.world_size
         for each in filter(None, (self.teacher, self.eval_teacher)):
             each.to(args.device)
         self._make_head(self.model)

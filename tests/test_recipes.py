@@ -289,6 +289,26 @@ def test_a_recipe_gives_the_published_hyperparameters_and_yours_win():
     assert run_configs(script, config, None)[0][2].loss_kwargs == {"gamma": 9}
 
 
+def test_named_settings_stand_over_published_hyperparameters():
+    script, config = parse(
+        ["--student", "x", "--teacher", "y", "--use_cpu", "--compare", "kd,kl_only,label_smoothing"]
+    )
+    runs = {name: run for name, _, run in run_configs(script, config, "cnn_scratch_cifar")}
+    assert runs["kd"].loss_kwargs == {"temperature": 4.0, "weight": 0.9}
+    assert runs["kl_only"].loss_kwargs == {"temperature": 4.0, "weight": 1.0, "ce_weight": 0.0}
+    assert runs["label_smoothing"].build_loss().label_smoothing == 0.1
+
+
+def test_logit_standardization_is_of_the_loss_and_not_of_its_baseline():
+    argv = ["--student", "x", "--teacher", "y", "--use_cpu", "--logit_standardization", "--verdict", "--loss"]
+    script, config = parse([*argv, "dkd"])
+    runs = {name: run for name, _, run in run_configs(script, config, "cnn_scratch_cifar")}
+    assert runs["dkd"].loss_kwargs["logit_standardization"] is True and runs["dkd"].loss_kwargs["beta"] == 8.0
+    assert "logit_standardization" not in runs["ce"].loss_kwargs
+    with pytest.raises(ValueError, match="nkd takes no argument logit_standardization"):
+        parse([*argv, "nkd"])
+
+
 def test_where_each_setting_came_from():
     script, config = parse(["--student", "x", "--use_cpu", "--learning_rate", "1", "--loss_kwargs", '{"alpha": 9}'])
     before = recipes.provenance("cnn_scratch_cifar", config, script.explicit)

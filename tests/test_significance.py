@@ -7,7 +7,8 @@ import statistics
 import pytest
 
 from hf_kd.reporting import comparison_table
-from hf_kd.reporting.significance import baseline_tests, compare, paired_test, verdicts
+from hf_kd.reporting.significance import baseline_tests, compare, paired_test, pairwise, seeds_needed, verdicts
+from hf_kd.reporting.tables import pairwise_table
 
 
 def runs(**top1):
@@ -158,3 +159,43 @@ def test_a_run_that_diverged_counts_nowhere_and_is_named():
     assert found["sentence"].endswith(" Not counted, because it diverged: nkd of seed 2.")
     table = comparison_table(given).splitlines()
     assert table[3].startswith("nkd (1 of 3 diverged)") and "46.05 ± 7.14" in table[3]
+
+
+def test_any_variant_can_be_the_baseline():
+    given = runs(ce=[30, 31, 32], kd=[40, 50, 60], nkd=[41.0, 51.1, 60.9], uskd=[35, 41, 39])
+    tests = baseline_tests(given, "kd")
+    assert list(tests) == ["nkd", "uskd"] and {test["family"] for test in tests.values()} == {2}
+    assert tests["nkd"]["differences"] == pytest.approx([1.0, 1.1, 0.9])
+    nkd, uskd = verdicts(given, "kd")
+    assert (
+        nkd["helped"] and "over kd (3 seeds" in nkd["sentence"] and "after Holm's correction for 2" in nkd["sentence"]
+    )
+    assert not uskd["helped"] and nkd["tests"][0]["against"] == "kd"
+    table = comparison_table(given, against="kd")
+    assert "difference to kd" in table and "+1.00 ± 0.25" in table
+
+
+def test_pairs_are_described_each_by_itself():
+    given = runs(ce=[30, 31, 32], kd=[40, 50, 60], nkd=[41.0, 51.1, 60.9])
+    assert set(pairwise(given)) == {(a, b) for a in ("ce", "kd", "nkd") for b in ("ce", "kd", "nkd") if a != b}
+    lines = pairwise_table(given).splitlines()
+    assert lines[0].split() == ["row", "−", "column", "ce", "kd", "nkd"]
+    assert lines[4].split()[-3:] == ["+1.00", "±", "0.25"] and lines[3].split()[-3:] == ["-1.00", "±", "0.25"]
+    assert pairwise_table(runs(ce=[30, 31], kd=[40, 50])) == "" and pairwise_table(runs(ce=[3], kd=[4], nkd=[5])) == ""
+
+
+def test_how_many_seeds_a_difference_needs_has_the_power_that_is_claimed():
+    differences = [1.0, -0.4, 1.6, 0.1]
+    needed = seeds_needed(paired_test(differences))
+    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+    generator, shares = random.Random(0), {}
+    for n in (needed - 1, needed):
+        found = [paired_test([generator.gauss(mean, deviation) for _ in range(n)]) for _ in range(2000)]
+        shares[n] = sum(test["p"] <= 0.05 and test["mean"] > 0 for test in found) / len(found)
+    assert shares[needed] > 0.8 - 0.03 > 0 and shares[needed - 1] < 0.8 + 0.03
+    assert seeds_needed(paired_test([1.0])) is None and seeds_needed(paired_test([-0.5, 0.5])) is None
+    assert seeds_needed(paired_test([0.001, 1.0, -1.0])) is None  # more than 1,000
+    (open_,) = verdicts(runs(ce=[40, 50, 60], nkd=[44, 49, 64]))
+    assert open_["sentence"].endswith(" seeds to show (power 80 %).")
+    (clear,) = verdicts(runs(ce=[40, 50, 60], nkd=[41.0, 51.1, 60.9]))
+    assert "would need" not in clear["sentence"]

@@ -115,7 +115,7 @@ def test_logged_terms_add_up(loss, accumulation, tmp_path):
     assert len(logs) == 2
     for entry in logs:
         terms = {k: v for k, v in entry.items() if k.startswith("loss_")}
-        assert len(terms) == {"ce": 1, "kd": 2, "nkd": 3, "uskd": 4}[loss]
+        assert len(terms) == {"ce": 1, "nkd": 3, "dkd": 3, "dist": 3, "uskd": 4}.get(loss, 2)
         assert sum(terms.values()) == pytest.approx(entry["loss"], rel=1e-5)
 
 

@@ -5,6 +5,7 @@ import sys
 USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd distill --help` lists the arguments.
        hf-kd resume FOLDER    Go on with an experiment that was interrupted.
        hf-kd push FOLDER      Push a distilled student to the Hub; see `hf-kd push --help`.
+       hf-kd losses           List the losses: formula, needs, hyperparameters, published results.
        hf-kd --version        Print the version."""
 
 
@@ -15,6 +16,11 @@ def main(argv: list[str] | None = None) -> int:
         from .. import __version__
 
         print(f"hf_kd {__version__}")
+        return 0
+    if argv == ["losses"]:
+        from ..losses.overview import overview
+
+        print(overview())
         return 0
     if not argv or argv[0] not in ("distill", "resume", "push"):
         print(USAGE)

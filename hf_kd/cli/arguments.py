@@ -42,6 +42,10 @@ class ScriptArguments:
         "the same weights and order of data, with each of --seeds, and test the paired differences.",
         False,
     )
+    against: str | None = option(
+        "The variant that the others are tested against, such as kd: with --verdict any loss, with --compare one of "
+        "its names. Default: ce."
+    )
     seeds: list[int] | None = option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
     image_size: int | None = option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
@@ -99,7 +103,11 @@ class ScriptArguments:
         seeds = self.seeds or []
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice.")
+        if self.against and not self.verdict and self.compare is None:
+            raise ValueError(f"--against {self.against} goes with --verdict or --compare.")
         if self.verdict:
+            if self.against == config.loss:
+                raise ValueError(f"--against {self.against} is the loss itself: name another one.")
             if self.compare is not None:
                 raise ValueError("--verdict chooses what to compare with by itself: drop it, or --compare.")
             if config.loss == "ce":

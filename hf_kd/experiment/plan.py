@@ -25,6 +25,7 @@ from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
+from ..reporting.significance import BASELINE
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
 from .folder import check_writable, continues, earlier_plan
 from .variants import run_configs
@@ -103,6 +104,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         preset=preset,
         provenance=provenance,
         command=_pinned(command, student, teacher, source),
+        against=script.against or BASELINE,
         push=push,
         requirements=_requirements(runs, parameters, len(data.train)),
         versions=collect_versions(),

@@ -26,7 +26,7 @@ from ..reporting.collect import describe_model, make_record, write_record
 from ..reporting.comparison import write_comparison
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
 from ..reporting.significance import verdicts
-from ..reporting.tables import comparison_table, teacher_row_of
+from ..reporting.tables import comparison_table, pairwise_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
@@ -270,12 +270,13 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
 
 def _report(experiment: Experiment, runs: list[dict]) -> None:
     """Prints the table and the verdicts, and writes the comparison and the cards."""
-    output_dir, found = Path(experiment.output_dir), verdicts(runs)
-    print("\n" + comparison_table(runs, teacher_row_of(runs[0])))
-    for verdict in found:
-        print(f"\n{verdict['sentence']}")
+    output_dir, against = Path(experiment.output_dir), experiment.against
+    found = verdicts(runs, against)
+    sentences = [verdict["sentence"] for verdict in found]
+    parts = [comparison_table(runs, teacher_row_of(runs[0]), against=against), *sentences, pairwise_table(runs)]
+    print("\n" + "\n\n".join(filter(None, parts)))
     if len(runs) > 1:
-        comparison = write_comparison(runs, output_dir, experiment.command)
+        comparison = write_comparison(runs, output_dir, experiment.command, against)
         keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
         brief = [{key: record[key] for key in keys if key in record} for record in results(runs)]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}

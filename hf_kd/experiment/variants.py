@@ -16,6 +16,8 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
     if script.verdict:
         smoothing = {"label_smoothing": numbers["label_smoothing"]} if "label_smoothing" in numbers else {}
         controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
+        if script.against:
+            controls.setdefault(script.against, {"loss": script.against})
         return {name: {**values, **smoothing} for name, values in controls.items()} | single
     if script.compare is None:
         return single
@@ -37,6 +39,8 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
             raise ValueError(f"--compare {name}: hyperparameters must be a JSON object, got {values!r}.")
         if not name or set(name) & set('/\\:*?"<>|') or name.startswith("."):
             raise ValueError(f"--compare {name!r} can't be the name of a folder: choose another.")
+    if script.against and script.against not in asked:
+        raise ValueError(f"--against {script.against} is none of the variants: choose one of {', '.join(asked)}.")
     return {name: dict(values or {}) for name, values in asked.items()}
 
 
@@ -49,7 +53,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
         for name, values in losses.items():
             values = dict(values)
             loss = values.pop("loss", name)
-            name = loss_class(loss).name if name == loss else name  # of a class of the user's own
+            name = loss_class(loss).name if name == loss and ":" in loss else name
             if recipe:
                 values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])

@@ -45,10 +45,12 @@ class DistillationLoss(nn.Module):
             such as `{"2xce": {"loss": "ce", "weight": 2.0}}`.
         published: constructor arguments as published, by benchmark ("imagenet", "imagenet_deit", "cifar100").
         published_results: by benchmark, as text: top-1 in percent of students without → with the loss.
+        relations: which other loss to use when, in a sentence or two.
         label_weight: of the cross entropy; 1 unless the constructor sets another.
         progress: a `Progress`, which the trainer sets before every step, after a resume too.
-        reduce_mean: averages a tensor over the ranks, or None in a single process; for statistics of the whole batch.
-            The trainer sets it in distributed training.
+        reduce_mean: averages a tensor over the ranks, differentiably, or None in a single process; for statistics of
+            the whole batch. The trainer sets it, and `world_size`, in distributed training.
+        world_size: the number of ranks.
     """
 
     name: ClassVar[str] = ""
@@ -61,6 +63,7 @@ class DistillationLoss(nn.Module):
     controls: ClassVar[dict[str, dict[str, Any]]] = {}
     published: ClassVar[dict[str, dict[str, Any]]] = {}
     published_results: ClassVar[dict[str, str]] = {}
+    relations: ClassVar[str] = ""
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -69,6 +72,7 @@ class DistillationLoss(nn.Module):
         self.label_weight = 1.0
         self.progress = Progress()
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
+        self.world_size = 1
         self._values_checked = False
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> dict[str, Tensor]:
@@ -85,6 +89,10 @@ class DistillationLoss(nn.Module):
         as `diagnostic_NAME`.
         """
         return {}
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The tensor's sum over the ranks."""
+        return tensor if self.reduce_mean is None else self.reduce_mean(tensor) * self.world_size
 
     def forward(self, student_logits: Tensor, labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Named, already weighted scalar terms, "ce" first; the total loss is their sum.
@@ -137,9 +145,10 @@ class DistillationLoss(nn.Module):
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """What records keep of a loss with these hyperparameters, so that cards and verdicts need not import it."""
+        standardized = " The logits of both are standardized first (arXiv 2403.01427)."
         return {
             "title": cls.title,
-            "formula": cls.formula,
+            "formula": cls.formula + standardized * bool(hyperparameters.get("logit_standardization")),
             "paper": cls.paper,
             "citation": cls.CITATION,
             "tags": list(cls.tags),

@@ -31,6 +31,7 @@ class CELoss(DistillationLoss):
     name = "ce"
     title = "plain cross entropy"
     formula = "weight · CE, where CE is the cross entropy."
+    relations = "The baseline of every comparison; 2xce is twice its weight, label_smoothing its smoothing by 0.1."
     CITATION = """@inproceedings{szegedy2016rethinking,
   title={Rethinking the Inception Architecture for Computer Vision},
   author={Szegedy, Christian and Vanhoucke, Vincent and Ioffe, Sergey and Shlens, Jon and Wojna, Zbigniew},

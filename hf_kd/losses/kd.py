@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .base import DistillationLoss
 from .functional import at_least_float32, check_inputs, check_number
+from .standardize import standardize_logits
 
 
 def kd_loss(
@@ -37,7 +38,8 @@ def kd_loss(
 class KDLoss(DistillationLoss):
     """ce_weight * cross entropy + `kd_loss`. temperature > 0, label_smoothing in [0, 1].
 
-    Without `ce_weight` it is 1 - weight, with weight in [0, 1]; with it, both are any numbers >= 0.
+    Without `ce_weight` it is 1 - weight, with weight in [0, 1]; with it, both are any numbers >= 0. With
+    `logit_standardization` the teacher term sees `standardize_logits` of both.
     """
 
     name = "kd"
@@ -48,6 +50,10 @@ class KDLoss(DistillationLoss):
         "cross entropy."
     )
     paper = "1503.02531"
+    relations = (
+        "NKD and DKD weigh the label's class and the others apart. Papers of this field report as KD what differs in "
+        "weights and temperature. kl_only is KD without the cross entropy."
+    )
     tags = ("knowledge-distillation",)
     CITATION = """@article{hinton2015distilling,
   title={Distilling the Knowledge in a Neural Network},
@@ -60,7 +66,11 @@ class KDLoss(DistillationLoss):
         "imagenet": {"temperature": 1.0, "weight": 0.5},
         "cifar100": {"temperature": 4.0, "weight": 0.9},
     }
-    published_results = {"cifar100": "R56→R20 69.06→70.66, R32x4→R8x4 72.50→73.33, W40-2→W16-2 73.26→74.92"}
+    published_results = {
+        "imagenet": "R34→R18 70.66 to 71.81 in six codebases, from baselines of 69.8 to 70.3",
+        "cifar100": "R56→R20 69.06→70.66, R32x4→R8x4 72.50→73.33, W40-2→W16-2 73.26→74.92, V13→V8 70.36→72.98; with "
+        "logit standardization 71.43, 76.62, 76.11, 74.36",
+    }
 
     def __init__(
         self,
@@ -68,6 +78,7 @@ class KDLoss(DistillationLoss):
         weight: float = 0.9,
         label_smoothing: float = 0.0,
         ce_weight: float | None = None,
+        logit_standardization: bool = False,
     ) -> None:
         super().__init__(label_smoothing)
         check_number("temperature", temperature, 0, above=True)
@@ -80,14 +91,17 @@ class KDLoss(DistillationLoss):
                 "and <= 1, or ce_weight= too"
             )
         self.temperature, self.weight, self.ce_weight = temperature, weight, ce_weight
+        self.logit_standardization = logit_standardization
         self.label_weight = 1 - weight if ce_weight is None else ce_weight
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
+        if self.logit_standardization:
+            student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
         return kd_loss(student_logits, teacher_logits, self.temperature, self.weight)
 
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         description = super().describe(hyperparameters)
         if hyperparameters.get("ce_weight") is not None:
-            description["formula"] = cls.formula.replace("(1 − weight)", "ce_weight")
+            description["formula"] = description["formula"].replace("(1 − weight)", "ce_weight")
         return description

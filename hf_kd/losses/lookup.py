@@ -13,15 +13,36 @@ from typing import Any, TypeGuard
 
 from .base import DistillationLoss
 from .ce import CELoss
+from .dist import DISTLoss
+from .dkd import DKDLoss
+from .hard import HardLoss
 from .kd import KDLoss
 from .nkd import NKDLoss
+from .tf_kd import TfKDLoss
 from .uskd import USKDLoss
+from .wttm import WTTMLoss
 
-LOSSES: dict[str, type[DistillationLoss]] = {"ce": CELoss, "kd": KDLoss, "nkd": NKDLoss, "uskd": USKDLoss}
+LOSSES: dict[str, type[DistillationLoss]] = {
+    cls.name: cls for cls in (CELoss, KDLoss, NKDLoss, USKDLoss, DKDLoss, DISTLoss, WTTMLoss, HardLoss, TfKDLoss)
+}
+
+# Losses that are another one with some of its hyperparameters set.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "2xce": {"loss": "ce", "weight": 2.0},
+    "label_smoothing": {"loss": "ce", "label_smoothing": 0.1},
+    "kl_only": {"loss": "kd", "weight": 1.0, "ce_weight": 0.0},
+}
+
+
+def named_settings(name: str | type[DistillationLoss]) -> dict[str, Any]:
+    """The hyperparameters that a name of `SETTINGS` sets; {} for any other loss."""
+    values = SETTINGS.get(name, {}) if isinstance(name, str) else {}
+    return {key: value for key, value in values.items() if key != "loss"}
 
 
 def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
-    """The class of a loss: a key of `LOSSES`, `package.module:Class`, `file.py:Class`, or a class, which is checked.
+    """The class of a loss: a key of `LOSSES` or `SETTINGS`, `package.module:Class`, `file.py:Class`, or a class, which
+    is checked.
 
     A class of your own is imported when you name it. Readers of records look in `LOSSES` alone and import nothing.
 
@@ -31,14 +52,14 @@ def loss_class(name: str | type[DistillationLoss]) -> type[DistillationLoss]:
     """
     if isinstance(name, type):
         return _checked(name, f"{name.__module__}:{name.__qualname__}")
-    if name in LOSSES:
-        return LOSSES[name]
+    if (base := SETTINGS.get(name, {}).get("loss", name)) in LOSSES:
+        return LOSSES[base]
     origin, colon, attribute = str(name).rpartition(":")
     if not colon:
-        near = " or ".join(difflib.get_close_matches(attribute.lower(), LOSSES, n=2, cutoff=0.4))
+        near = " or ".join(difflib.get_close_matches(attribute.lower(), [*LOSSES, *SETTINGS], n=2, cutoff=0.4))
         hint = f"did you mean {near}? " if near else ""
         raise ValueError(
-            f"unknown loss {name!r}: {hint}pass one of {', '.join(LOSSES)}, or a class of your own as "
+            f"unknown loss {name!r}: {hint}pass one of {', '.join([*LOSSES, *SETTINGS])}, or a class of your own as "
             "package.module:Class or file.py:Class"
         )
     module = _import(origin)
@@ -58,7 +79,7 @@ def get_loss(name: str, **kwargs: Any) -> DistillationLoss:
     for key, value in kwargs.items():
         if key not in accepted:
             raise ValueError(f"{name} takes no argument {key}={value!r}: it accepts {', '.join(accepted)}")
-    return cls(**kwargs)
+    return cls(**named_settings(name) | kwargs)
 
 
 def loss_source(loss: str | type[DistillationLoss]) -> dict[str, str] | None:
@@ -66,7 +87,7 @@ def loss_source(loss: str | type[DistillationLoss]) -> dict[str, str] | None:
 
     None for hf_kd's own losses, and for a class that no file holds, as in a notebook.
     """
-    if loss in LOSSES or loss in LOSSES.values():
+    if loss in LOSSES or loss in SETTINGS or loss in LOSSES.values():
         return None
     try:
         if isinstance(loss, type):
@@ -89,7 +110,8 @@ def _import(origin: str) -> ModuleType:
         if not origin.endswith(".py"):
             return importlib.import_module(origin)
         path = Path(origin).resolve()
-        version = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]
+        code = path.read_bytes()
+        version = hashlib.sha256(str(path).encode() + code).hexdigest()[:12]
     except OSError as error:
         raise ValueError(f"loss file {origin} cannot be read: {error.strerror}") from error
     except (ImportError, ValueError) as error:
@@ -101,7 +123,8 @@ def _import(origin: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(sys.modules[name])
+            # Not by the loader, whose cached byte code may be that of a version of the same second and size.
+            exec(compile(code, path, "exec"), vars(sys.modules[name]))
         except BaseException as error:
             del sys.modules[name]
             if not isinstance(error, Exception):

@@ -84,6 +84,7 @@ class NKDLoss(DistillationLoss):
         "T the teacher, t the temperature of the last term, and N renormalises over the other classes."
     )
     paper = "2303.13005"
+    relations = "Compare it with KD of equal weights and temperature. Without a teacher use USKD."
     tags = ("knowledge-distillation",)
     CITATION = """@inproceedings{yang2023knowledge,
   title={From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and

@@ -51,9 +51,9 @@ def uskd_loss(
         alpha, beta, mu: >= 0, weights of the three terms.
         target_in_rank: True, as the official code does: all C classes are ranked, so a target in first place leaves 2
             as the best non-target's position. False: only non-targets take positions.
-        reduce_mean: averages a 1-D tensor over ranks (an all-reduce mean). It gets the batch mean of S_k^2; for soft
-            labels of the first target, the second, and the fraction of rows with a second one. All ranks must call
-            with the same kind of labels.
+        reduce_mean: averages a 1-D tensor over ranks (an all-reduce mean). It gets the sum of S_k^2 over the batch for
+            each target k, and how many rows have it, so that ranks may have unequal batches. All ranks must call with
+            the same kind of labels.
 
     Returns:
         {"target", "non_target", "weak"}: scalars in nats. Errors as of `nkd_loss`.
@@ -83,12 +83,12 @@ def uskd_loss(
 def soft_targets(s: Tensor, targets: Targets, reduce_mean: Callable[[Tensor], Tensor] | None) -> Tensor:
     """P (B, K) from the student's target probabilities s (B, K); 0 where there is no second target."""
     square = s.square() * targets.active
-    # Sums and fractions are averaged over ranks, then divided: exact however the two-hot rows are spread.
-    means = torch.cat([square.mean(0), targets.active[:, 1:].to(s.dtype).mean(0)])
+    # Sums and counts are averaged over ranks, then divided: exact however the rows are spread.
+    sums = torch.cat([square.sum(0), targets.active.sum(0, dtype=s.dtype)])
     if reduce_mean is not None:
-        means = reduce_mean(means)
-    if s.shape[1] == 2:
-        means = torch.stack([means[0], means[1] / means[2].clamp_min(1e-12)])
+        sums = reduce_mean(sums)
+    squares, rows = sums.chunk(2)
+    means = squares / rows.clamp_min(torch.finfo(s.dtype).tiny)
     return torch.where(targets.active, targets.value + square - means, 0.0)
 
 
@@ -144,6 +144,7 @@ class USKDLoss(DistillationLoss):
         "head, and N renormalises over the other classes."
     )
     paper = NKDLoss.paper
+    relations = "With a teacher use NKD. Compare it with twice the cross entropy (2xce) and with label smoothing."
     tags = ("self-distillation",)
     CITATION = NKDLoss.CITATION
     # With integer labels P has batch mean 1, so that ce + target is nearly twice the cross entropy.

@@ -69,12 +69,12 @@ def published_hyperparameters(loss: str, recipe: str) -> tuple[dict[str, Any], s
 
     "imagenet_deit" falls back to "imagenet", for losses with one set for both.
     """
-    from ..losses import loss_class
+    from ..losses import loss_class, named_settings
 
     published, benchmark = loss_class(loss).published, load(recipe).benchmark
     for key in (benchmark, benchmark.split("_")[0]):
         if key in published:
-            return dict(published[key]), key
+            return published[key] | named_settings(loss), key
     return {}, None
 
 

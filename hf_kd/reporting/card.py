@@ -74,7 +74,7 @@ def model_card(run: Mapping[str, Any]) -> str:
         variants=_variants(run),
         log=log_table(run),
         settings=_settings(run["settings"]),
-        baseline=BASELINE,
+        baseline=_baseline(run),
         project=PROJECT,
         # CITATION.cff asks to cite the paper that hf_kd implements.
         citations=[text for text in dict.fromkeys((description.get("citation"), LOSSES["nkd"].CITATION)) if text],
@@ -142,11 +142,17 @@ def _table(run: Mapping[str, Any], rates: Mapping[str, str]) -> str:
         rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher, rates))
     controls = {name for each in (run, *others) for name in loss_description(each).get("controls", ())}
     for name, seeds in by_name(others).items():
-        role = "baseline without distillation " if name == BASELINE else "control " if name in controls else ""
+        kind = "baseline without distillation " if name == BASELINE else "baseline "
+        role = kind if name in (BASELINE, _baseline(run)) else "control " if name in controls else ""
         several = f", mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else ""
         rows.append(_row(f"{role}{code(name)}{several}", seeds, student, rates))
     header = ["", *rates.values(), *(label for label, _ in SIZES.values())]
     return layout([header, *rows], markdown=True)
+
+
+def _baseline(run: Mapping[str, Any]) -> str:
+    """The name of what the run's loss is measured against."""
+    return (run["verdict"].get("tests") or [{}])[0].get("against", BASELINE)
 
 
 def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -8,27 +8,32 @@ from typing import Any
 
 from .curves import plot_curves
 from .record import CURVES_FILE, METRICS, REPORT_FILE, RESULTS_FILE, RUN_FILE, TEACHER_METRICS, redact, write_json
-from .significance import verdicts
-from .tables import comparison_table, teacher_row_of
+from .significance import BASELINE, verdicts
+from .tables import comparison_table, pairwise_table, teacher_row_of
 
 
 def write_comparison(
-    runs: Sequence[Mapping[str, Any]], folder: str | os.PathLike, command: str | None = None
+    runs: Sequence[Mapping[str, Any]],
+    folder: str | os.PathLike,
+    command: str | None = None,
+    against: str = BASELINE,
 ) -> dict[str, Any]:
-    """Writes what several runs together say. Returns what run.json has: command, runs and verdicts.
+    """Writes what several runs together say. Returns what run.json has: command, against (the baseline's name),
+    runs and verdicts.
 
     results.csv has a line for each run: name, seed, loss, metrics as in run.json (rates in [0, 1]; empty: not known),
     the seconds of training, and why it is no result if it diverged.
     """
-    comparison = redact({"command": command, "runs": runs, "verdicts": verdicts(runs)})
+    comparison = redact({"command": command, "against": against, "runs": runs, "verdicts": verdicts(runs, against)})
     folder, teacher = Path(folder), teacher_row_of(runs[0])
     write_json(folder / RUN_FILE, comparison)
-    plot_curves(runs, folder / CURVES_FILE)
+    plot_curves(runs, folder / CURVES_FILE, against)
     parts = [
         f"# Comparison of {', '.join(dict.fromkeys(run['name'] for run in comparison['runs']))}",
-        comparison_table(comparison["runs"], teacher and redact(teacher), markdown=True),
+        comparison_table(comparison["runs"], teacher and redact(teacher), markdown=True, against=against),
         "\n".join(f"- {verdict['sentence']}" for verdict in comparison["verdicts"]),
-        f"![training losses, top-1 and differences to ce]({CURVES_FILE})",
+        pairwise_table(comparison["runs"], markdown=True),
+        f"![training losses, top-1 and differences to {against}]({CURVES_FILE})",
         f"```bash\n{comparison['command']}\n```" if command else "",
         f"All figures are from [{RUN_FILE}]({RUN_FILE}); those of each run are in [{RESULTS_FILE}]({RESULTS_FILE}).",
     ]

@@ -31,9 +31,9 @@ OTHERS = ("#66a61e", "#b9ac70", "#17becf", "#e76300", "#94a4a2", "#5254a3")
 PANELS_PER_ROW, WIDTH = 3, 9.0  # inches, shown at about 90 pixels an inch in a README
 
 
-def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike, against: str = BASELINE) -> None:
     """Writes a PNG: above, one panel per variant with its training loss terms; below (of one variant: beside it) every
-    run's evaluated top-1, and the differences to the runs named "ce".
+    run's evaluated top-1, and the differences to the runs named `against`.
 
     A variant is all runs of one name, which differ in their seed; its panel, with a logarithmic scale of its own,
     shows the first of them. A dashed term is no part of the loss: of NKD, the non-target term without the teacher's
@@ -52,7 +52,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     from matplotlib.figure import Figure
 
     variants = by_name(runs)
-    differences = {name: test for name in variants if name != BASELINE and (test := compare(runs, name, BASELINE))}
+    differences = {name: test for name in variants if name != against and (test := compare(runs, name, against))}
     rows = math.ceil(len(variants) / PANELS_PER_ROW)
     heights = [2.1 * rows + 0.7, 3.4] if len(variants) > 1 else [3.4]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
@@ -68,7 +68,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> N
     _plot_teachers(panels[0], runs)
     panels[0].set_title("top-1 % on the evaluation set", fontsize=10)
     if differences:
-        _plot_differences(panels[1], differences, colours)
+        _plot_differences(panels[1], differences, colours, against)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         title = "last top-1" + (", mean ± standard deviation over seeds" if len(variants) < len(runs) else "")
@@ -153,7 +153,9 @@ def _plot_teachers(axes: "Axes", runs: Sequence[Mapping[str, Any]]) -> None:
             axes.axhline(100 * value, color="black", linestyle="--", linewidth=1.2, label=label)
 
 
-def _plot_differences(axes: "Axes", tests: Mapping[str, Mapping[str, Any]], colours: Mapping[str, Any]) -> None:
+def _plot_differences(
+    axes: "Axes", tests: Mapping[str, Mapping[str, Any]], colours: Mapping[str, Any], against: str
+) -> None:
     axes.axvline(0, color="black", linewidth=1)
     for row, (name, test) in enumerate(tests.items()):
         values = test["differences"]
@@ -161,7 +163,7 @@ def _plot_differences(axes: "Axes", tests: Mapping[str, Mapping[str, Any]], colo
         axes.errorbar(test["mean"], row, xerr=test["half_width"], fmt="D", color=colours[name], capsize=5, linewidth=2)
     axes.set_yticks(range(len(tests)), [f"{name}\n{describe(test)}" for name, test in tests.items()], fontsize=9)
     axes.set_ylim(len(tests) - 0.5, -0.5)
-    axes.set_title(f"difference to {BASELINE}, points of top-1", fontsize=10)
+    axes.set_title(f"difference to {against}, points of top-1", fontsize=10)
     tested = any(test["half_width"] is not None for test in tests.values())
     axes.set_xlabel("seeds (dots), mean and its 95 % interval" if tested else "one seed, no interval", fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -3,8 +3,9 @@
 A seed fixes the initial weights and the order and augmentation of the data, so two losses trained from one seed are a
 pair. Their differences measure the training's randomness on this evaluation set, not that of drawing other images.
 
-The p-values of several variants against the baseline are corrected by the method of Holm (1979): the probability that
-any of them is said to help or to harm, though none makes a difference, is at most 5 %.
+The baseline is plain cross entropy, or any other variant that is asked for (`--against kd`). The p-values of several
+variants against it are corrected by the method of Holm (1979): the probability that any of them is said to help or to
+harm, though none makes a difference, is at most 5 %.
 """
 
 import math
@@ -48,14 +49,38 @@ def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[
     return {"name": name, "against": against, "seeds": seeds, **test}
 
 
-def baseline_tests(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The `compare` with "ce" of every variant that distils, by name, with p corrected for their number.
+POWER, MOST_SEEDS = 0.8, 1000
+
+
+def seeds_needed(test: Mapping[str, Any]) -> int | None:
+    """How many seeds a paired t-test would need to show, with 80 % probability, a difference of the size and spread
+    that a `paired_test` has seen; None if there is no spread, no difference, or more than 1,000 are needed."""
+    if test["half_width"] is None or test["mean"] == 0:
+        return None
+    from scipy.stats import nct, t  # slow to import
+
+    effect = abs(test["mean"]) / statistics.stdev(test["differences"])
+    for n in range(2, MOST_SEEDS + 1):
+        if nct.sf(t.isf(LEVEL / 2, n - 1), n - 1, effect * math.sqrt(n)) >= POWER:
+            return n
+    return None
+
+
+def pairwise(runs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """`compare` of each two variants, by their names. It describes: with so many pairs some differ by chance."""
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    pairs = ((a, b) for a in names for b in names if a != b)
+    return {pair: test for pair in pairs if (test := compare(runs, *pair))}
+
+
+def baseline_tests(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> dict[str, dict[str, Any]]:
+    """The `compare` with the baseline of every other variant that distils, by name, with p corrected for their number.
 
     `p_holm` is None where p is; `family` is the number of p-values that are corrected together.
     """
     variants = {run["name"]: run for run in runs}
     distil = [name for name, run in variants.items() if BASELINE not in (name, (run.get("loss") or {}).get("name"))]
-    tests = {name: test for name in distil if (test := compare(runs, name, BASELINE))}
+    tests = {name: test for name in distil if name != against and (test := compare(runs, name, against))}
     ordered = sorted((test for test in tests.values() if test["p"] is not None), key=lambda test: test["p"])
     smallest = 0.0
     for i, test in enumerate(ordered):
@@ -64,28 +89,30 @@ def baseline_tests(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     return {name: {"p_holm": None, **test, "family": len(ordered)} for name, test in tests.items()}
 
 
-def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One verdict for each variant that distils, in the order of the runs; none without "ce" runs or several seeds.
+def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list[dict[str, Any]]:
+    """One verdict for each variant that distils, in the order of the runs, but for the baseline `against`; none
+    without runs of the baseline or several seeds.
 
-    A variant *helped* if its mean difference to "ce" is positive with a corrected p of at most 0.05, and if the 95 %
-    interval of its difference to each of its loss's `controls` among the runs is above 0: a gain that a control shows
-    too is not due to the loss. The controls are further conditions, not further chances, and are not counted.
+    A variant *helped* if its mean difference to the baseline is positive with a corrected p of at most 0.05, and if
+    the 95 % interval of its difference to each of its loss's `controls` among the runs is above 0: a gain that a
+    control shows too is not due to the loss. The controls are further conditions, not further chances, and are not
+    counted.
 
     Returns:
         Dicts of loss (the variant's name), seeds, helped, sentence, and tests: for each variant that it is compared
         with differences, mean, half_width of the 95 % interval of this difference by itself, and p of a paired t-test
-        (the last two may be None); for "ce" also p_holm and family, see `baseline_tests`.
+        (the last two may be None); for the baseline also p_holm and family, see `baseline_tests`.
     """
     variants = {run["name"]: run for run in runs}
     found = []
-    for name, first in baseline_tests(runs).items():
+    for name, first in baseline_tests(runs, against).items():
         if len(first["seeds"]) < 2:
             continue
         controls = [control for control in loss_description(variants[name]).get("controls", ()) if control in variants]
-        tests = [first, *(test for other in controls if other != BASELINE and (test := compare(runs, name, other)))]
-        beats_all = len(tests) == len({BASELINE, *controls}) and all(_above(test) for test in tests)
+        tests = [first, *(test for other in controls if other != against and (test := compare(runs, name, other)))]
+        beats_all = len(tests) == len({against, *controls}) and all(_above(test) for test in tests)
         verdict = {"loss": name, "seeds": first["seeds"], "helped": beats_all}
-        sentence = _sentence(name, tests, beats_all) + _not_counted(runs, [name, BASELINE, *controls])
+        sentence = _sentence(name, tests, beats_all) + _not_counted(runs, [name, against, *controls])
         found.append(verdict | {"sentence": sentence, "tests": tests})
     return found
 
@@ -97,7 +124,7 @@ def describe(test: Mapping[str, Any], sign: str = "+") -> str:
 
 
 def p_value(test: Mapping[str, Any]) -> float | None:
-    """The p that decides: against "ce" the corrected one; of a control, at its own level, the plain one."""
+    """The p that decides: against the baseline the corrected one; of a control, at its own level, the plain one."""
     return test.get("p_holm", test["p"])
 
 
@@ -134,4 +161,7 @@ def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> st
     text += f" {proof(first)}"
     for test in controls:
         text += f", {describe(test)} against its control {test['against']} {proof(test)}"
+    holds_0 = first["half_width"] is not None and abs(first["mean"]) <= first["half_width"]
+    if holds_0 and (needed := seeds_needed(first)):
+        text += f". A difference of this size and spread would need about {needed} seeds to show (power 80 %)"
     return f"{text}."

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from .record import by_name, eval_key, results
-from .significance import BASELINE, baseline_tests, compare, describe, p_value
+from .significance import BASELINE, baseline_tests, compare, describe, p_value, pairwise
 
 MISSING = "–"
 RATES = {
@@ -23,13 +23,16 @@ def teacher_row_of(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def comparison_table(
-    runs: Sequence[Mapping[str, Any]], teacher_row: Mapping[str, Any] | None = None, markdown: bool = False
+    runs: Sequence[Mapping[str, Any]],
+    teacher_row: Mapping[str, Any] | None = None,
+    markdown: bool = False,
+    against: str = BASELINE,
 ) -> str:
     """The runs side by side, as text for a terminal or as a GitHub table, and below it the errors of its figures.
 
     Runs of one name are one row: the mean over the seeds, with the standard deviation of top-1; those that diverged
     count in no figure. Rates are percentages (for the macro average see `rates_of`), "seconds" are those of training
-    without evaluations, "MB" is the saved model. The difference is in top-1 points against the run named "ce" of the
+    without evaluations, "MB" is the saved model. The difference is in top-1 points to the baseline's run of the
     same seed, with the half-width of the paired 95 % interval. Of several seeds, "p" is that of the paired t-test,
     corrected for the number of variants that distil (see `baseline_tests`). What is missing or not finite shows as
     "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
@@ -38,17 +41,24 @@ def comparison_table(
         runs: records (see `record`) that share student, data and settings; only "name" is required.
         teacher_row: what `teacher_row_of` gives, as first row.
         markdown: a GitHub table instead of aligned text.
+        against: the name of the baseline's runs.
     """
-    variants, tests = by_name(runs), baseline_tests(runs)
+    variants, tests = by_name(runs), baseline_tests(runs, against)
     tested = any(p_value(test) is not None for test in tests.values())
     rates = rates_of(runs)
-    header = ["student trained with", *rates.values(), "seconds", "MB", "difference to CE"]
+    header = [
+        "student trained with",
+        *rates.values(),
+        "seconds",
+        "MB",
+        f"difference to {'CE' if against == BASELINE else against}",
+    ]
     rows = [[*header, "p"] if tested else header]
     if teacher_row is not None:
         label = f"teacher {teacher_row.get('id') or ''}".strip()
         rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], rates))
     for name, seeds in variants.items():
-        test, kept = tests.get(name) or compare(runs, name, BASELINE), results(seeds)
+        test, kept = tests.get(name) or compare(runs, name, against), results(seeds)
         label = name if len(kept) == len(seeds) else f"{name} ({len(seeds) - len(kept)} of {len(seeds)} diverged)"
         p = p_value(tests[name]) if name in tests else None
         cells = [describe(test) if test else MISSING, MISSING if p is None else f"{p:.2g}"]
@@ -60,6 +70,20 @@ def comparison_table(
         corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
         caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
     return f"{layout(rows, markdown)}\n\n{caveat}"
+
+
+def pairwise_table(runs: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """The mean paired difference, row minus column, of each two variants in points of top-1, with the half-width of
+    its own 95 % interval; "" for fewer than three variants, or a single seed."""
+    tests = pairwise(results(runs))
+    names = list(dict.fromkeys(name for name, _ in tests))
+    if len(names) < 3 or all(test["half_width"] is None for test in tests.values()):
+        return ""
+    cells = [[describe(tests[row, column]) if row != column else "" for column in names] for row in names]
+    table = layout(
+        [["row − column", *names], *([name, *line] for name, line in zip(names, cells, strict=True))], markdown
+    )
+    return f"{table}\n\nEach interval is by itself: of many pairs, some differ by chance."
 
 
 def _row(label: str, seeds: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
