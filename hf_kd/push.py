@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 # What is pushed of a run's folder, as patterns; nothing else ever is.
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-PUSHED = (*MODEL_FILES, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE)
+MODEL_CODE = "cifar_networks.py"  # beside a model of hf_kd's own architectures
+PUSHED = (*MODEL_FILES, MODEL_CODE, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE)
 
 
 def check_push(

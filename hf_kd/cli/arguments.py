@@ -23,7 +23,9 @@ from ..reporting.record import METRICS, TEACHER_METRICS
 class ScriptArguments:
     """What to distil, from what, on which images."""
 
-    student: str | None = option("Student: a Hub id, timm/NAME, or a local folder with a model or its config.")
+    student: str | None = option(
+        "Student: a Hub id, timm/NAME, a local folder with a model or its config, or (from scratch) cifar/NAME."
+    )
     teacher: str | None = option("Teacher: a Hub id, timm/NAME, or a local folder.")
     dataset: str = option(
         "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"

@@ -146,7 +146,7 @@ def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
     """
     name, revision = getattr(script, key), getattr(script, f"{key}_revision")
     origin = {"id": name, "revision": revision, "commit": None}
-    built = key == "student" and script.from_scratch and name.startswith("timm/")
+    built = key == "student" and script.from_scratch and name.startswith(("timm/", "cifar/"))
     path = Path(name).expanduser()
     if bundled(name):
         return origin

@@ -35,6 +35,15 @@ _TIMM_ARGUMENTS = {"fbnetc_100": {"bn_eps": 1e-3}}
 _deepspeed_config = None
 
 
+# CIFAR-100's mean and standard deviation of pixels in [0, 1].
+CIFAR_STATISTICS = [0.50707, 0.48655, 0.44092], [0.26733, 0.25644, 0.27615]
+
+
+def is_built(name: str) -> bool:
+    """Whether a name stands for an architecture of hf_kd's own, `cifar/NAME`."""
+    return name.startswith("cifar/") and not os.path.isdir(name)
+
+
 def check_id(model: str | os.PathLike) -> str:
     """The Hub id or local folder, as text; of a bundled model its folder. ValueError if there is no such folder."""
     text = os.path.expanduser(os.fspath(bundled(model) or model))
@@ -46,6 +55,8 @@ def check_id(model: str | os.PathLike) -> str:
 def load_config(name: str, hub: dict):
     """The config of a model on the Hub or in a folder. In `hub`, the revision becomes the commit it stands for."""
     name = check_id(name)
+    if is_built(name):
+        raise ValueError(f"{name} has no trained weights: add --from_scratch (from_scratch=True), or name a folder.")
     if not os.path.isdir(name):
         hub["revision"] = resolve(name, hub["revision"])
     config = AutoConfig.from_pretrained(name, **hub)
@@ -85,11 +96,11 @@ def build(config, trust_remote_code: bool = False):
 def model_family(config) -> str:
     """The family of a classifier's config, as its module is called in transformers ("resnet", "vit") or, of a timm
     model, in timm ("resnet", "vision_transformer"); "" if it has none."""
-    architecture = getattr(config, "architecture", None)
-    if architecture is None:
+    if getattr(config, "model_type", "") != "timm_wrapper":
         return getattr(config, "model_type", "")
     import timm
 
+    architecture = config.architecture
     return timm.models.model_entrypoint(architecture).__module__.split(".")[-1] if timm.is_model(architecture) else ""
 
 
@@ -216,6 +227,8 @@ def processor_for(module, name: str, hub: dict):
         from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
         return TimmWrapperImageProcessor(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
+    if is_built(name):
+        return _square_processor(config.image_size, *CIFAR_STATISTICS)
     if any(_has_file(name, file, commit_of(module)) for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
         return AutoImageProcessor.from_pretrained(name, **hub)
     side = getattr(config, "image_size", None) or 224

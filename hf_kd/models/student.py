@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..labels import head_rows, name_classes
 from . import loading
+from .cifar_networks import CifarConfig
 from .preprocessing import Preprocessing
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,8 @@ def load_student(
     """A student and its image processor.
 
     Args:
-        model: a Hub id (`facebook/deit-tiny-patch16-224`, `timm/resnet18.a1_in1k`), a local folder, or a module.
+        model: a Hub id (`facebook/deit-tiny-patch16-224`, `timm/resnet18.a1_in1k`), a local folder, a module, or, with
+            from_scratch, `cifar/NAME`: one of `cifar_networks.NAMES`.
         id2label: the class names of the data, in label order. If the pretrained model knows them all (see
             `ClassMapping.between`), its head keeps their rows, in this order. If not, a head of as many classes stays
             (the names it knows keep their rows, the others take the rest in order), and any other is replaced.
@@ -111,7 +113,10 @@ def student_config(
     from transformers import TimmWrapperConfig
 
     known: Any = timm.get_pretrained_cfg  # None for an unknown name
-    if name.startswith("timm/") and not os.path.isdir(name):
+    config: Any
+    if loading.is_built(name):
+        config = CifarConfig(name.removeprefix("cifar/"))
+    elif name.startswith("timm/") and not os.path.isdir(name):
         architecture = name.removeprefix("timm/").split(".")[0]
         if not timm.is_model(architecture):
             near = timm.list_models(f"*{architecture[:6]}*")[:5]

@@ -23,9 +23,9 @@ EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_l
 # The families (see `model_family`) that the recipes with SGD are for: convolutions with batch norm, and BiT. All
 # others get AdamW, which trains networks with attention, token mixing or layer norm, and is safer for unknown ones.
 SGD_FAMILIES = frozenset(
-    """bit byobnet cspnet densenet dla dpn efficientnet ghostnet hardcorenas hgnet hgnet_v2 hrnet inception_resnet_v2
-    inception_v3 inception_v4 lcnetv2 mobilenet_v1 mobilenet_v2 mobilenetv3 nasnet pnasnet pp_lcnet regnet repghost
-    res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet xception xception_aligned""".split()
+    """bit byobnet cifar_network cspnet densenet dla dpn efficientnet ghostnet hardcorenas hgnet hgnet_v2 hrnet
+    inception_resnet_v2 inception_v3 inception_v4 lcnetv2 mobilenet_v1 mobilenet_v2 mobilenetv3 nasnet pnasnet pp_lcnet
+    regnet repghost res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet xception xception_aligned""".split()
 )
 
 
@@ -60,6 +60,8 @@ def choose(family: str, from_scratch: bool, dataset: str) -> str:
     kind = "cnn" if family in SGD_FAMILIES else "vit"
     if not from_scratch:
         return f"{kind}_finetune"
+    if family == "cifar_network":
+        return "cifar_crd"
     cifar = kind == "cnn" and "cifar" in Path(dataset).name.lower()
     return "cnn_scratch_cifar" if cifar else f"{kind}_scratch"
 
