@@ -198,7 +198,7 @@ def test_how_to_use_it():
 
 def test_every_setting_that_is_not_the_default_is_listed():
     never = set("seed loss loss_kwargs from_scratch eval_fraction use_cpu local_rank label_names".split())
-    never |= set("do_train do_eval do_predict num_train_epochs lr_scheduler_type".split())
+    never |= set("class_names do_train do_eval do_predict num_train_epochs lr_scheduler_type".split())
     names = {f.name for f in fields(DistillationConfig)} | {*STUDENT_OPTIONS, *DATA_OPTIONS, "class_map"}
     names -= never | {*EXECUTION} | {name for name in names if "token" in name}
     values = {name: f"value-of-{name}" for name in names} | {"max_steps": 7, "lr_step_epochs": [31, 61]}

@@ -25,7 +25,8 @@ EVERY_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_l
 SGD_FAMILIES = frozenset(
     """bit byobnet cifar_network cspnet densenet dla dpn efficientnet ghostnet hardcorenas hgnet hgnet_v2 hrnet
     inception_resnet_v2 inception_v3 inception_v4 lcnetv2 mobilenet_v1 mobilenet_v2 mobilenetv3 nasnet pnasnet pp_lcnet
-    regnet repghost res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet xception xception_aligned""".split()
+    regnet repghost res2net resnest resnet resnetv2 rexnet selecsls senet sknet tresnet vgg vovnet xception
+    xception_aligned""".split()
 )
 
 
