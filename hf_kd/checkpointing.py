@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,8 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .adapters import is_adapter, load_adapters
+from .engines import non_finite_weights
 from .hub import is_disk_full
-from .models.auxiliary_head import AuxiliaryHead, auxiliary_head_of
+from .models.auxiliary_head import auxiliary_head_of
 from .models.features import HEAD
 from .models.preprocessing import Preprocessing
 
@@ -82,8 +83,7 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     staging, final = output_dir / STAGING, output_dir / name
-    bad = [key for key, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
-    if bad:
+    if bad := non_finite_weights(trainer):
         raise FloatingPointError(
             f"{len(bad)} weights are not finite at step {state.global_step}: {bad[:5]}. Last checkpoint: "
             f"{last_checkpoint(args.output_dir)}."
@@ -115,6 +115,17 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_finite_loss(logs: dict[str, float], step: int, output_dir: str) -> None:
+    """Raises FloatingPointError for a logged loss that is not finite."""
+    if not math.isfinite(logs.get("loss", 0.0)):
+        terms = {name: value for name, value in logs.items() if name.startswith("loss")}
+        raise FloatingPointError(
+            f"the loss is {'NaN' if math.isnan(logs['loss']) else 'infinite'} at step {step}: {terms}. Lower "
+            "learning_rate, set max_grad_norm, or use bf16 in the place of fp16. Last checkpoint: "
+            f"{last_checkpoint(output_dir)}."
+        )
+
+
 def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
     """Notes again which images could not be decoded before a checkpoint was saved."""
     file = Path(checkpoint or "", SKIPPED_FILE.format(trainer.args.process_index))
@@ -124,10 +135,15 @@ def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
         trainer.eval_skipped.update(dict.fromkeys(before["evaluation"]))
 
 
-def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
-    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
-    if head is not None:
-        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
+def save_head(student: nn.Module, state_dict: dict | None, folder: str | os.PathLike) -> None:
+    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it.
+
+    `state_dict` is the student's, gathered where an engine has partitioned it; None: its own.
+    """
+    if auxiliary_head_of(student) is not None:
+        state = student.state_dict() if state_dict is None else state_dict
+        own = {key: value.contiguous() for key, value in state.items() if key.startswith(f"{HEAD}.")}
+        save_file({key.removeprefix(f"{HEAD}."): value for key, value in own.items()}, Path(folder) / HEAD_FILE)
 
 
 @contextlib.contextmanager

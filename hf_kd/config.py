@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -162,10 +163,18 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
         _check_trackers(cast(list[str], self.report_to))
         _check_optimizer(self)
+        _check_saving(self)
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
+
+    @property
+    def engine(self) -> str:
+        """What spreads the training over processes: "zero0" to "zero3", "fsdp", or "ddp", also where there is one."""
+        if self.deepspeed_plugin is not None:
+            return f"zero{self.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
 
     def loss_class(self) -> type[DistillationLoss]:
         return loss_class(self.loss) if self._loss is None else type(self._loss)
@@ -236,6 +245,19 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ValueError(
                 f"report_to={name!r} needs its package: install it, or choose of {', '.join(installed)}, none."
             )
+
+
+def _check_saving(config: DistillationConfig) -> None:
+    """Raises ValueError for a configuration of ZeRO-3 under which the student would not be saved."""
+    if config.engine != "zero3":
+        return
+    zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]  # type: ignore[union-attr]
+    if str(zero.get("stage3_gather_16bit_weights_on_model_save")).lower() != "true":
+        raise ValueError(
+            "under ZeRO-3 the student is saved only if its weights are gathered. Add to zero_optimization in the "
+            'configuration of DeepSpeed: "stage3_gather_16bit_weights_on_model_save": true (or to deepspeed_config in '
+            "that of accelerate: zero3_save_16bit_model: true)."
+        )
 
 
 def _check_optimizer(config: DistillationConfig) -> None:
