@@ -128,11 +128,14 @@ def check_finite_loss(logs: dict[str, float], step: int, output_dir: str) -> Non
 
 def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
     """Notes again which images could not be decoded before a checkpoint was saved."""
-    file = Path(checkpoint or "", SKIPPED_FILE.format(trainer.args.process_index))
-    if checkpoint and file.is_file():
-        before = json.loads(file.read_text())
-        trainer.skipped.update(dict.fromkeys(before["training"]))
-        trainer.eval_skipped.update(dict.fromkeys(before["evaluation"]))
+    args, files = trainer.args, sorted(Path(checkpoint).glob(SKIPPED_FILE.format("*"))) if checkpoint else []
+    mine = SKIPPED_FILE.format(args.process_index)
+    as_before = len(files) == args.world_size  # else the first process takes all of them
+    for file in files:
+        if file.name == mine if as_before else args.process_index == 0:
+            before = json.loads(file.read_text())
+            trainer.skipped.update(dict.fromkeys(before["training"]))
+            trainer.eval_skipped.update(dict.fromkeys(before["evaluation"]))
 
 
 def save_head(student: nn.Module, state_dict: dict | None, folder: str | os.PathLike) -> None:

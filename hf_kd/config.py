@@ -174,7 +174,8 @@ class DistillationConfig(TrainingArguments):
         """What spreads the training over processes: "zero0" to "zero3", "fsdp", or "ddp", also where there is one."""
         if self.deepspeed_plugin is not None:
             return f"zero{self.deepspeed_plugin.zero_stage}"
-        return "fsdp" if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
+        asked = self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        return "fsdp" if asked and self.world_size > 1 else "ddp"
 
     def loss_class(self) -> type[DistillationLoss]:
         return loss_class(self.loss) if self._loss is None else type(self._loss)

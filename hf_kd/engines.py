@@ -54,7 +54,7 @@ def non_finite_weights(trainer: Any) -> list[str]:
     """The names of the student's weights that are not finite, found on each process's part of them and shared."""
     named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     bad = torch.stack([(~torch.isfinite(_local_part(value))).any() for value in named.values()]).float()
-    if trainer.accelerator.distributed_type in PARTITIONED:
+    if trainer.args.world_size > 1:
         bad = trainer.accelerator.reduce(bad, "sum")
     return [name for name, is_bad in zip(named, bad.tolist(), strict=True) if is_bad]
 

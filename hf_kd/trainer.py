@@ -389,7 +389,7 @@ class DistillationTrainer(Trainer):
             write_plan(self, checkpoint)
             if self.teacher is not None and self.args.teacher_check_batches:
                 warn_near_chance(self)
-            self._started, self._resumed_from = time.perf_counter(), checkpoint
+            self._resumed_from = checkpoint
             if self.auxiliary_head is not None and self.model_init is None:
                 self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
             result = super().train(checkpoint, **kwargs)
@@ -404,6 +404,7 @@ class DistillationTrainer(Trainer):
     def _begin(self) -> None:
         """When training begins, with the state of the checkpoint that it continues from, if any."""
         self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
+        self._started = time.perf_counter()  # not before: DeepSpeed may have been compiled
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         checkpointing.restore_skipped(self, self._resumed_from)
