@@ -249,7 +249,12 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _check_saving(config: DistillationConfig) -> None:
-    """Raises ValueError for a configuration of ZeRO-3 under which the student would not be saved."""
+    """Raises ValueError for a configuration of ZeRO-3 that saves no student, or of FSDP that loads no teacher."""
+    if config.engine == "fsdp" and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, the teacher's too: set "
+            "fsdp_cpu_ram_efficient_loading: false in fsdp_config of accelerate's configuration."
+        )
     if config.engine != "zero3":
         return
     zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]  # type: ignore[union-attr]

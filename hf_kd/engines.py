@@ -9,10 +9,12 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .adapters import is_adapter
 from .models.loading import load_classifier, load_config
+
+logger = logging.get_logger(__name__)
 
 PARTITIONED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
@@ -34,12 +36,25 @@ def forget_accelerator() -> None:
         PartialState(cpu=on_cpu)
 
 
-def fit_for_fsdp(student: Any) -> None:
-    """Leaves to accelerate only what it can shard by itself: FSDP2's units are the blocks that the student names.
+def fit_for_fsdp(trainer: Any, student: Any) -> None:
+    """Under FSDP2, leaves to accelerate only what it can shard by itself: the blocks that the student names.
 
     It would also shard the input embeddings, which are a part of a block (ViT) or an error (ResNet), and looks for
-    blocks that a TimmWrapper names and does not have: this one is one unit.
+    blocks that a TimmWrapper names and does not have: this one is one unit. ValueError for a configuration that saves
+    no student, or leaves the other processes without the teacher's weights.
     """
+    if not trainer.is_fsdp_enabled:
+        if trainer.args.engine == "fsdp":
+            logger.warning_once("FSDP needs GPUs: on this device accelerate trains with DDP in its place.")
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    for is_wrong, name, value in (
+        (plugin.fsdp_version != 2, "version", "2"),
+        ("FULL_STATE_DICT" not in str(plugin.state_dict_type), "state_dict_type", "FULL_STATE_DICT"),
+        (plugin.cpu_ram_efficient_loading, "cpu_ram_efficient_loading", "false"),
+    ):
+        if is_wrong:
+            raise ValueError(f"FSDP is supported with fsdp_{name}: {value} in fsdp_config: set it so.")
     if hasattr(student, "get_input_embeddings"):
         student.get_input_embeddings = _no_embeddings
         there = {type(module).__name__ for module in student.modules()}

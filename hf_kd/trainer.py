@@ -162,8 +162,7 @@ class DistillationTrainer(Trainer):
         return made
 
     def _make_head(self, student: Any) -> None:
-        if self.is_fsdp_enabled:
-            engines.fit_for_fsdp(student)
+        engines.fit_for_fsdp(self, student)
         if "aux_logits" in self.train_loss.requires:
             self._remove_head()
             args, size = self.args, self._need_preprocessing().size
