@@ -252,8 +252,8 @@ def _check_saving(config: DistillationConfig) -> None:
     """Raises ValueError for a configuration of ZeRO-3 that saves no student, or of FSDP that loads no teacher."""
     if config.engine == "fsdp" and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
         raise ValueError(
-            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, the teacher's too: set "
-            "fsdp_cpu_ram_efficient_loading: false in fsdp_config of accelerate's configuration."
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, also of the teacher: "
+            "set fsdp_cpu_ram_efficient_loading: false in fsdp_config of accelerate's configuration."
         )
     if config.engine != "zero3":
         return
