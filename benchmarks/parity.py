@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 ENGINES = {
@@ -38,10 +39,27 @@ KINDS = {"vit": "transformers ViT", "resnet": "transformers ResNet", "timm_resne
 LIVE, ADAMW = "ce/resnet/live", "uskd/vit/adamw"  # with statistics of each batch; with another optimizer
 CELLS = [*(f"{loss}/{kind}" for loss in LOSSES for kind in KINDS), LIVE, ADAMW]
 STEPS, TOLERANCE = 20, 1e-5
-# Two micro-batches of 16 a step, and the last step of each epoch has one.
+# Two micro-batches of 16 a step, and the last step of each epoch has one. Uneven micro-batches: 52 images.
 IMAGES, EVAL_IMAGES, MICRO_BATCH, ACCUMULATION = 48, 21, 16, 2
-MEASURED = {"step 1": "weights after step 1", f"step {STEPS}": f"weights after step {STEPS}", "logs": "logged terms"}
-MEASURED["metrics"] = "evaluation"
+MEASURED = ("step 1", f"step {STEPS}", "logs", "metrics")  # weights after these steps; logged terms; evaluation
+
+ABOUT = f"""# Every engine against one process
+
+    python benchmarks/parity.py > benchmarks/results/parity.md
+
+The largest absolute difference from one process with the same global batch, of the weights after 1 and after
+{STEPS} steps (the auxiliary head's, too), every logged term at every step, and the metrics and sample counts of
+an evaluation. Two processes (gloo) on a CPU, SGD, float32. {IMAGES} images in micro-batches of {MICRO_BATCH},
+{ACCUMULATION} to a step, where the last step of an epoch has one; {EVAL_IMAGES} evaluation images. More than
+{TOLERANCE:.0e} is bold. The saved student's keys are the same as well, or it says `inf`.
+
+- FSDP2 needs GPUs: accelerate was told that there are some (`pretend_gpus`); the tensors stayed on the CPU.
+- ResNets have fixed batch statistics, which otherwise depend on the micro-batch. With live ones the reference
+  is one process that accumulates the micro-batches of both. Running statistics, and an evaluation with them,
+  are not compared: they are those of the first process's batches.
+- AdamW is reported and not held to the bound: it divides by the root of the squared gradients, which magnifies
+  rounding where they are near zero.
+"""
 
 
 # ---- in the processes of an engine ----
@@ -258,13 +276,13 @@ def measure(engines: list[str], cells: list[str], folder: Path) -> dict:
     return known
 
 
-def describe(differences: dict | None) -> str:
+def describe(cell: str, differences: dict | None) -> str:
     if differences is None:
         return "not run"
     if "error" in differences:
         return f"**{differences['error'][:120]}**".replace("|", "\\|")
-    largest = max(differences.values())
-    return f"{largest:.0e}" if largest <= TOLERANCE else f"**{largest:.0e}**"
+    largest = f"{max(differences.values()):.0e}"
+    return largest if is_equal(differences) or cell == ADAMW else f"**{largest}**"
 
 
 def table(known: dict, engines: list[str], cells: list[str]) -> str:
@@ -273,7 +291,7 @@ def table(known: dict, engines: list[str], cells: list[str]) -> str:
     for cell in cells:
         loss, kind, *variant = cell.split("/")
         student = KINDS[kind] + {"live": ", live batch statistics", "adamw": ", AdamW"}.get("".join(variant), "")
-        row = [describe(known.get(f"{engine}/{cell}")) for engine in engines]
+        row = [describe(cell, known.get(f"{engine}/{cell}")) for engine in engines]
         lines.append(f"| {loss} | {student} | {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -289,7 +307,14 @@ def main() -> None:
         work(args.worker, args.folder, cells_of(args.cells))
         return
     known = measure(args.engines, args.cells, args.folder)
+    print(ABOUT)
     print(table(known, args.engines, args.cells))
+    from hf_kd.reporting.collect import cpu_name
+    from hf_kd.reporting.record import collect_versions
+
+    names = ("python", "torch", "transformers", "accelerate", "timm")
+    versions = collect_versions() | {"deepspeed": metadata.version("deepspeed")}
+    print(f"\n{cpu_name()}; {', '.join(f'{name} {versions[name]}' for name in (*names, 'deepspeed'))}")
 
 
 if __name__ == "__main__":
