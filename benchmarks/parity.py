@@ -98,8 +98,8 @@ def engine_arguments(engine: str) -> dict:
     return {}
 
 
-def cell_trainer(engine: str, cell: str, folder: Path, **settings):
-    """The trainer of a cell; with `settings`, arguments of `DistillationConfig`, in the place of its own."""
+def cell_trainer(engine: str, cell: str, folder: Path, student=None, **settings):
+    """The trainer of a cell; with another student, and `settings`, arguments of `DistillationConfig`, if any."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import tiny
     from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows
@@ -111,7 +111,7 @@ def cell_trainer(engine: str, cell: str, folder: Path, **settings):
     (loss, kind, *variant), world = cell.split("/"), int(os.environ.get("WORLD_SIZE", 1))
     split = 2 if variant == ["live"] else world  # one process has the micro-batches of two, one after the other
     with outside_deepspeed():  # transformers partitions what is built after ZeRO-3's first configuration
-        student, processor = tiny(kind, names=NAMES)
+        model, processor = tiny(kind, names=NAMES)
         teacher = make_teacher() if "teacher_logits" in CLASSES[loss].requires else None
     options = {
         "loss": loss, "augment": "pad_crop", "max_steps": STEPS, "save_strategy": "no", "learning_rate": 0.01,
@@ -124,7 +124,7 @@ def cell_trainer(engine: str, cell: str, folder: Path, **settings):
     if variant == ["live"]:  # at 0.01 rounding decides a ReLU otherwise in step 16, which batch norm passes on
         options |= {"learning_rate": 1e-3}
     trainer = DistillationTrainer(
-        student,
+        model if student is None else student,
         config(folder, **(options | settings)),
         teacher=teacher,
         train_dataset=rows(IMAGES),

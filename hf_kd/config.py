@@ -78,7 +78,8 @@ class DistillationConfig(TrainingArguments):
 
     Defaults that differ: `remove_unused_columns` is False (it would drop the image column), `hub_strategy` is "end"
     (checkpoints hold more than a student), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device
-    sync a step), `metric_for_best_model` is top-1 where a best model is asked for.
+    sync a step), `ddp_find_unused_parameters` is False, `metric_for_best_model` is top-1 where a best model is asked
+    for.
 
     Raises:
         ValueError: for an unknown loss or augmentation (with the nearest names) and for numbers out of range.
@@ -156,6 +157,8 @@ class DistillationConfig(TrainingArguments):
             self.metric_for_best_model = "top1"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ece")):
             self.greater_is_better = False  # transformers asks only whether it is a loss
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # transformers' default costs a collective a step
         if self.label_names is None:
             self.label_names = ["labels"]  # models with a distillation token hide theirs
         super().__post_init__()

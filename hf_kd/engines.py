@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def fit_for_fsdp(trainer: Any, student: Any) -> None:
 
 def _no_embeddings() -> None:
     return None
+
+
+@contextlib.contextmanager
+def unused_weights_named():
+    """Names the option in DDP's error about weights that get no gradient, such as DINOv2's mask token."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "find_unused_parameters" not in str(error):
+            raise
+        raise ValueError(
+            "some of the student's weights get no gradient, which DDP does not expect: freeze them (requires_grad_), "
+            "or set ddp_find_unused_parameters=True (--ddp_find_unused_parameters True)."
+        ) from error
 
 
 def non_finite_weights(trainer: Any) -> list[str]:

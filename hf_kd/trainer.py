@@ -284,7 +284,7 @@ class DistillationTrainer(Trainer):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
-        with batch_of_one_named():
+        with batch_of_one_named(), engines.unused_weights_named():
             output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}

@@ -16,10 +16,12 @@ import pytest
 import torch
 from cli_helpers import REPOSITORY
 from safetensors.torch import load_file
-from trainer_helpers import config
+from tiny import tiny_config
+from torch import nn
+from trainer_helpers import NAMES, config
 from transformers import TrainerCallback
 
-from hf_kd import engines
+from hf_kd import engines, load_student
 from hf_kd.checkpointing import HEAD_FILE
 from hf_kd.cli import main
 
@@ -126,7 +128,39 @@ def goes_on_from_one(engine, folder):
         (folder / "error").write_text(str(error))
 
 
-JOBS = {job.__name__: job for job in (exports, resumes, takes_the_best, finds_nan, describes, goes_on_from_one)}
+class Plain(nn.Module):
+    """A student that is no model of transformers, with a weight that gets no gradient if it is `idle`."""
+
+    def __init__(self, idle=False):
+        super().__init__()
+        self.config = tiny_config("resnet", names=NAMES)
+        self.body, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 6)
+        if idle:
+            self.idle = nn.Parameter(torch.zeros(3))
+
+    def forward(self, pixel_values):
+        return self.fc(self.body(pixel_values).mean((2, 3)))
+
+
+def trains_plain_modules(engine, folder):
+    settings = {"feature_module": "body", "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(engine, folder, student=Plain(), **settings)
+    trainer.train()
+    trainer.save_model()
+
+
+def has_a_weight_without_gradient(engine, folder):
+    settings = {"feature_module": "body", "max_steps": 2}
+    try:
+        trainer_of(engine, folder, student=Plain(idle=True), **settings).train()
+    except ValueError as error:
+        (folder / f"error-{os.environ.get('RANK')}").write_text(str(error))
+    trainer_of(engine, folder, student=Plain(idle=True), ddp_find_unused_parameters=True, **settings).train()
+
+
+ALL = (exports, resumes, takes_the_best, finds_nan, describes, goes_on_from_one, trains_plain_modules)
+ALL += (has_a_weight_without_gradient,)
+JOBS = {job.__name__: job for job in ALL}
 
 
 # ---- what they have left ----
@@ -180,6 +214,28 @@ def test_a_weight_that_is_not_finite_is_found_by_every_process(engine, folder):
     for rank in (0, 1):
         assert "1 weights are not finite at step 2: ['classifier.weight']" in (folder / f"error-{rank}").read_text()
     assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_plain_module_is_saved_without_the_head_that_its_checkpoint_has(engine, folder):
+    folder = folder / engine / "trains_plain_modules"
+    keys = {"body.weight", "body.bias", "fc.weight", "fc.bias"}
+    for path in (folder, folder / "checkpoint-2"):
+        assert load_file(path / "model.safetensors").keys() == keys
+    assert load_file(folder / "checkpoint-2" / HEAD_FILE)["weight"].shape == (6, 8)
+
+
+def test_ddp_names_the_option_for_weights_without_gradient(engine, folder):
+    """The others need none."""
+    files = sorted((folder / engine / "has_a_weight_without_gradient").glob("error-*"))
+    assert len(files) == (2 if engine == "ddp" else 0)
+    assert all("--ddp_find_unused_parameters True" in file.read_text() for file in files)
+
+
+def test_an_evaluation_is_of_the_running_statistics_that_are_saved(engine, folder, tmp_path):
+    found = torch.load(folder / engine / parity.LIVE / "found.pt")
+    student, _ = load_student(folder / engine / parity.LIVE)
+    metrics = trainer_of("one", tmp_path, parity.LIVE, student=student).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(found["metrics"]["eval_loss"], abs=1e-6)
 
 
 def test_the_record_measures_the_student_as_it_is_saved(engine, folder):
