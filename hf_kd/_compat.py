@@ -13,18 +13,21 @@ from importlib import metadata
 from typing import Any
 
 # The newest versions that the tables were checked with.
-SEEN = {"transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
+SEEN = {"accelerate": "1.15.0", "transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
 
 # Methods of transformers.Trainer that DistillationTrainer overrides. Upstream calls them with the same parameters.
 OVERRIDDEN = (
     "_get_dataloader _get_num_items_in_batch _get_output_dir _load_best_model _load_from_checkpoint _save "
-    "_save_checkpoint call_model_init compute_loss create_scheduler evaluation_loop floating_point_ops "
-    "get_batch_samples get_decay_parameter_names get_eval_dataloader init_hf_repo log prediction_step save_model"
+    "_save_checkpoint call_model_init compute_loss create_accelerator_and_postprocess create_scheduler "
+    "evaluation_loop floating_point_ops get_batch_samples get_decay_parameter_names get_eval_dataloader init_hf_repo "
+    "log prediction_step save_model"
 ).split()
 LATER = {"private"}  # parameters that not all of the supported versions have
 
 # Other names that hf_kd calls or overrides, with the parameters that count (there may be more), or reads (None).
 USED = {
+    "accelerate.state.AcceleratorState._reset_state": "reset_partial_state",
+    "accelerate.state.AcceleratorState._shared_state": None,
     "transformers.Trainer._get_eval_sampler": "eval_dataset",
     "transformers.Trainer._prepare_inputs": "inputs",
     "transformers.Trainer._run_epoch": "epoch num_update_steps_per_epoch train_dataloader",
@@ -35,6 +38,7 @@ USED = {
     "transformers.TrainingArguments._VALID_DICT_FIELDS": None,
     "transformers.PreTrainedModel._hf_peft_config_loaded": None,
     "transformers.PreTrainedModel._keys_to_ignore_on_save": None,
+    "transformers.PreTrainedModel._no_split_modules": None,
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
@@ -46,6 +50,7 @@ USED = {
 
 # Attributes that exist only on instances, and values, by a function of upstream that names them.
 MENTIONED = {
+    "accelerate.state.PartialState.__init__": "_cpu",
     "transformers.Trainer._finish_current_push": "push_in_progress",
     "transformers.Trainer.create_accelerator_and_postprocess": "gather_function is_deepspeed_enabled is_fsdp_enabled",
     "transformers.Trainer.create_scheduler": "_created_lr_scheduler",

@@ -4,13 +4,13 @@ import contextlib
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,8 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .adapters import is_adapter, load_adapters
+from .engines import non_finite_weights
 from .hub import is_disk_full
-from .models.auxiliary_head import AuxiliaryHead, auxiliary_head_of
+from .models.auxiliary_head import auxiliary_head_of
 from .models.features import HEAD
 from .models.preprocessing import Preprocessing
 
@@ -81,8 +82,7 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
     args, state, output_dir = trainer.args, trainer.state, Path(output_dir)
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     staging, final = output_dir / STAGING, output_dir / name
-    bad = [key for key, weight in trainer.model.named_parameters() if not torch.isfinite(weight).all()]
-    if bad:
+    if bad := non_finite_weights(trainer):
         raise FloatingPointError(
             f"{len(bad)} weights are not finite at step {state.global_step}: {bad[:5]}. Last checkpoint: "
             f"{last_checkpoint(args.output_dir)}."
@@ -114,19 +114,38 @@ def complete_checkpoint(trainer, output_dir: str | os.PathLike):
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_finite_loss(logs: dict[str, float], step: int, output_dir: str) -> None:
+    """Raises FloatingPointError for a logged loss that is not finite."""
+    if not math.isfinite(logs.get("loss", 0.0)):
+        terms = {name: value for name, value in logs.items() if name.startswith("loss")}
+        raise FloatingPointError(
+            f"the loss is {'NaN' if math.isnan(logs['loss']) else 'infinite'} at step {step}: {terms}. Lower "
+            "learning_rate, set max_grad_norm, or use bf16 in the place of fp16. Last checkpoint: "
+            f"{last_checkpoint(output_dir)}."
+        )
+
+
 def restore_skipped(trainer, checkpoint: str | os.PathLike | None) -> None:
     """Notes again which images could not be decoded before a checkpoint was saved."""
-    file = Path(checkpoint or "", SKIPPED_FILE.format(trainer.args.process_index))
-    if checkpoint and file.is_file():
-        before = json.loads(file.read_text())
-        trainer.skipped.update(before["training"])
-        trainer.eval_skipped.update(before["evaluation"])
+    args, files = trainer.args, sorted(Path(checkpoint).glob(SKIPPED_FILE.format("*"))) if checkpoint else []
+    mine = SKIPPED_FILE.format(args.process_index)
+    as_before = len(files) == args.world_size  # else the first process takes all of them
+    for file in files:
+        if file.name == mine if as_before else args.process_index == 0:
+            before = json.loads(file.read_text())
+            trainer.skipped.update(before["training"])
+            trainer.eval_skipped.update(before["evaluation"])
 
 
-def save_head(head: AuxiliaryHead | None, folder: str | os.PathLike) -> None:
-    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it."""
-    if head is not None:
-        save_file({name: value.contiguous() for name, value in head.state_dict().items()}, Path(folder) / HEAD_FILE)
+def save_head(student: nn.Module, state_dict: dict | None, folder: str | os.PathLike) -> None:
+    """Writes the auxiliary head, if there is one, beside a checkpoint's model, which does not contain it.
+
+    `state_dict` is the student's, gathered where an engine has partitioned it; None: its own.
+    """
+    if auxiliary_head_of(student) is not None:
+        state = student.state_dict() if state_dict is None else state_dict
+        own = {key: value.contiguous() for key, value in state.items() if key.startswith(f"{HEAD}.")}
+        save_file({key.removeprefix(f"{HEAD}."): value for key, value in own.items()}, Path(folder) / HEAD_FILE)
 
 
 def weights_to_save(student: nn.Module, processor, state_dict: dict | None = None) -> dict | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -77,7 +78,8 @@ class DistillationConfig(TrainingArguments):
 
     Defaults that differ: `remove_unused_columns` is False (it would drop the image column), `hub_strategy` is "end"
     (checkpoints hold more than a student), `logging_nan_inf_filter` is False (it hides a NaN loss, and costs a device
-    sync a step), `metric_for_best_model` is top-1 where a best model is asked for.
+    sync a step), `ddp_find_unused_parameters` is False, `metric_for_best_model` is top-1 where a best model is asked
+    for.
 
     Raises:
         ValueError: for an unknown loss or augmentation (with the nearest names) and for numbers out of range.
@@ -162,6 +164,8 @@ class DistillationConfig(TrainingArguments):
             self.metric_for_best_model = "top1"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ece")):
             self.greater_is_better = False  # transformers asks only whether it is a loss
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # transformers' default costs a collective a step
         if self.label_names is None:
             self.label_names = ["labels"]  # models with a distillation token hide theirs
         super().__post_init__()
@@ -169,10 +173,19 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
         _check_trackers(cast(list[str], self.report_to))
         _check_optimizer(self)
+        _check_saving(self)
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
+
+    @property
+    def engine(self) -> str:
+        """What spreads the training over processes: "zero0" to "zero3", "fsdp", or "ddp", also where there is one."""
+        if self.deepspeed_plugin is not None:
+            return f"zero{self.deepspeed_plugin.zero_stage}"
+        asked = self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        return "fsdp" if asked and self.world_size > 1 else "ddp"
 
     def loss_class(self) -> type[DistillationLoss]:
         return loss_class(self.loss) if self._loss is None else type(self._loss)
@@ -243,6 +256,24 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ValueError(
                 f"report_to={name!r} needs its package: install it, or choose of {', '.join(installed)}, none."
             )
+
+
+def _check_saving(config: DistillationConfig) -> None:
+    """Raises ValueError for a configuration of ZeRO-3 that saves no student, or of FSDP that loads no teacher."""
+    if config.engine == "fsdp" and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading leaves all processes but the first without weights, also of the teacher: "
+            "set fsdp_cpu_ram_efficient_loading: false in fsdp_config of accelerate's configuration."
+        )
+    if config.engine != "zero3":
+        return
+    zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]  # type: ignore[union-attr]
+    if str(zero.get("stage3_gather_16bit_weights_on_model_save")).lower() != "true":
+        raise ValueError(
+            "under ZeRO-3 the student is saved only if its weights are gathered. Add to zero_optimization in the "
+            'configuration of DeepSpeed: "stage3_gather_16bit_weights_on_model_save": true (or to deepspeed_config in '
+            "that of accelerate: zero3_save_16bit_model: true)."
+        )
 
 
 def _check_optimizer(config: DistillationConfig) -> None:

@@ -26,7 +26,7 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
     if _by_accelerate():
         # On a CPU it starts one process without --multi_gpu.
         several = ["--multi_gpu", "--num_processes", world] if world != "1" else []
-        return ["accelerate", "launch", *several, *script]
+        return ["accelerate", "launch", *(_options_of_accelerate() or several), *script]
     if world != "1":
         return ["torchrun", "--nproc_per_node", world, *script]
     return ["python", *script]
@@ -45,6 +45,18 @@ def _script() -> str | None:
 
 def _by_accelerate() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _options_of_accelerate() -> list[str]:
+    """The options that `accelerate launch` was started with, its configuration file among them; [] if unknown."""
+    try:
+        launcher = psutil.Process().parent()
+        words = launcher.cmdline() if launcher else []
+    except psutil.Error:
+        return []
+    first = next((i for i, word in enumerate(words) if word in ("launch", "accelerate.commands.launch")), None)
+    last = next((i for i, word in enumerate(words) if first and i > first and word in (sys.argv[0], "-m")), None)
+    return words[first + 1 : last] if first and last else []
 
 
 def _asked_of_accelerate() -> int | None:

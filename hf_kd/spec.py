@@ -139,6 +139,7 @@ class RunSpec:
     settings: dict[str, Any]
     execution: dict[str, Any] = resumable()  # the arguments named in EXECUTION
     folder: str = "."  # of its results, within the experiment's
+    engine: str = "ddp"  # of the training, as `DistillationConfig.engine` has it
 
     @property
     def key(self) -> str:
@@ -227,6 +228,7 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
         execution={key: values.pop(key) for key in EXECUTION},
         settings=values,  # the remaining ones
         folder=folder,
+        engine=config.engine,
     )
 
 
@@ -246,7 +248,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         if f.name == "runs":
             runs = {run.folder: run for run in here}
             for run in there:
-                found += differences(run, runs.get(run.folder, run))
+                now = runs.get(run.folder, run)
+                found += differences(run, now if new.data.streaming else _launched_alike(run, now))
         elif dataclasses.is_dataclass(there) and dataclasses.is_dataclass(here):
             found += differences(there, here, prefix)
         elif isinstance(there, dict) and isinstance(here, dict):
@@ -257,11 +260,25 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _launched_alike(old: RunSpec, new: RunSpec) -> RunSpec:
+    """`new` with the processes of `old`, if its steps have the same images and the engine's checkpoints allow it."""
+    key = "per_device_train_batch_size"
+    batch, images = old.settings.get(key), [run.processes * run.settings.get(key, 0) for run in (old, new)]
+    if old.engine != new.engine or old.engine.startswith("zero") or images[0] != images[1]:
+        return new
+    return dataclasses.replace(new, processes=old.processes, settings=new.settings | {key: batch})
+
+
 def _difference(name: str, there: Any, here: Any) -> str:
     old, new = (text if len(text) <= 60 else f"{text[:57]}..." for text in (str(there), str(here)))
     text = f"{name} ({old} there, {new} here)"
     if name in ("num_train_epochs", "max_steps"):
         text += ": with this schedule the learning rate so far depends on the length of training"
+    if name == "processes":
+        text += (
+            ": checkpoints of DeepSpeed are for as many processes; DDP and FSDP take another number if there are as "
+            "many images a step, by --per_device_train_batch_size"
+        )
     return text
 
 

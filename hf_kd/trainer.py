@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 import time
 from bisect import bisect_right
@@ -14,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
-from . import checkpointing, push
+from . import checkpointing, engines, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
@@ -120,6 +119,7 @@ class DistillationTrainer(Trainer):
             student = self._made = super().call_model_init()
         self._own_collator = data_collator is None
         check_adapter(student)
+        engines.check_whole(student)
         id2label = id2label_of(student)
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
@@ -151,6 +151,10 @@ class DistillationTrainer(Trainer):
 
     # ---- the student ----
 
+    def create_accelerator_and_postprocess(self) -> None:
+        engines.forget_accelerator()
+        super().create_accelerator_and_postprocess()
+
     def call_model_init(self, trial=None):
         made, self._made = self._made, None
         if made is None:  # for the first time in __init__, before the Trainer asks
@@ -158,7 +162,8 @@ class DistillationTrainer(Trainer):
             self._make_head(made)
         return made
 
-    def _make_head(self, student: nn.Module) -> None:
+    def _make_head(self, student: Any) -> None:
+        engines.fit_for_fsdp(self, student)
         if "aux_logits" in self.train_loss.requires:
             self._remove_head()
             args, size = self.args, self._need_preprocessing().size
@@ -281,7 +286,7 @@ class DistillationTrainer(Trainer):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
-        with batch_of_one_named():
+        with batch_of_one_named(), engines.unused_weights_named():
             output = model(self._student_input(inputs))
         logits, labels = logits_of(output), inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
@@ -311,13 +316,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs or "train_runtime" in logs:  # of all sessions of a run that was resumed
             logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            terms = {name: value for name, value in logs.items() if name.startswith("loss")}
-            raise FloatingPointError(
-                f"the loss is {'NaN' if math.isnan(logs['loss']) else 'infinite'} at step {step}: {terms}. Lower "
-                "learning_rate, set max_grad_norm, or use bf16 in the place of fp16. Last checkpoint: "
-                f"{last_checkpoint(self.args.output_dir)}."
-            )
+        checkpointing.check_finite_loss(logs, step, self.args.output_dir)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # transformers estimates them from token counts, which images have none of
@@ -337,6 +336,7 @@ class DistillationTrainer(Trainer):
         meter = self._meter = ClassificationMeter()
         self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, str]()
         self._labelled = getattr(dataloader.dataset, "labelled", True)
+        engines.share_buffers(self)
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -390,7 +390,7 @@ class DistillationTrainer(Trainer):
             write_plan(self, checkpoint)
             if self.teacher is not None and self.args.teacher_check_batches:
                 warn_near_chance(self)
-            self._started, self._resumed_from = time.perf_counter(), checkpoint
+            self._resumed_from = checkpoint
             if self.auxiliary_head is not None and self.model_init is None:
                 self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
             result = super().train(checkpoint, **kwargs)
@@ -405,6 +405,7 @@ class DistillationTrainer(Trainer):
     def _begin(self) -> None:
         """When training begins, with the state of the checkpoint that it continues from, if any."""
         self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
+        self._started = time.perf_counter()  # not before: DeepSpeed may have been compiled
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         checkpointing.restore_skipped(self, self._resumed_from)
@@ -426,12 +427,12 @@ class DistillationTrainer(Trainer):
         """Saves the student as a plain model, and the auxiliary head beside it in checkpoints only. Pushes nothing."""
         with full_disk_named(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call=True)
-        if _internal_call and output_dir and self.args.should_save:
-            checkpointing.save_head(self.auxiliary_head, output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
         super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
+        if self._staging and self.args.should_save:
+            checkpointing.save_head(student, state_dict, cast(str, output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:

@@ -52,6 +52,21 @@ def test_a_plan_survives_its_file():
         Experiment.from_dict(plan_.to_dict() | {"schema_version": 0})
 
 
+def test_another_number_of_processes_goes_on_with_the_same_steps_where_the_engine_allows():
+    def launched(processes, batch, engine="ddp", streaming=False):
+        (run,) = experiment(per_device_train_batch_size=batch).runs
+        run = dataclasses.replace(run, processes=processes, engine=engine)
+        return dataclasses.replace(experiment(), runs=(run,), data=DataSource(streaming=streaming))
+
+    for engine in ("ddp", "fsdp"):
+        assert differences(launched(2, 8, engine), launched(1, 16, engine)) == []
+    (found,) = differences(launched(2, 8), launched(1, 8))
+    assert found.startswith("processes (2 there, 1 here): checkpoints of DeepSpeed are for as many processes")
+    assert len(differences(launched(2, 8, "zero2"), launched(1, 16, "zero2"))) == 2
+    assert len(differences(launched(2, 8, streaming=True), launched(1, 16, streaming=True))) == 2
+    assert differences(launched(2, 8, "zero2"), launched(2, 8, "zero3")) == ["engine (zero2 there, zero3 here)"]
+
+
 def test_a_run_is_trained_with_what_its_spec_says():
     asked = config(
         loss="uskd", loss_kwargs={"beta": 0.3}, warmup_steps=0.1, label_smoothing_factor=0.1, seed=7, eval_steps=5,
@@ -244,6 +259,32 @@ def test_hints_name_the_launcher_that_was_used(monkeypatch):
         check_same(*plans, "out")
     with pytest.raises(ValueError, match=f": {command}$"):  # and not `distill`
         check_processes(types.SimpleNamespace(world_size=1), "out")
+
+
+def test_another_engine_is_refused_on_resume(things, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    values = plan(*parse(["--config", str(things / "config.yaml"), "--output_dir", str(out)])).to_dict()
+    values["runs"][0]["engine"] = "zero2"
+    (out / "plan.json").write_text(json.dumps(values))
+    assert main(["resume", str(out)]) == 1
+    assert "was trained by zero2 and is resumed with ddp" in capsys.readouterr().err
+
+
+def test_the_options_of_accelerate_are_in_the_command(monkeypatch):
+    words = ["python", "/bin/accelerate", "launch", "--config_file", "my zero3.yaml", "run.py", "--loss", "ce"]
+    launcher = types.SimpleNamespace(cmdline=lambda: words)
+    monkeypatch.setattr("psutil.Process", lambda: types.SimpleNamespace(parent=lambda: launcher))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(sys, "argv", words[5:])
+    assert launch_command(["resume", "out"], module=True) == [
+        "accelerate",
+        *words[2:5],
+        "-m",
+        "hf_kd",
+        "resume",
+        "out",
+    ]
 
 
 def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_path, capsys):

@@ -103,6 +103,11 @@ def resume(folder: str | os.PathLike) -> list[dict]:
             f"would differ. Launch as many, as in: accelerate launch --multi_gpu --num_processes {first.processes} -m "
             f"hf_kd resume {shlex.quote(os.fspath(folder))}"
         )
+    if config.engine != first.engine:
+        raise ValueError(
+            f"{folder} was trained by {first.engine} and is resumed with {config.engine}, which does not read its "
+            "checkpoints: launch it with the same configuration of accelerate."
+        )
     return run(experiment, resume=True)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..data import ImageData
 from ..data.collators import kinds_of
+from ..engines import whole_student
 from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
@@ -165,7 +166,8 @@ def make_record(
             for name, part in sets.items()
         }
     skipped = skipped or (trainer.skipped, trainer.eval_skipped)
-    student_entry = describe_model(model, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
+    whole = whole_student(trainer)
+    student_entry = describe_model(whole, getattr(model, "name_or_path", None) or None, trainer.preprocessing.size)
     if saved := [file.stat().st_size for file in Path(args.output_dir).glob("model*.safetensors")]:
         student_entry["size_mb"] = sum(saved) / 1e6
     if student and student.get("from_scratch") is False:
