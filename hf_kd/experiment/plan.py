@@ -48,7 +48,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
     dataset_origin = _origin("dataset", script, earlier)
-    if dataset_origin["commit"]:
+    if dataset_origin.get("commit"):
         hub.check_access(script.dataset, "dataset")
     push = _push_target(script, config)
     student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
