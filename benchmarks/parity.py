@@ -55,7 +55,7 @@ an evaluation. Two processes (gloo) on a CPU, SGD, float32. {IMAGES} images in m
 
 - FSDP2 needs GPUs: accelerate was told that there are some (`pretend_gpus`); the tensors stayed on the CPU.
 - ResNets have fixed batch statistics, which otherwise depend on the micro-batch. With live ones the reference
-  is one process that accumulates the micro-batches of both. Running statistics, and an evaluation with them,
+  is one process that accumulates the micro-batches of both, of 48 images. Running statistics, and an evaluation with them,
   are not compared: they are those of the first process's batches. The learning rate is 0.001 there, else 0.01,
   at which float32 rounding grows to 4e-3 from step 16 on with DDP, ZeRO-1 and FSDP2 (in float64 to 4e-16).
 - AdamW is reported and not held to the bound: it divides by the root of the squared gradients, which magnifies
@@ -128,7 +128,7 @@ def cell_trainer(engine: str, cell: str, folder: Path, student=None, **settings)
         model if student is None else student,
         config(folder, **(options | settings)),
         teacher=teacher,
-        train_dataset=rows(IMAGES),
+        train_dataset=rows(48 if variant == ["live"] else IMAGES),  # one process has no uneven shares
         eval_dataset=rows(EVAL_IMAGES, seed=5),
         processing_class=processor,
     )
