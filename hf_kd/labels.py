@@ -149,24 +149,27 @@ def read_class_map(value):
     return class_map
 
 
-def read_class_names(names) -> list[str] | None:
+def read_class_names(given) -> list[str] | None:
     """Class names in the order of their labels (None or a list) from themselves, or from a file: a JSON or YAML list,
     or any other file with one name in each line."""
-    if isinstance(names, (str, os.PathLike)):
+    names = given
+    if isinstance(given, (str, os.PathLike)):
         import yaml
 
-        path = Path(names).expanduser()
+        path = Path(given).expanduser()
         try:
-            text = path.read_text(encoding="utf-8")
-            listed = yaml.safe_load(text) if path.suffix in (".json", ".yaml", ".yml") else text.splitlines()
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark of the byte order
+            structured = path.suffix in (".json", ".yaml", ".yml")  # whose values are all read as texts: no, 010
+            names = yaml.load(text, yaml.BaseLoader) if structured else text.splitlines()
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"class_names: {names} cannot be read (seen from {os.getcwd()}): {error}") from error
-        if not isinstance(listed, list):
-            raise ValueError(f"class_names: {names} holds no list of names, but {listed!r:.80}.")
-        names = listed
-    if names is None:
+            raise ValueError(f"class_names: {given} cannot be read (seen from {os.getcwd()}): {error}") from error
+    if given is None:
         return None
-    names = [str(name).strip() for name in names]
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"class_names: no list of names in {given!r:.80}, but {names!r:.80}.")
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"class_names has {others[0]!r}, which is no text: put each name in quotes.")
+    names = [name.strip() for name in names]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated or "" in names:
         problem = f"names {', '.join(repeated[:5])} twice" if "" not in names else "has an empty name"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -25,9 +27,23 @@ def count_samples(trainer, batches: list[dict]) -> int | None:
     return sum(len(batch["labels"]) for batch in batches) if batches else None
 
 
-def count_in_all_processes(trainer, count: int | None, error: Exception | None, device) -> torch.Tensor | int | None:
-    """The sum of what `count_samples` gives. A single process, or one that reads a stream, may report an error in its
-    place: then all processes save the state of the last step and raise it, those without one as an OSError."""
+def samples_of_step(
+    trainer, read: Callable[[], tuple[list[dict], Any]], device
+) -> tuple[list[dict], torch.Tensor | int | None]:
+    """What `read` gives, the batches of this process and their images, with the sum over all processes of the latter.
+
+    After an error in a single process, or in one of several that read a stream, all save the state of the last step
+    and raise it, those without one as an OSError.
+    """
+    batches, count, error = list[dict](), None, None
+    try:
+        batches, count = read()
+    except Exception as caught:  # of which the other processes must know
+        error = caught
+    return batches, _count_in_all_processes(trainer, count, error, device)
+
+
+def _count_in_all_processes(trainer, count: int | None, error: Exception | None, device) -> torch.Tensor | int | None:
     args, step, texts = trainer.args, trainer.state.global_step, [""]
     folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
     is_saved = folder.exists()

@@ -34,7 +34,7 @@ from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
 from .reporting.collect import write_plan
 from .spec import Experiment
-from .step_data import count_in_all_processes, count_samples
+from .step_data import count_samples, samples_of_step
 from .teacher_check import measure_teacher, warn_near_chance
 
 _NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
@@ -211,8 +211,8 @@ class DistillationTrainer(Trainer):
         if self._own_collator and is_training:
             self.data_collator = training_collator(self.args, self.model, size, self.preprocessing)
         elif self._own_collator:
-            teacher_preprocessing = None if self.eval_teacher is None else self.eval_teacher.preprocessing
-            self.data_collator = evaluation_collator(self.preprocessing, teacher_preprocessing)
+            teachers = getattr(self.eval_teacher, "preprocessing", None)
+            self.data_collator = evaluation_collator(self.preprocessing, teachers)
         if labelled and sampler is not None:  # predictions are in the rows' order
             sampler_fn = lambda _: sampler  # noqa: E731
         drop_last = self.args.dataloader_drop_last
@@ -223,15 +223,9 @@ class DistillationTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches: list[dict] = []
-        count: Any = None
-        error = None
+        read = functools.partial(super().get_batch_samples, epoch_iterator, num_batches, device)
         with self._data_wait.waiting():
-            try:
-                batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-            except Exception as caught:  # of which the other processes must know
-                error = caught
-            return batches, count_in_all_processes(self, count, error, device)
+            return samples_of_step(self, read, device)
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):

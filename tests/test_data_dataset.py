@@ -164,6 +164,8 @@ def test_the_header_of_a_jpeg_gives_the_size_that_pillow_gives():
         frame = data.rindex(b"\xff\xc2" if "progressive" in options else b"\xff\xc0", 0, pixels)
         for marker in (b"\xff\x01", b"\xff\xd0", b"\xff\xff", data[frame:pixels]):  # none usual there: ask Pillow
             assert _jpeg_size(data[:frame] + marker + data[frame:]) is None
+    # Two 0xFF are a filling and a marker, of whose bytes none is a length; beyond that another size could be read.
+    assert _jpeg_size(b"\xff\xd8\xff\xff\xe0" + bytes(0xE002 - 3) + data[frame:]) is None
 
 
 def test_undecodable():

@@ -15,6 +15,8 @@ from trainer_helpers import NAMES, config, make_teacher, rows
 
 from hf_kd import DistillationTrainer
 from hf_kd.cli import main
+from hf_kd.cli.arguments import parse
+from hf_kd.experiment.plan import plan
 from hf_kd.losses import DistillationLoss, NKDLoss, get_loss, loss_class, loss_source
 from hf_kd.reporting.card import model_card
 from hf_kd.reporting.collect import make_record
@@ -260,12 +262,16 @@ def folders(tmp_path_factory):
     return folder
 
 
-def distill(folder, out, *more):
+def command(folder, out, *more):
     arguments = {"student": folder / "student", "dataset": folder / "data", "teacher": folder / "teacher"}
     arguments |= {"preset": "none", "augment": "none", "max_steps": 3, "per_device_train_batch_size": 8}
     arguments |= {"disable_tqdm": "true", "save_strategy": "no", "output_dir": out, "learning_rate": 0.01}
     options = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    return main(["distill", "--from_scratch", "--use_cpu", *options, *more])
+    return ["--from_scratch", "--use_cpu", *options, *more]
+
+
+def distill(*arguments):
+    return main(["distill", *command(*arguments)])
 
 
 def test_a_verdict_on_a_loss_of_a_file(folders, tmp_path, capsys, monkeypatch):
@@ -284,6 +290,13 @@ def test_a_verdict_on_a_loss_of_a_file(folders, tmp_path, capsys, monkeypatch):
     assert run["settings"]["loss"] == "test_own_loss.py:Both" and str(Path(__file__).parent) not in text
     card = (out / "both" / "seed-1" / "README.md").read_text()
     assert Both.formula in card and "against `3xce`" in card and "control `3xce`" in card and "did not help" in card
+
+
+@pytest.mark.parametrize("how", [["--loss", "nkd", "--verdict"], ["--compare", f"nkd,{__file__}:Both"]])
+def test_a_loss_of_a_file_is_a_baseline_by_its_name(how, folders, tmp_path):
+    script, config = parse(command(folders, tmp_path / "out", *how, "--against", f"{__file__}:Both"))
+    experiment = plan(script, config)
+    assert experiment.against == "both" in {run.name for run in experiment.runs}
 
 
 def test_a_loss_of_a_file_is_resumed_from_any_folder(folders, tmp_path, monkeypatch):

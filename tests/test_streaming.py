@@ -303,13 +303,20 @@ def test_integers_as_labels_are_named(tmp_path, streaming):
         write(tmp_path / "named", [size], split)
     names = ["ant", "bee, a", "cat", "dog", "elk", "no"]
     (tmp_path / "names.json").write_text(json.dumps(names))
-    for given in (names, tmp_path / "names.json"):
+    (tmp_path / "names.yaml").write_text("".join(f"- {name}\n" for name in names))  # where `no` is a name, not False
+    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    for given in (names, *(tmp_path / f"names.{kind}" for kind in ("json", "yaml", "txt"))):
         assert load_data(str(tmp_path / "d"), streaming=streaming, class_names=given).names == names
     with pytest.raises(ValueError, match="class_names are for a column of integers"):
         load_data(str(tmp_path / "named"), streaming=streaming, class_names=names)
     with pytest.raises(ValueError, match="label 5|outside 0 … 4"):
         load_data(str(tmp_path / "d"), streaming=streaming, class_names=names[:5])
-    for wrong, match in ((["a", "b", "a"], "names a twice"), ("nothing.txt", "cannot be read"), (["a", ""], "empty")):
+    for wrong, match in (
+        (["a", "b", "a"], "names a twice"),
+        ("nothing.txt", "cannot be read"),
+        (["a", ""], "empty"),
+        ([1, 2], "1, which is no"),
+    ):
         with pytest.raises(ValueError, match=match):
             load_data(str(tmp_path / "d"), streaming=streaming, class_names=wrong)
 

@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig, JSONObject, check_numbers, option, read_json
-from ..experiment.variants import run_configs
+from ..experiment.variants import run_configs, variant_name
 from ..labels import read_class_map, read_class_names
 from ..losses import LOSSES
 from ..recipes import EVERY_EPOCH, names
@@ -59,7 +59,7 @@ class ScriptArguments:
         "Where class names of teacher and data differ: by_index, JSON with {data name: teacher name}, or a JSON or "
         "YAML file."
     )
-    class_names: dict | str | list | None = option(
+    class_names: list[str] | str | None = option(
         "Names of classes whose labels are integers: a file with one in each line, or with a JSON or YAML list. "
         "Default: the labels."
     )
@@ -108,12 +108,15 @@ class ScriptArguments:
         if self.against and not self.verdict and self.compare is None:
             raise ValueError(f"--against {self.against} goes with --verdict or --compare.")
         if self.verdict:
-            if self.against == config.loss:
+            if self.against and variant_name(self.against) == variant_name(config.loss):
                 raise ValueError(f"--against {self.against} is the loss itself: name another one.")
             if self.compare is not None:
                 raise ValueError("--verdict chooses what to compare with by itself: drop it, or --compare.")
-            if config.loss == "ce":
-                raise ValueError("--verdict asks whether a loss helped, and ce is what it is measured against.")
+            if config.loss_class().name == "ce":
+                raise ValueError(
+                    f"--verdict asks whether distillation helped, and {config.loss} is cross entropy, what it is "
+                    "measured against: name another --loss, or --compare ce,label_smoothing,2xce."
+                )
             if len(seeds) == 1:
                 raise ValueError(f"--verdict needs at least two seeds for a test, got --seeds {seeds[0]}.")
         if config.push_to_hub and not self.verdict and (self.compare is not None or len(seeds) > 1):

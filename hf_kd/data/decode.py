@@ -188,8 +188,10 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     Pillow's open gives the same but takes several times longer.
     """
     at, size = 2, None
-    while at + 9 <= len(data) and data[at] == 0xFF and data[at + 1] >= 0xC0 and not 0xD0 <= data[at + 1] <= 0xD9:
+    while at + 9 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without a length, as the 0xFF of a filling
+            return None
         if marker == 0xDA:  # the pixels follow
             return None if data.find(b"tiff:Orientation", 0, at) >= 0 else size
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame

@@ -28,7 +28,7 @@ from ..reporting.record import RUN_FILE, collect_versions
 from ..reporting.significance import BASELINE
 from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
 from .folder import check_writable, continues, earlier_plan
-from .variants import run_configs
+from .variants import run_configs, variant_name
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +104,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         preset=preset,
         provenance=provenance,
         command=_pinned(command, student, teacher, source),
-        against=script.against or BASELINE,
+        against=variant_name(script.against or BASELINE),
         push=push,
         requirements=_requirements(runs, parameters, len(data.train)),
         versions=collect_versions(),

@@ -9,6 +9,11 @@ from ..recipes import published_hyperparameters
 from ..reporting.significance import BASELINE
 
 
+def variant_name(loss: str) -> str:
+    """By which name records and folders know a loss that `--loss`, `--compare` or `--against` names."""
+    return loss_class(loss).name if ":" in loss else loss
+
+
 def variants(script, config: DistillationConfig) -> dict[str, dict]:
     """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss"."""
     numbers = config.loss_kwargs or {}
@@ -17,7 +22,7 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
         smoothing = {"label_smoothing": numbers["label_smoothing"]} if "label_smoothing" in numbers else {}
         controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
         if script.against:
-            controls.setdefault(script.against, {"loss": script.against})
+            controls.setdefault(variant_name(script.against), {"loss": script.against})
         return {name: {**values, **smoothing} for name, values in controls.items()} | single
     if script.compare is None:
         return single
@@ -26,7 +31,7 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
         asked = read_json("compare", asked) if asked.lstrip().startswith("{") else asked.split(",")
     if not isinstance(asked, dict):
         names = [name for word in asked if (name := str(word).strip())]
-        asked = {loss_class(name).name if ":" in name else name: {"loss": name} for name in names}
+        asked = {variant_name(name): {"loss": name} for name in names}
         if len(asked) < len(names):
             raise ValueError(
                 f"--compare names a loss twice: {', '.join(names)}. With other hyperparameters, give it as JSON with "
@@ -39,7 +44,7 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
             raise ValueError(f"--compare {name}: hyperparameters must be a JSON object, got {values!r}.")
         if not name or set(name) & set('/\\:*?"<>|') or name.startswith("."):
             raise ValueError(f"--compare {name!r} can't be the name of a folder: choose another.")
-    if script.against and script.against not in asked:
+    if script.against and variant_name(script.against) not in asked:
         raise ValueError(f"--against {script.against} is none of the variants: choose one of {', '.join(asked)}.")
     return {name: dict(values or {}) for name, values in asked.items()}
 
@@ -53,7 +58,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
         for name, values in losses.items():
             values = dict(values)
             loss = values.pop("loss", name)
-            name = loss_class(loss).name if name == loss and ":" in loss else name
+            name = variant_name(loss) if name == loss else name
             if recipe:
                 values = published_hyperparameters(loss, recipe)[0] | values
             several = ([name] if len(losses) * len(seeds) > 1 else []) + ([f"seed-{seed}"] if seeds[1:] else [])
