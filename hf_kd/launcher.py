@@ -37,6 +37,11 @@ def resume_command(folder: str | os.PathLike) -> str:
     return shlex.join(launch_command(["resume", os.fspath(folder)], module=True))
 
 
+def several() -> bool:
+    """Whether the launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _script() -> str | None:
     """The script that was started, such as examples/run_distill.py; None for `hf-kd` and `python -m hf_kd`."""
     file = sys.argv[0]

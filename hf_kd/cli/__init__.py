@@ -9,7 +9,8 @@ USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd dist
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage,
+    75 after SIGTERM, SIGUSR1 or --max_hours (resume later), 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         from .. import __version__
