@@ -192,7 +192,7 @@ def _begin_worker(then, worker_id: int) -> None:
 
 
 class SaveOnStop(TrainerCallback):
-    """Ends training when a step ends, with a checkpoint, if any process was asked to stop; `agreed` is the reason then.
+    """Ends training when a step ends, with a checkpoint, if any process was asked to stop. `agreed` is why.
 
     A second Ctrl-C ends it at once, and says what is lost. Several processes sum up what each was asked with the
     number of samples of a step (`hear`), and thus stop at the same one. Off the CPU they look every `EVERY` steps,

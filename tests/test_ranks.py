@@ -144,7 +144,7 @@ def test_ranks_with_other_data_are_refused_by_both(arguments, things, tmp_path):
 
 def test_logits_that_one_rank_finds_nan_end_the_run_of_both_as_diverged(arguments, tmp_path):
     said, statuses = launch("nan", tmp_path, arguments)
-    assert statuses == [1, 0] and "1 of 1 runs diverged" in said, said[-4000:]
+    assert statuses == [1, 1] and "1 of 1 runs diverged" in said, said[-4000:]
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["diverged"].startswith("rank 1: student_logits holds 24 NaN")
     assert last_checkpoint(tmp_path / "out").endswith("checkpoint-6")

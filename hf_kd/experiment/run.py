@@ -52,7 +52,7 @@ def run(
     False trains the runs that nobody has started. `only`, "variant:seed", takes one run, and leaves table and push to
     a `resume` of all. Returns the records of the finished runs that this process knows.
     Raises ExperimentError after all else, if runs diverged or the push failed; TrainingStopped and KeyboardInterrupt
-    where `DistillationTrainer.train` does.
+    where `DistillationTrainer.train` does; RankFailure where another process has failed.
     """
     configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
     if only is not None:
@@ -63,10 +63,10 @@ def run(
         check_same_plan(experiment)
         records = _train_all(experiment, specs, configs, resume)
         state = PartialState()
-        problems = _conclude(experiment, records, token, only) if state.is_main_process else []
-        state.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
-    if problems:
-        raise ExperimentError("\n".join(problems))
+        problems = [_conclude(experiment, records, token, only) if state.is_main_process else ""]
+        broadcast_object_list(problems)  # also since a rank that leaves early takes the others' connections with it
+    if problems[0]:
+        raise ExperimentError(problems[0])
     return list(records.values())
 
 
@@ -268,7 +268,7 @@ def _source_options(experiment: Experiment) -> dict:
     return values | {"class_map": teacher and teacher.class_map}
 
 
-def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None, only: str | None) -> list[str]:
+def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None, only: str | None) -> str:
     """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them, without `only`.
     Returns what went wrong."""
     for spec in experiment.runs if only is None else ():
@@ -295,7 +295,7 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
             f"{len(diverged)} of {len(experiment.runs)} runs diverged and are no results: {reasons}. Records "
             f"and weights are in {experiment.output_dir}. Try a lower --learning_rate in another --output_dir."
         )
-    return problems
+    return "\n".join(problems)
 
 
 def _report(experiment: Experiment, runs: list[dict]) -> None:
