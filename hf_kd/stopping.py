@@ -178,8 +178,9 @@ def protect_workers(loader: Any) -> Any:
 
     torch's workers die of it, and training with them. Workers that are not forked still do.
     """
-    if getattr(loader, "num_workers", 0):
-        loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's iterates over another
+    if getattr(inner, "num_workers", 0):
+        inner.worker_init_fn = functools.partial(_begin_worker, inner.worker_init_fn)
     return loader
 
 

@@ -160,8 +160,8 @@ def test_workers_outlive_the_signal_that_all_processes_of_a_job_get(tmp_path):
 
     def send_to_all():
         workers.extend(psutil.Process().children())
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM), worker.send_signal(signal.SIGUSR1)
+        for name in ("-TERM", "-USR1"):  # not by their parent, from which torch expects SIGTERM
+            subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
         send("SIGTERM")
 
     trainer = trainer_for(tmp_path, max_steps=6, dataloader_num_workers=2, dataloader_persistent_workers=True)
