@@ -3,7 +3,7 @@
 import sys
 
 USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd distill --help` lists the arguments.
-       hf-kd resume FOLDER    Go on with an experiment that was interrupted.
+       hf-kd resume FOLDER    Go on with an experiment that was interrupted; see `hf-kd resume --help`.
        hf-kd push FOLDER      Push a distilled student to the Hub; see `hf-kd push --help`.
        hf-kd --version        Print the version."""
 
