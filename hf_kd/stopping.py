@@ -34,6 +34,8 @@ _SIGNALS = {
 class TrainingStopped(SystemExit):
     """Training was ended early by a signal or by `max_hours`. A process that does not catch it exits with status 75.
 
+    Of several processes each ignores SIGTERM from then on: the launcher sends it to those that have not ended yet.
+
     Attributes:
         reason (`str`): "SIGTERM", "SIGUSR1" or "max_hours".
     """

@@ -153,6 +153,7 @@ def test_a_signal_to_one_rank_stops_both_and_resume_continues(arguments, tmp_pat
     said, statuses = launch("stopped", tmp_path, arguments)
     assert statuses == [75, 75], said[-4000:]
     assert f"Resume with: torchrun --nproc_per_node 2 -m hf_kd resume {tmp_path / 'out'}" in said
+    assert said.count("exitcode  : 75") == 2
     assert said.count("SIGUSR1: stopped at step 9; the state is saved in") == 2
     said, statuses = launch("resumed", tmp_path, ["resume", tmp_path / "out"])
     assert statuses == [0, 0], said[-4000:]

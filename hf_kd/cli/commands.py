@@ -23,7 +23,7 @@ from .arguments import command_to_record, parse
 def run_command(name: str, argv: list[str]) -> int:
     """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 2 for wrong arguments, 75
     after SIGTERM, SIGUSR1 or --max_hours, 130 after Ctrl-C."""
-    traceback, folder, status = "--traceback" in argv, None, 1
+    traceback, folder, only, status = "--traceback" in argv, None, None, 1
     try:
         with stop_request.listening(), failures_named():
             if name == "push":
@@ -32,22 +32,22 @@ def run_command(name: str, argv: list[str]) -> int:
                 parser = _folder_parser(name, "Go on with an interrupted experiment, as its plan.json describes it.")
                 parser.add_argument("--only", help="Go on with one run of a comparison alone: variant:seed.")
                 arguments = parser.parse_args(argv)
-                folder = arguments.folder
-                resume(folder, arguments.only)
+                folder, only = arguments.folder, arguments.only
+                resume(folder, only)
             else:
                 status = 2
                 script, config = parse(argv)
                 traceback, status = script.traceback, 1
                 experiment = plan(script, config, shlex.join(launch_command(["distill", *command_to_record(argv)])))
-                folder = experiment.output_dir
+                folder, only = experiment.output_dir, script.only
                 if config.process_index == 0:
                     print(summary(experiment) if script.dry_run else introduction(experiment))
                 if not script.dry_run:
-                    run(experiment, resume=resumes(config), token=config.hub_token, only=script.only)
+                    run(experiment, resume=resumes(config), token=config.hub_token, only=only)
     except (KeyboardInterrupt, TrainingStopped) as stop:
         print(f"\n{prefix()}{str(stop) or 'stopped'}", file=sys.stderr)
         if folder and Path(folder).is_dir():
-            print(f"Resume with: {resume_command(folder)}", file=sys.stderr)
+            print(f"Resume with: {resume_command(folder, only)}", file=sys.stderr)
         return EXIT_STOPPED if isinstance(stop, TrainingStopped) else 130
     except Exception as error:
         message = hub.user_message(error)

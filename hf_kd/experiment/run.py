@@ -113,7 +113,7 @@ def _train_all(
         elif len(specs) < len(experiment.runs) and not resume_here:
             raise ValueError(
                 f"{spec.key} has been started already, in {folder}. Continue it with: "
-                f"{resume_command(experiment.output_dir)} --only {spec.name_and_seed}"
+                f"{resume_command(experiment.output_dir, spec.name_and_seed)}"
             )
     return records
 
