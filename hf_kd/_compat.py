@@ -38,6 +38,7 @@ USED = {
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
+    "os._exit": None,
     "torch.distributed.distributed_c10d._get_default_store": None,
     "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
     "argparse.HelpFormatter._format_action_invocation": "action",
