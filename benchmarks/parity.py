@@ -55,8 +55,8 @@ an evaluation. Two processes (gloo) on a CPU, SGD, float32. {IMAGES} images in m
 
 - FSDP2 needs GPUs: accelerate was told that there are some (`pretend_gpus`); the tensors stayed on the CPU.
 - ResNets have fixed batch statistics, which otherwise depend on the micro-batch. With live ones the reference
-  is one process that accumulates the micro-batches of both, of 48 images. Running statistics, and an evaluation with them,
-  are not compared: they are those of the first process's batches. The learning rate is 0.001 there, else 0.01,
+  is one process that accumulates the micro-batches of both, of 48 images. Running statistics, and an evaluation
+  with them, are not compared: they are those of the first process's batches. The learning rate is 0.001 there, else 0.01,
   at which float32 rounding grows to 4e-3 from step 16 on with DDP, ZeRO-1 and FSDP2 (in float64 to 4e-16).
 - AdamW is reported and not held to the bound: it divides by the root of the squared gradients, which magnifies
   rounding where they are near zero.

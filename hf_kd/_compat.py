@@ -13,7 +13,9 @@ from importlib import metadata
 from typing import Any
 
 # The newest versions that the tables were checked with.
-SEEN = {"accelerate": "1.15.0", "transformers": "5.24.0", "timm": "1.0.31", "torchvision": "0.29.1"}
+SEEN = {
+    "accelerate": "1.15.0", "transformers": "5.24.0", "timm": "1.0.31", "torch": "2.14.1", "torchvision": "0.29.1"
+}  # fmt: skip
 
 # Methods of transformers.Trainer that DistillationTrainer overrides. Upstream calls them with the same parameters.
 OVERRIDDEN = (
@@ -42,6 +44,8 @@ USED = {
     "transformers.models.timm_wrapper.image_processing_timm_wrapper.TimmWrapperImageProcessor": (
         "pretrained_cfg architecture"
     ),
+    "os._exit": None,
+    "torch.distributed.distributed_c10d._get_default_store": None,
     "torchvision.transforms.v2.RandomErasing.make_params": "flat_inputs",
     "argparse.HelpFormatter._format_action_invocation": "action",
     "argparse.HelpFormatter._format_args": "action default_metavar",
@@ -89,6 +93,11 @@ def check_upstream(trainer: type) -> None:
         for name in names.split():
             if f"'{name}'" not in mentioned:
                 raise _changed(path, f"no longer uses the attribute {name}")
+
+
+def default_store() -> Any:
+    """The store through which the processes have found each other."""
+    return _find("torch.distributed.distributed_c10d._get_default_store")()
 
 
 def _find(path: str) -> Any:

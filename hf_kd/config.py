@@ -29,7 +29,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _POSITIVE = (
     "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "eval_accumulation_steps logging_steps eval_steps save_steps adam_epsilon lr_step_factor train_image_size "
-    "max_image_pixels dataloader_prefetch_factor ddp_timeout"
+    "max_image_pixels dataloader_prefetch_factor ddp_timeout max_hours"
 ).split()
 
 
@@ -122,6 +122,10 @@ class DistillationConfig(TrainingArguments):
     lr_step_factor: float = option("See lr_step_epochs. The CIFAR standard is 0.2.", 0.1)
     max_skipped_fraction: float = option("Stop when more than this share of the images seen can't be decoded.", 0.01)
     max_image_pixels: int = option("Images of more pixels are skipped like broken ones.", MAX_IMAGE_PIXELS)
+    max_hours: float | None = option(
+        "Stop at the end of a step after so many hours, with the state saved, and exit with status 75. Counted from "
+        "the start of the process, for all runs; in Python from train()."
+    )
     feature_module: str | None = option("USKD: module of the student whose output feeds the auxiliary head.")
     teacher_dtype: str | None = option("Compute type of the teacher: fp32, bf16 or fp16. Default: as the student's.")
     teacher_check_batches: int = option("Batches to check the teacher's top-1 on before training; 0: no check.", 4)

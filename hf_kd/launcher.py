@@ -32,9 +32,15 @@ def launch_command(arguments: Sequence[str], *, module: bool = False) -> list[st
     return ["python", *script]
 
 
-def resume_command(folder: str | os.PathLike) -> str:
-    """The command that goes on with the experiment in a folder, for messages."""
-    return shlex.join(launch_command(["resume", os.fspath(folder)], module=True))
+def resume_command(folder: str | os.PathLike, only: str | None = None) -> str:
+    """The command that goes on with the experiment in a folder, or `only` one run of it, for messages."""
+    arguments = ["resume", os.fspath(folder), *(["--only", only] if only else [])]
+    return shlex.join(launch_command(arguments, module=True))
+
+
+def several() -> bool:
+    """Whether the launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _script() -> str | None:

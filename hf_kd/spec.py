@@ -29,7 +29,7 @@ EXECUTION = (
     "dataloader_prefetch_factor logging_steps logging_strategy logging_first_step log_level log_level_replica "
     "log_on_each_node report_to project trackio_space_id trackio_bucket_id trackio_static_space_id save_strategy "
     "save_steps save_total_limit save_on_each_node skip_memory_metrics ddp_timeout resume_from_checkpoint push_to_hub "
-    "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push"
+    "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push max_hours"
 ).split()
 
 
@@ -144,6 +144,11 @@ class RunSpec:
     @property
     def key(self) -> str:
         return f"{self.name}, seed {self.seed}"
+
+    @property
+    def name_and_seed(self) -> str:
+        """As `--only` names it."""
+        return f"{self.name}:{self.seed}"
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `DistillationConfig` that this run is trained with."""

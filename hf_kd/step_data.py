@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data.collators import note_skipped
 from .hub import user_message
+from .ranks import agree
 
 FEWEST = 1000  # images that `max_skipped_fraction` is a share of at least, if there are so many
 
@@ -51,15 +51,14 @@ def _count_in_all_processes(trainer, count: int | None, error: Exception | None,
         if error is None:
             return count
     else:
-        # Looking at the sum makes a GPU wait, which is not worth it where no network is involved.
+        # Looking at it makes a GPU wait, which is not worth it where no network is involved.
         streams = bool(getattr(trainer.train_dataset, "groups", None))
         if error is not None and not streams:
             raise error
         if error is None and count is None:
             return None
-        value = torch.tensor(math.nan if count is None else count, device=device, dtype=torch.float32)
-        total = trainer.accelerator.reduce(value, "sum")
-        if not streams or not total.isnan():
+        total, no_data = agree(trainer, count or 0, device, no_data=error is not None)
+        if not streams or not no_data:
             return total
         found = gather_object([(error and (user_message(error) or str(error) or type(error).__name__), is_saved)])
         texts = [f"process {rank} has no data: {text}" for rank, (text, _) in enumerate(found) if text]

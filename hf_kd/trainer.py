@@ -17,7 +17,7 @@ from . import checkpointing, engines, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
-from .callbacks import LogSteps, OnTrainBegin, SaveOnInterrupt
+from .callbacks import LogSteps, OnTrainBegin
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
@@ -32,9 +32,11 @@ from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
+from .ranks import failures_named, loss_terms
 from .reporting.collect import write_plan
 from .spec import Experiment
 from .step_data import count_samples, samples_of_step
+from .stopping import SaveOnStop, protect_workers
 from .teacher_check import measure_teacher, warn_near_chance
 
 _NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
@@ -86,6 +88,7 @@ class DistillationTrainer(Trainer):
     _meter: ClassificationMeter | None = None  # in evaluation_loop only
     _labelled = True  # whether what is evaluated has labels
     _resumed_from: str | None = None
+    _diverged: str | None = None  # what this process of several has met
     _staging: str | None = None  # where the checkpoint is that is being saved
 
     def __init__(
@@ -131,7 +134,7 @@ class DistillationTrainer(Trainer):
         self.skipped: dict[str, str] = {}
         self.eval_skipped: dict[str, str] = {}
         warn_distillation_head(student)
-        self._terms, self._interrupt = LossTerms(), SaveOnInterrupt()
+        self._terms, self._stop = LossTerms(), SaveOnStop()
         super().__init__(
             model=model,
             args=args,
@@ -139,7 +142,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._interrupt, LogSteps()],
+            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._stop, LogSteps()],
             model_init=model_init,
             **kwargs,
         )
@@ -218,7 +221,8 @@ class DistillationTrainer(Trainer):
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = False  # an evaluation counts every image, and training has its sampler
         try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            loader = super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            return protect_workers(loader)
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -289,7 +293,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             step = float(self.state.global_step)
             self.train_loss.progress = Progress(step, float(self.state.max_steps), step / self._steps_per_epoch)
-        terms = self.train_loss(logits, labels, **required)
+        terms = loss_terms(self, logits, labels, required)
         share = 1.0
         if num_items_in_batch is not None:  # DDP averages over ranks, so each counts for `world_size`
             share = len(labels) * self.args.world_size / num_items_in_batch
@@ -369,36 +373,35 @@ class DistillationTrainer(Trainer):
 
     # ---- training, saving, resuming ----
 
+    @failures_named()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):  # type: ignore[override]
         """Trains; see `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the state is saved.
+            TrainingStopped: so after SIGTERM, SIGUSR1 or `max_hours`. Uncaught, it ends Python with exit status 75.
+            RankFailure: another process has failed.
         """
-        try:
-            checkpoint = resume_from_checkpoint or None
-            if checkpoint is True:
-                checkpoint = last_checkpoint(self.args.output_dir)
-                if checkpoint is None:
-                    raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
-            write_plan(self, checkpoint)
-            if self.teacher is not None and self.args.teacher_check_batches:
-                warn_near_chance(self)
-            self._resumed_from = checkpoint
-            if self.auxiliary_head is not None and self.model_init is None:
-                self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
-            result = super().train(checkpoint, **kwargs)
-        finally:
-            self._interrupt.restore()
-            self._remove_head()
-        if self._interrupt.agreed:
-            folder = last_checkpoint(self.args.output_dir)
-            raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; the state is saved in {folder}")
-        return result
+        with self._stop.stopping(self):
+            try:
+                checkpoint = resume_from_checkpoint or None
+                if checkpoint is True:
+                    checkpoint = last_checkpoint(self.args.output_dir)
+                    if checkpoint is None:
+                        raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from.")
+                write_plan(self, checkpoint)
+                if self.teacher is not None and self.args.teacher_check_batches:
+                    warn_near_chance(self)
+                self._resumed_from = checkpoint
+                if self.auxiliary_head is not None and self.model_init is None:
+                    self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
+                return super().train(checkpoint, **kwargs)
+            finally:
+                self._remove_head()
 
     def _begin(self) -> None:
         """When training begins, with the state of the checkpoint that it continues from, if any."""
-        self._terms, self._staging, self._data_wait = LossTerms(), None, DataWait()
+        self._terms, self._staging, self._diverged, self._data_wait = LossTerms(), None, None, DataWait()
         self._started = time.perf_counter()  # not before: DeepSpeed may have been compiled
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
@@ -414,7 +417,7 @@ class DistillationTrainer(Trainer):
         with full_disk_named(folder), checkpointing.complete_checkpoint(self, folder) as self._staging:
             super()._save_checkpoint(model, trial)
         self._staging = None
-        if self._interrupt.agreed:  # not the end: else only the best checkpoint would be kept of the two
+        if self._stop.agreed:  # not the end: else only the best checkpoint would be kept of the two
             self.state.best_model_checkpoint = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -115,8 +115,8 @@ def test_an_image_skipped_on_one_rank_keeps_the_mean_exact(folder):
 
 def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(folder):
     stopped = [(folder / "2" / "stop" / f"stopped-{rank}").read_text() for rank in (0, 1)]
-    assert [text.split(";")[0] for text in stopped] == ["stopped at step 10"] * 2
-    saved = {path.name for path in (folder / "2" / "stop" / "checkpoint-10").iterdir()}
+    assert [text.split(";")[0] for text in stopped] == ["stopped at step 4"] * 2
+    saved = {path.name for path in (folder / "2" / "stop" / "checkpoint-4").iterdir()}
     assert saved >= {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}  # moved when both were written
     assert not (folder / "2" / "stop" / ".incomplete").exists()
 

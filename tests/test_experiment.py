@@ -162,7 +162,7 @@ def test_too_little_disk_is_an_error_before_the_start(things, tmp_path, monkeypa
     assert distill(things, "--output_dir", tmp_path / "out") == 1
     assert "GB are free: choose another --output_dir" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    check_disk(Experiment(output_dir=str(tmp_path)))  # a plan that knows no size asks for none
+    check_disk(Experiment(output_dir=str(tmp_path)), 1)  # a plan that knows no size asks for none
 
 
 def test_no_token_is_recorded():
@@ -316,6 +316,33 @@ def test_one_who_comes_later_takes_the_runs_that_nobody_has_started(things, tmp_
     capsys.readouterr()
     assert main(["push", str(out)]) == 1  # and no checkpoint is named as a student
     assert f"such as {out / 'a'}, {out / 'b'}." in capsys.readouterr().err
+
+
+def test_only_trains_one_run_and_resume_makes_the_table(things, tmp_path, capsys):
+    """Two processes at the same time, as of a job array."""
+    out, spec = tmp_path / "out", '{"a": {"loss": "ce"}, "b": {"loss": "ce"}}'
+    more = ["--compare", spec, "--seeds", "1", "2", "--num_train_epochs", "1", "--output_dir", str(out)]
+    command = [sys.executable, "-m", "hf_kd", "distill", "--config", str(things / "config.yaml"), *more, "--only"]
+    tasks = [subprocess.Popen([*command, run], stderr=subprocess.PIPE, text=True) for run in ("a:2", "b:2")]
+    for task in tasks:
+        said = task.communicate(timeout=120)[1]
+        assert task.returncode == 0, said[-2000:]
+    assert {file.parent.relative_to(out).as_posix() for file in out.rglob("run.json")} == {"a/seed-2", "b/seed-2"}
+    assert len(read_plan(out).runs) == 4
+    assert "--only" not in read_plan(out).command
+    assert distill(things, *more, "--only", "a:2") == 0  # is finished
+    assert f"The table follows when all runs are finished, with: hf-kd resume {out}" in capsys.readouterr().out
+    (out / "b" / "seed-1").mkdir()
+    RunLock(out / "b" / "seed-1").file.touch()  # was begun
+    assert distill(things, *more, "--only", "b:1") == 1
+    hint = re.search("Continue it with: (hf-kd .*)", capsys.readouterr().err)[1]
+    assert main([*shlex.split(hint)[1:-1], "b:3"]) == 1
+    assert "--only b:3 is no run of this experiment; there are: a:1, b:1, a:2, b:2." in capsys.readouterr().err
+    assert main(shlex.split(hint)[1:]) == 0
+    assert (out / "b" / "seed-1" / "run.json").is_file()
+    assert distill(things, *more, "--only", "a:1") == 0 and not (out / "report.md").exists()
+    assert main(["resume", str(out)]) == 0
+    assert len(run_json(out)["runs"]) == 4 and (out / "report.md").is_file()
 
 
 def hold(folder):

@@ -101,6 +101,11 @@ def run_json(folder):
         (["--loss", "uskd", "--verdict", "--seeds", "1"], "at least two seeds"),
         (["--loss", "uskd", "--verdict", "--compare", "ce"], "drop it, or --compare"),
         (["--seeds", "1", "1"], "names a seed twice"),
+        (
+            ["--compare", "ce,uskd", "--only", "ce:1"],
+            "--only ce:1 is no run of this experiment; there are: ce:42, uskd",
+        ),
+        (["--max_hours", "0"], "max_hours=0"),
         (["--seeds", "0", "-1"], "seeds=-1"),
         (["--seeds", "1", "2", "--push_to_hub"], "hf-kd push FOLDER"),
     ],

@@ -1,8 +1,10 @@
 """What the pages and the committed records say of results follows from the records, and what to type works."""
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from cli_helpers import images
 from tiny import tiny
 
 from hf_kd.cli import main
+from hf_kd.cli.arguments import parse
 from hf_kd.reporting.card import model_card
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,27 @@ def test_the_commands_for_your_own_images(tmp_path, monkeypatch, undrawn_figures
     assert main([*teacher[1:], *quick]) == 0
     assert main([*student[1:], *quick, "--seeds", "0", "1", "--teacher_check_batches", "0"]) == 0
     assert (tmp_path / "outputs" / "teacher" / "model.safetensors").is_file()
+
+
+def test_the_job_array(tmp_path):
+    """With stand-ins for what a cluster has: the first task makes the plan, the later ones continue it."""
+    for name, code in {"srun": '"$@"', "scontrol": 'echo "scontrol $@"', "hf-kd": 'echo "hf-kd $@"; exit 75'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+
+    def submit():
+        command = ["bash", "-c", block("Job schedulers", "bash")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 75 and not done.stderr
+        return done.stdout.splitlines()
+
+    first, again = submit()
+    script, config = parse([*shlex.split(first)[2:], "--use_cpu"])
+    assert (script.only, config.output_dir, again) == ("nkd:0", "outputs/array", "scontrol requeue 7_1")
+    (tmp_path / "outputs" / "array").mkdir(parents=True)
+    (tmp_path / "outputs" / "array" / "plan.json").touch()
+    assert submit() == ["hf-kd resume outputs/array --only nkd:0", again]
 
 
 # torch's own export and onnxscript announce changes to come in each other.

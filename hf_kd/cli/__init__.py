@@ -3,14 +3,15 @@
 import sys
 
 USAGE = """usage: hf-kd distill ...      Distil an image classifier; `hf-kd distill --help` lists the arguments.
-       hf-kd resume FOLDER    Go on with an experiment that was interrupted.
+       hf-kd resume FOLDER    Go on with an experiment that was interrupted; see `hf-kd resume --help`.
        hf-kd push FOLDER      Push a distilled student to the Hub; see `hf-kd push --help`.
        hf-kd losses           List the losses: formula, needs, hyperparameters, published results.
        hf-kd --version        Print the version."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    """The console command. Returns the exit status: 0, 1 after an error, 2 for wrong usage,
+    75 after SIGTERM, SIGUSR1 or --max_hours (resume later), 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         from .. import __version__

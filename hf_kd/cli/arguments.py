@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import DistillationConfig, JSONObject, check_numbers, option, read_json
-from ..experiment.variants import run_configs, variant_name
+from ..experiment.variants import check_only, run_configs, variant_name
 from ..labels import read_class_map, read_class_names
 from ..losses import LOSSES
 from ..recipes import EVERY_EPOCH, names
@@ -76,6 +76,10 @@ class ScriptArguments:
     teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
     trust_remote_code: bool = option("Run code from the models' repositories.", False)
+    only: str | None = option(
+        "Train one run of a comparison alone: nkd:1 is that of nkd with seed 1. `hf-kd resume FOLDER` makes the table "
+        "when all are finished."
+    )
     dry_run: bool = option("Print the plan (runs, steps, sizes, disk) and stop.", False)
     traceback: bool = option("Show Python's traceback of an error.", False)
 
@@ -141,7 +145,9 @@ class ScriptArguments:
             raise ValueError(
                 f"metric_for_best_model={metric!r} is not measured here; there are: {', '.join(measured)}."
             )
-        run_configs(self, config, None)
+        runs = run_configs(self, config, None)
+        if self.only is not None:
+            check_only(self.only, [f"{name}:{run.seed}" for name, _, run in runs])
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.
@@ -306,7 +312,8 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 # Of a command, what says how to push, resume and show errors is not needed to reproduce its run.
 _NOT_RECORDED = (
-    "resume_from_checkpoint push_to_hub hub_model_id hub_token hub_private_repo hub_revision dry_run traceback"
+    "resume_from_checkpoint push_to_hub hub_model_id hub_token hub_private_repo hub_revision dry_run traceback only "
+    "max_hours"
 ).split()
 
 

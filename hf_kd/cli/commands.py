@@ -13,45 +13,50 @@ from ..experiment.run import resume, run
 from ..experiment.summary import introduction, summary
 from ..launcher import launch_command, resume_command
 from ..push import check_push, publish
+from ..ranks import RankFailure, failures_named, prefix
 from ..reporting.card import title
 from ..reporting.record import RUN_FILE, read_record
+from ..stopping import EXIT_STOPPED, TrainingStopped, stop_request
 from .arguments import command_to_record, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 2 for wrong arguments, 130
-    after Ctrl-C."""
-    traceback, folder, status = "--traceback" in argv, None, 1
+    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 2 for wrong arguments, 75
+    after SIGTERM, SIGUSR1 or --max_hours, 130 after Ctrl-C."""
+    traceback, folder, only, status = "--traceback" in argv, None, None, 1
     try:
-        if name == "push":
-            _push(argv)
-        elif name == "resume":
-            parser = _folder_parser(name, "Go on with an interrupted experiment, as its plan.json describes it.")
-            folder = parser.parse_args(argv).folder
-            resume(folder)
-        else:
-            status = 2
-            script, config = parse(argv)
-            traceback, status = script.traceback, 1
-            experiment = plan(script, config, shlex.join(launch_command(["distill", *command_to_record(argv)])))
-            folder = experiment.output_dir
-            if config.process_index == 0:
-                print(summary(experiment) if script.dry_run else introduction(experiment))
-            if not script.dry_run:
-                run(experiment, resume=resumes(config), token=config.hub_token)
-    except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
+        with stop_request.listening(), failures_named():
+            if name == "push":
+                _push(argv)
+            elif name == "resume":
+                parser = _folder_parser(name, "Go on with an interrupted experiment, as its plan.json describes it.")
+                parser.add_argument("--only", help="Go on with one run of a comparison alone: variant:seed.")
+                arguments = parser.parse_args(argv)
+                folder, only = arguments.folder, arguments.only
+                resume(folder, only)
+            else:
+                status = 2
+                script, config = parse(argv)
+                traceback, status = script.traceback, 1
+                experiment = plan(script, config, shlex.join(launch_command(["distill", *command_to_record(argv)])))
+                folder, only = experiment.output_dir, script.only
+                if config.process_index == 0:
+                    print(summary(experiment) if script.dry_run else introduction(experiment))
+                if not script.dry_run:
+                    run(experiment, resume=resumes(config), token=config.hub_token, only=only)
+    except (KeyboardInterrupt, TrainingStopped) as stop:
+        print(f"\n{prefix()}{str(stop) or 'stopped'}", file=sys.stderr)
         if folder and Path(folder).is_dir():
-            print(f"Resume with: {resume_command(folder)}", file=sys.stderr)
-        return 130
+            print(f"Resume with: {resume_command(folder, only)}", file=sys.stderr)
+        return EXIT_STOPPED if isinstance(stop, TrainingStopped) else 130
     except Exception as error:
         message = hub.user_message(error)
-        expected: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError)
+        expected: tuple[type[Exception], ...] = (ValueError, OSError, FloatingPointError, RankFailure)
         if message is None and isinstance(error, expected + (TypeError, ImportError) * (status == 2)):
             message = str(error)
         if traceback or message is None:  # the traceback helps with an error that is not expected
             raise
-        print(f"\nerror: {message}", file=sys.stderr)
+        print(f"\nerror: {prefix()}{message}", file=sys.stderr)
         if folder and (notes := getattr(error, "__notes__", [])):  # where the state was saved
             print(*notes, f"Resume with: {resume_command(folder)}", sep="\n", file=sys.stderr)
         return status

@@ -104,9 +104,9 @@ def finished_record(experiment: Experiment, spec: RunSpec) -> dict | None:
     return record if there.schedule == ours.schedule else None
 
 
-def check_disk(experiment: Experiment) -> None:
-    """Raises OSError where the file system of the output folder has less room than the plan says is needed."""
-    needed = (experiment.requirements or {}).get("disk_bytes") or 0
+def check_disk(experiment: Experiment, runs: int) -> None:
+    """Raises OSError where the file system of the output folder has less room than so many of the plan's runs need."""
+    needed = ((experiment.requirements or {}).get("disk_bytes") or 0) * runs / max(1, len(experiment.runs))
     free = shutil.disk_usage(_existing(experiment.output_dir)).free
     if free < needed:
         raise OSError(

@@ -1,10 +1,12 @@
 """Carrying out a plan, or going on with one: the runs that are to be trained, the comparison, cards and push."""
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import set_seed
@@ -17,10 +19,10 @@ from ..data import ImageData, load_data
 from ..data.collators import count_kinds
 from ..launcher import check_processes, resume_command
 from ..losses import loss_source
-from ..losses.functional import DivergedError
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
+from ..ranks import check_same_plan, failures_named
 from ..reporting.card import write_card
 from ..reporting.collect import describe_model, make_record, write_record
 from ..reporting.comparison import write_comparison
@@ -28,10 +30,12 @@ from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE,
 from ..reporting.significance import verdicts
 from ..reporting.tables import comparison_table, pairwise_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
+from ..stopping import stop_error, stop_request
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
 from .lock import RunLock
 from .progress import ComparisonProgress
+from .variants import check_only
 
 logger = logging.get_logger(__name__)
 
@@ -40,25 +44,49 @@ class ExperimentError(ValueError):
     """Runs that diverged, or a push that failed. What was computed is in the output folder."""
 
 
-def run(experiment: Experiment, resume: bool | str = False, token: str | None = None) -> list[dict]:
+def run(
+    experiment: Experiment, resume: bool | str = False, token: str | None = None, only: str | None = None
+) -> list[dict]:
     """Trains the runs of a plan, and writes models, records, curves and cards; pushes if the plan says so.
 
     `resume` goes on with each run from its newest complete checkpoint (True), or with the only run from a path's;
-    False trains the runs that nobody has started. Returns the records of the finished runs that this process knows.
-    Raises ExperimentError after all else, if runs diverged or the push failed.
+    False trains the runs that nobody has started. `only`, "variant:seed", takes one run, and leaves table and push to
+    a `resume` of all. Returns the records of the finished runs that this process knows.
+    Raises ExperimentError after all else, if runs diverged or the push failed; TrainingStopped and KeyboardInterrupt
+    where `DistillationTrainer.train` does; RankFailure where another process has failed.
     """
     configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
+    if only is not None:
+        check_only(only, [spec.name_and_seed for spec in experiment.runs])
+    specs = [spec for spec in experiment.runs if only in (None, spec.name_and_seed)]
+    hours = configs[specs[0].key].max_hours
+    with stop_request.listening(hours, since=psutil.Process().create_time()), failures_named():
+        check_same_plan(experiment)
+        records = _train_all(experiment, specs, configs, resume)
+        state = PartialState()
+        problems = [_conclude(experiment, records, token, only) if state.is_main_process else ""]
+        broadcast_object_list(problems)  # also since a rank that leaves early takes the others' connections with it
+    if problems[0]:
+        raise ExperimentError(problems[0])
+    return list(records.values())
+
+
+def _train_all(
+    experiment: Experiment, specs: list[RunSpec], configs: dict[str, DistillationConfig], resume: bool | str
+) -> dict[str, dict]:
+    """Trains what is to be trained of these runs. Returns the records of those that are finished then."""
     state = PartialState()
     resume_here = continues(experiment.output_dir, resume)
     if state.is_main_process:
         if not resume_here:
-            check_disk(experiment)
+            check_disk(experiment, len(specs))
         open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
     records: dict[str, dict] = {}
-    data, teacher, progress = None, None, ComparisonProgress(experiment)
-    if state.is_main_process and len(experiment.runs) > 1:
+    data, teacher = None, None
+    progress = ComparisonProgress(dataclasses.replace(experiment, runs=tuple(specs)))
+    if state.is_main_process and len(specs) > 1:
         print(progress.plan())
-    for spec in experiment.runs:
+    for spec in specs:
         folder = experiment.folder(spec)
         lock, claim = RunLock(folder), list[Any]([None])
         if state.is_main_process:
@@ -66,6 +94,8 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
         broadcast_object_list(claim)
         if isinstance(claim[0], dict):
             records[spec.key] = claim[0]
+        elif isinstance(claim[0], str):
+            raise stop_error(claim[0], f"stopped before {spec.key}")
         elif claim[0]:
             if data is None:
                 data, teacher = _load(experiment)
@@ -74,21 +104,23 @@ def run(experiment: Experiment, resume: bool | str = False, token: str | None = 
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
                 if resume and checkpoint is None:
                     logger.warning(f"no checkpoint in {folder}: starting from the beginning")
-                record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint, progress)
+                with stop_request.held():
+                    record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint, progress)
                 records[spec.key] = record
                 if state.is_main_process:
                     print(progress.finish(record))
             finally:
                 lock.release()
-    problems = _conclude(experiment, records, token) if state.is_main_process else []
-    state.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
-    if problems:
-        raise ExperimentError("\n".join(problems))
-    return list(records.values())
+        elif len(specs) < len(experiment.runs) and not resume_here:
+            raise ValueError(
+                f"{spec.key} has been started already, in {folder}. Continue it with: "
+                f"{resume_command(experiment.output_dir, spec.name_and_seed)}"
+            )
+    return records
 
 
-def resume(folder: str | os.PathLike) -> list[dict]:
-    """`run` for every unfinished run of the experiment whose plan.json is in a folder."""
+def resume(folder: str | os.PathLike, only: str | None = None) -> list[dict]:
+    """`run` for every unfinished run, or `only` one, of the experiment whose plan.json is in a folder."""
     experiment = read_plan(folder)
     if experiment is None:
         raise ValueError(f"there is no {PLAN_FILE} in {folder}: give the --output_dir of an experiment of hf_kd.")
@@ -108,7 +140,7 @@ def resume(folder: str | os.PathLike) -> list[dict]:
             f"{folder} was trained by {first.engine} and is resumed with {config.engine}, which does not read its "
             "checkpoints: launch it with the same configuration of accelerate."
         )
-    return run(experiment, resume=True)
+    return run(experiment, resume=True, only=only)
 
 
 def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:
@@ -128,10 +160,10 @@ def _checkpoint(experiment: Experiment, spec: RunSpec, resume: bool | str) -> st
     return last_checkpoint(experiment.folder(spec)) if resume is True else resume or None
 
 
-def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | bool:
-    """The record of a run that is finished; else whether it is ours to train."""
+def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -> dict | str | bool:
+    """The record of a run that is finished; else by what we were asked to stop; else whether it is ours to train."""
     record = finished_record(experiment, spec)
-    claim = record or lock.acquire(new=not resume)
+    claim = record or stop_request.now() or lock.acquire(new=not resume)
     if resume and record and not record.get("diverged"):
         logger.warning(f"{spec.key}: already finished, see {experiment.folder(spec) / RUN_FILE}")
     elif resume and not claim:
@@ -189,8 +221,6 @@ def _train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:  # the other runs go on
-        if config.world_size > 1 and isinstance(error, DivergedError):  # which the other ranks may not have met
-            raise
         diverged = str(error)
         trainer.callback_handler.on_train_end(config, trainer.state, trainer.control)  # closes the trackers
     trainer.save_model()  # before anything else can go wrong
@@ -245,16 +275,18 @@ def _source_options(experiment: Experiment) -> dict:
     return values | {"class_map": teacher and teacher.class_map}
 
 
-def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None) -> list[str]:
-    """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them. Returns what
-    went wrong."""
-    for spec in experiment.runs:
+def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None, only: str | None) -> str:
+    """What needs all runs: table, verdicts, cards and push. Left to whoever finishes the last of them, without `only`.
+    Returns what went wrong."""
+    for spec in experiment.runs if only is None else ():
         if spec.key not in records and (record := finished_record(experiment, spec)):
             records[spec.key] = record
     diverged = [spec for spec in experiment.runs if records.get(spec.key, {}).get("diverged")]
     problems = []
     missing = [spec.key for spec in experiment.runs if spec.key not in records]
-    if missing:
+    if only is not None:
+        print(f"\nThe table follows when all runs are finished, with: {resume_command(experiment.output_dir)}")
+    elif missing:
         print(
             f"\n{len(missing)} of {len(experiment.runs)} runs are not finished: {'; '.join(missing)}. The table "
             f"follows when they are; go on with interrupted ones with: {resume_command(experiment.output_dir)}"
@@ -270,7 +302,7 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
             f"{len(diverged)} of {len(experiment.runs)} runs diverged and are no results: {reasons}. Records "
             f"and weights are in {experiment.output_dir}. Try a lower --learning_rate in another --output_dir."
         )
-    return problems
+    return "\n".join(problems)
 
 
 def _report(experiment: Experiment, runs: list[dict]) -> None:

@@ -1,6 +1,7 @@
 """Which runs the arguments ask for: each loss of a comparison with each seed."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config import DistillationConfig, read_json
@@ -47,6 +48,12 @@ def variants(script, config: DistillationConfig) -> dict[str, dict]:
     if script.against and variant_name(script.against) not in asked:
         raise ValueError(f"--against {script.against} is none of the variants: choose one of {', '.join(asked)}.")
     return {name: dict(values or {}) for name, values in asked.items()}
+
+
+def check_only(only: str, names: Sequence[str]) -> None:
+    """Raises ValueError if `--only` names none of the runs, each "variant:seed"."""
+    if only not in names:
+        raise ValueError(f"--only {only} is no run of this experiment; there are: {', '.join(names)}.")
 
 
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:

@@ -16,6 +16,7 @@ from ..engines import whole_student
 from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
+from ..ranks import check_same_plan
 from ..spec import PLAN_FILE, DataSource, Experiment, ModelSource, continue_plan, run_spec
 from . import record as records
 from .card import write_card
@@ -122,6 +123,7 @@ def _data_entry(trainer, data: ImageData | None, eval_size: float | None) -> dic
 def write_plan(trainer, checkpoint: str | None) -> None:
     """Writes the trainer's plan.json before the first step; training from a checkpoint must be of the same plan."""
     trainer.plan = trainer.plan or known_plan(trainer)
+    check_same_plan(trainer.plan)
     if checkpoint:
         continue_plan(trainer.plan, checkpoint)
     if trainer.is_world_process_zero():
