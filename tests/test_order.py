@@ -28,6 +28,8 @@ SETTINGS = {"kind": "vit", "augment": "pad_crop", "max_steps": -1, "num_train_ep
 class Own(torch.utils.data.Dataset):
     """A dataset that hf_kd does not wrap, where it comes with a collator of its own."""
 
+    groups = ["field", "studio"]  # not the row groups of a stream
+
     def __len__(self):
         return N
 
@@ -53,6 +55,11 @@ def test_the_images_of_a_step_are_those_of_one_process(n, workers):
     assert sorted(sum(expected, [])) == list(range(n))
     for processes in (2, 4):
         assert steps(processes, n=n, workers=workers) == expected
+
+
+def test_only_a_stream_has_row_groups(tmp_path):
+    assert ImageDataset(Own()).groups is None
+    trainer_for(tmp_path / "out", train=Own(), evaluation=Own(), max_steps=1).train()
 
 
 def test_another_epoch_and_another_seed_have_another_order():
