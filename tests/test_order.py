@@ -16,7 +16,6 @@ from data_helpers import pytestmark as pytestmark
 from trainer_helpers import rows, trainer_for
 
 from hf_kd.data import ImageDataset
-from hf_kd.data import dataset as dataset_module
 from hf_kd.data.collators import TrainingCollator
 from hf_kd.data.order import EpochSampler
 from hf_kd.spec import SCHEMA_VERSION
@@ -100,15 +99,15 @@ def test_a_run_goes_on_without_the_images_before(tmp_path, monkeypatch, own, wor
     every = noted(whole)
     whole.train()
     assert [sorted(sum(every[i : i + 7], [])) for i in (0, 7)] == [list(range(N))] * 2 and every[:7] != every[7:]
-    decoded, keep = [], dataset_module.decode_row
-    monkeypatch.setattr(dataset_module, "decode_row", lambda *args: decoded.append(1) or keep(*args))
+    read, keep = [], ImageDataset.__getitems__
+    monkeypatch.setattr(ImageDataset, "__getitems__", lambda self, rows: read.extend(rows) or keep(self, rows))
     resumed = trainer_of(tmp_path / "out", own, **options)
     seen = noted(resumed)
     resumed.train(str(tmp_path / "out" / f"checkpoint-{step}"))
     assert seen == every[batch:]
     assert torch.equal(weights(resumed), weights(whole))
-    if not workers and not own:  # else others decode
-        assert len(decoded) == sum(map(len, seen))
+    if not workers and not own:  # else others read
+        assert read == sum(seen, [])
 
 
 def test_the_seed_of_the_run_gives_the_order_and_sequential_that_of_the_rows(tmp_path):
