@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data.collators import note_skipped
+from .data.order import groups_of
 from .hub import user_message
 from .ranks import agree
 
@@ -52,7 +53,7 @@ def _count_in_all_processes(trainer, count: int | None, error: Exception | None,
             return count
     else:
         # Looking at it makes a GPU wait, which is not worth it where no network is involved.
-        streams = bool(getattr(trainer.train_dataset, "groups", None))
+        streams = groups_of(trainer.train_dataset) is not None
         if error is not None and not streams:
             raise error
         if error is None and count is None:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Subset
 from transformers.utils import logging
 
-from .data.order import spaced_rows
+from .data.order import groups_of, spaced_rows
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .models.forward import num_classes_of
 from .models.teacher import Teacher
@@ -29,7 +29,7 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
     source = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     source = next(iter(source.values())) if isinstance(source, dict) else source
     if samples is not None and samples < len(source):  # spaced, since many datasets are sorted by class
-        groups = getattr(source, "groups", None)
+        groups = groups_of(source)
         rows = spaced_rows(groups, samples) if groups else [i * len(source) // samples for i in range(samples)]
         source = Subset(source, rows)
     meter, dropped = ClassificationMeter(), torch.zeros(())

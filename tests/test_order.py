@@ -15,8 +15,7 @@ from data_helpers import alone as alone
 from data_helpers import pytestmark as pytestmark
 from trainer_helpers import rows, trainer_for
 
-from hf_kd.data import ImageDataset, cache
-from hf_kd.data import dataset as dataset_module
+from hf_kd.data import ImageDataset
 from hf_kd.data.collators import TrainingCollator
 from hf_kd.data.order import EpochSampler
 from hf_kd.spec import SCHEMA_VERSION
@@ -27,6 +26,8 @@ SETTINGS = {"kind": "vit", "augment": "pad_crop", "max_steps": -1, "num_train_ep
 
 class Own(torch.utils.data.Dataset):
     """A dataset that hf_kd does not wrap, where it comes with a collator of its own."""
+
+    groups = ["field", "studio"]  # not the row groups of a stream
 
     def __len__(self):
         return N
@@ -53,6 +54,11 @@ def test_the_images_of_a_step_are_those_of_one_process(n, workers):
     assert sorted(sum(expected, [])) == list(range(n))
     for processes in (2, 4):
         assert steps(processes, n=n, workers=workers) == expected
+
+
+def test_only_a_stream_has_row_groups(tmp_path):
+    assert ImageDataset(Own()).groups is None
+    trainer_for(tmp_path / "out", train=Own(), evaluation=Own(), max_steps=1).train()
 
 
 def test_another_epoch_and_another_seed_have_another_order():
@@ -93,16 +99,15 @@ def test_a_run_goes_on_without_the_images_before(tmp_path, monkeypatch, own, wor
     every = noted(whole)
     whole.train()
     assert [sorted(sum(every[i : i + 7], [])) for i in (0, 7)] == [list(range(N))] * 2 and every[:7] != every[7:]
-    monkeypatch.setattr(cache, "MAX_BYTES", 0)  # else what was decoded above would still be there
-    decoded, keep = [], dataset_module.decode_row
-    monkeypatch.setattr(dataset_module, "decode_row", lambda *args: decoded.append(1) or keep(*args))
+    read, keep = [], ImageDataset.__getitems__
+    monkeypatch.setattr(ImageDataset, "__getitems__", lambda self, rows: read.extend(rows) or keep(self, rows))
     resumed = trainer_of(tmp_path / "out", own, **options)
     seen = noted(resumed)
     resumed.train(str(tmp_path / "out" / f"checkpoint-{step}"))
     assert seen == every[batch:]
     assert torch.equal(weights(resumed), weights(whole))
-    if not workers and not own:  # else others decode
-        assert len(decoded) == sum(map(len, seen)) + 1  # whose size says that all of them do not fit
+    if not workers and not own:  # else others read
+        assert read == sum(seen, [])
 
 
 def test_the_seed_of_the_run_gives_the_order_and_sequential_that_of_the_rows(tmp_path):

@@ -17,7 +17,7 @@ from ..labels import check_class_order
 from .cache import DecodedImages, decoded_images
 from .columns import INDEX_COLUMN, add_missing_labels, find_columns
 from .decode import UndecodableImage, decode_row
-from .order import RowGroup, Upcoming, epoch_order
+from .order import Upcoming, epoch_order, groups_of
 from .streaming import StreamedRows
 from .transforms import CropAndFlip, augment_image, build_transform, forked_rng, sample_draws, sample_seed, seed_rngs
 
@@ -109,7 +109,7 @@ class ImageDataset(Dataset):
                 dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.dataset, self.image_column, self.label_column = dataset, image_column, label_column
         self.transform, self.seed, self.max_pixels = transform, seed, max_pixels
-        self.groups: list[RowGroup] | None = getattr(dataset, "groups", None)
+        self.groups = groups_of(dataset)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers must see it change
         self._decoded: DecodedImages | None = None
         if self._undecoded and isinstance(dataset, datasets.Dataset):

@@ -30,6 +30,12 @@ class RowGroup:
     size: int = 0
 
 
+def groups_of(dataset) -> list[RowGroup] | None:
+    """The row groups of a dataset that is read as a stream; None of any other, which may call anything its groups."""
+    groups = getattr(dataset, "groups", None)
+    return groups if isinstance(groups, list) and groups and isinstance(groups[0], RowGroup) else None
+
+
 def epoch_order(groups: Sequence[RowGroup], seed: int | None, epoch: int) -> np.ndarray:
     """All rows in the order of an epoch: row groups shuffled, then rows within blocks; unchanged without a seed.
 
@@ -164,7 +170,7 @@ class EpochSampler(BatchRebalanceSampler):
         self.processes, self.rank, self.workers = readers
         self.order_seed, self.epoch, rows = seed, 0, len(dataset)
         self.sizes = batch_sizes(rows, batch_size, self.processes, drop_last)
-        self.groups: list[RowGroup] | None = getattr(dataset, "groups", None)
+        self.groups = groups_of(dataset)
         self._blocks = self.groups or [RowGroup("", 0, 0, rows)]
         if self.groups:
             dataset.reader_ends = reader_ends(self.sizes, self.processes, self.workers)
@@ -193,7 +199,7 @@ class EpochSampler(BatchRebalanceSampler):
 def sampler_of(args, dataset, batch_size: int, is_training: bool) -> EpochSampler | list[int] | None:
     """What the loader of a process with these arguments of a trainer draws from: batches of rows for training, rows
     for an evaluation of a stream, whose batches accelerate shares among the processes; None: the rows as they are."""
-    groups, sequential = getattr(dataset, "groups", None), args.train_sampling_strategy == "sequential"
+    groups, sequential = groups_of(dataset), args.train_sampling_strategy == "sequential"
     processes, workers = args.world_size, args.dataloader_num_workers
     if is_training:
         if sequential and groups:

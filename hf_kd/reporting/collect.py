@@ -12,6 +12,7 @@ import torch
 
 from ..data import ImageData
 from ..data.collators import kinds_of
+from ..data.order import groups_of
 from ..engines import whole_student
 from ..losses import LOSSES, loss_source
 from ..models.features import HEAD
@@ -76,7 +77,7 @@ def known_plan(trainer) -> Experiment:
     model, teacher = trainer.model, trainer.eval_teacher
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or type(model).__name__
-    streaming = bool(getattr(trainer.train_dataset, "groups", None))
+    streaming = groups_of(trainer.train_dataset) is not None
     plan = Experiment(
         output_dir=trainer.args.output_dir,
         student=ModelSource(name, commit=commit_of(model)),
