@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from transformers import SchedulerType, TrainingArguments
 
-from .losses import LOSSES, SETTINGS, DistillationLoss, get_loss, loss_class
+from .losses import LOSSES, SETTINGS, DistillationLoss, get_loss, loss_class, named_settings
 from .losses.functional import check_number
 
 AUGMENTS = ("none", "flip", "pad_crop", "resized_crop", "deit")
@@ -198,7 +198,7 @@ class DistillationConfig(TrainingArguments):
         """The loss module that `loss`, `loss_kwargs` and `label_smoothing_factor` describe."""
         if self._loss is not None:
             return self._loss
-        numbers = dict(self.loss_kwargs or {})
+        numbers = named_settings(self.loss) | (self.loss_kwargs or {})
         if self.label_smoothing_factor:
             numbers.setdefault("label_smoothing", self.label_smoothing_factor)
         return get_loss(self.loss, **numbers)

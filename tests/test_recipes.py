@@ -298,6 +298,8 @@ def test_named_settings_stand_over_published_hyperparameters():
     assert runs["kd"].loss_kwargs == {"temperature": 4.0, "weight": 0.9}
     assert runs["kl_only"].loss_kwargs == {"temperature": 4.0, "weight": 1.0, "ce_weight": 0.0}
     assert runs["label_smoothing"].build_loss().label_smoothing == 0.1
+    other = DistillationConfig("out", loss="label_smoothing", label_smoothing_factor=0.05, use_cpu=True)
+    assert other.build_loss().label_smoothing == 0.1
 
 
 def test_logit_standardization_is_of_the_loss_and_not_of_its_baseline():
