@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,17 @@ class StopRankOne(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class CountCollectives(TrainerCallback):
+    """Counts those of the third step, from the end of the second; the first differ, since DDP builds its buckets."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]).__enter__()
+        elif state.global_step == 3:
+            self.profiler.__exit__(None, None, None)
+            self.calls = Counter(event.name for event in self.profiler.events() if event.name.startswith("c10d::"))
+
+
 # One launch for all cases: importing takes longer than training.
 pytestmark = pytest.mark.slow
 
@@ -28,6 +41,8 @@ pytestmark = pytest.mark.slow
 def worker(folder: str, loss: str) -> None:
     from trainer_helpers import freeze_batch_norm, rows, trainer_for
 
+    if loss == "collectives":
+        return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
     broken, stop = None, loss == "stop"
     if stop:
@@ -69,12 +84,34 @@ def worker(folder: str, loss: str) -> None:
     trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
 
 
+def collectives(folder: str) -> None:
+    """How many a step of each loss has, and one of plain DDP."""
+    from tiny import tiny
+    from trainer_helpers import NAMES, rows, trainer_for
+
+    counts, state = {}, SimpleNamespace(global_step=0)
+    for loss in ("ce", "nkd", "uskd"):
+        counter = CountCollectives()
+        trainer = trainer_for(folder, "resnet", loss, train=rows(96), max_steps=4, logging_strategy="no")
+        trainer.add_callback(counter)
+        trainer.train()
+        counts[loss] = counter.calls
+    counter = CountCollectives()
+    plain = torch.nn.parallel.DistributedDataParallel(tiny("resnet", names=NAMES)[0].train())
+    for state.global_step in (1, 2, 3):
+        plain(torch.rand(4, 3, 32, 32)).logits.sum().backward()
+        counter.on_step_end(None, state, None)
+    counts["plain"] = counter.calls
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"counts-{trainer.args.process_index}.json").write_text(json.dumps(counts))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "skip", "stop"]
+    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "skip", "stop", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for case in ("nkd", "uskd", "dist", "skip"):
@@ -119,6 +156,15 @@ def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(folder):
     saved = {path.name for path in (folder / "2" / "stop" / "checkpoint-4").iterdir()}
     assert saved >= {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}  # moved when both were written
     assert not (folder / "2" / "stop" / ".incomplete").exists()
+
+
+@pytest.mark.parametrize(("loss", "own"), [("ce", 1), ("nkd", 1), ("uskd", 2)])
+def test_a_step_has_the_collectives_of_ddp_and_one_of_the_count_and_of_uskds_mean(loss, own, folder):
+    for rank in (0, 1):
+        counts = json.loads((folder / "2" / "collectives" / f"counts-{rank}.json").read_text())
+        plain = counts["plain"]
+        assert plain["c10d::allreduce_"] >= 1 and plain["c10d::broadcast_"] >= 1  # gradients; running statistics
+        assert counts[loss] == plain | {"c10d::allreduce_": plain["c10d::allreduce_"] + own}
 
 
 if __name__ == "__main__":
