@@ -92,7 +92,7 @@ def run_json(folder):
         (["--accelerator_config", '{"foo": 1}'], "unexpected keyword argument 'foo'"),
         (["--class_map", "{a: b}"], "class_map is not valid JSON"),
         (["--config", "missing.yaml"], "--config missing.yaml can't be read"),
-        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, cnn_finetune"),
+        (["--preset", "vit"], "--preset vit is unknown; there are: auto, none, cifar_crd, cnn_finetune"),
         (["--hub_strategy", "every_save"], "is not supported: the student is pushed at the end"),
         (["--verdict"], "ce is cross entropy, what it is measured against"),
         (["--loss", "label_smoothing", "--verdict"], "label_smoothing is cross entropy, what it is measured against"),

@@ -79,7 +79,7 @@ def worker(case: str, statuses: str, argv: list[str]) -> int:
     break_something(case)
     status, rank = 1, int(os.environ["RANK"])
     if case == "data" and rank == 1:
-        argv = [text.replace("/data", "/other") for text in argv]
+        argv = [text.replace("/data", "/rank-1-data") for text in argv]
     try:
         status = main(argv)
     finally:
@@ -118,7 +118,8 @@ def arguments(things, tmp_path):
 def test_the_other_rank_says_which_failed_and_why(case, failed, message, arguments, tmp_path):
     said, statuses = launch(case, tmp_path, arguments)
     assert f"error: rank {1 - failed}: {message}" in said, said[-4000:]
-    assert statuses[1 - failed] == 1 and statuses[failed] == (None if case == "killed" else 1)
+    # The launcher ends the other one when the first has ended, which may be before that has written its status.
+    assert statuses[1 - failed] in (1, None) and statuses[failed] == (None if case == "killed" else 1)
     if failed == 0:
         assert "error: rank 0: the disk is gone" in said
     assert Path(last_checkpoint(tmp_path / "out")).name == f"checkpoint-{12 if case == 'records' else 6}"
@@ -127,14 +128,16 @@ def test_the_other_rank_says_which_failed_and_why(case, failed, message, argumen
 def test_ranks_with_other_data_are_refused_by_both(arguments, things, tmp_path):
     import datasets
 
-    (things / "other").mkdir()
+    (things / "rank-1-data").mkdir()
     for split, n in (("train", 48), ("test", 24)):
         features = datasets.Dataset.from_parquet(str(things / "data" / f"{split}.parquet")).features
-        datasets.Dataset.from_dict(images(n, 5), features=features).to_parquet(things / "other" / f"{split}.parquet")
+        datasets.Dataset.from_dict(images(n, 5), features=features).to_parquet(
+            things / "rank-1-data" / f"{split}.parquet"
+        )
     try:
         said, statuses = launch("data", tmp_path, [*arguments, "--dataset", things / "data"])
     finally:
-        shutil.rmtree(things / "other")
+        shutil.rmtree(things / "rank-1-data")
     assert statuses == [1, 1]
     for rank in (0, 1):
         assert f"error: rank {rank}: rank 1 would train something else than rank 0" in said, said[-4000:]
