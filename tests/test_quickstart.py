@@ -42,7 +42,8 @@ def test_the_teacher_is_as_good_as_its_card_says():
 
 def test_what_the_package_reads_at_run_time_is_in_a_wheel():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["hf_kd"]
-    packed = {path for pattern in patterns for path in Path(str(PACKAGE)).glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in Path(str(PACKAGE)).glob(pattern) if path.is_file()}
+    packed = {path for path in found if path.suffix != ".pyc"}
     needed = {file for folder in FOLDERS.values() for file in folder.iterdir()}
     needed |= {Path(str(PACKAGE)) / f"recipes/{name}.yaml" for name in recipes.names()}
     assert len(needed) == 13 and needed <= packed
