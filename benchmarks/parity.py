@@ -209,11 +209,11 @@ def work(engine: str, folder: Path, jobs: dict[str, Callable[[str, Path], None]]
 # ---- the comparison ----
 
 
-def launch(engine: str, folder: Path, script: list[str]) -> str:
-    """Runs a script in the processes of an engine. Returns the first line of its errors, or nothing."""
+def launch(engine: str, folder: Path, script: list[str], processes: int = 2) -> str:
+    """Runs a script in so many processes of an engine. Returns the first line of its errors, or nothing."""
     command, log = [sys.executable], folder / f"{engine}.log"
     if engine != "one":
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with log.open("w") as file:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command + script, stdout=file, stderr=subprocess.STDOUT, env=env)
@@ -299,6 +299,16 @@ def table(known: dict, engines: list[str], cells: list[str]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> str:
+    """The processor and the versions, as the last line of a page of results."""
+    from hf_kd.reporting.collect import cpu_name
+    from hf_kd.reporting.record import collect_versions
+
+    names = ("python", "torch", "transformers", "accelerate", "timm")
+    versions = collect_versions() | {"deepspeed": metadata.version("deepspeed")}
+    return f"\n{cpu_name()}; {', '.join(f'{name} {versions[name]}' for name in (*names, 'deepspeed'))}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("parity"), help="keeps what is measured; is continued")
@@ -312,12 +322,7 @@ def main() -> None:
     known = measure(args.engines, args.cells, args.folder)
     print(ABOUT)
     print(table(known, args.engines, args.cells))
-    from hf_kd.reporting.collect import cpu_name
-    from hf_kd.reporting.record import collect_versions
-
-    names = ("python", "torch", "transformers", "accelerate", "timm")
-    versions = collect_versions() | {"deepspeed": metadata.version("deepspeed")}
-    print(f"\n{cpu_name()}; {', '.join(f'{name} {versions[name]}' for name in (*names, 'deepspeed'))}")
+    print(machine())
 
 
 if __name__ == "__main__":
