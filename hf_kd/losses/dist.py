@@ -43,7 +43,7 @@ def dist_loss(
     student = at_least_float32(student_logits)
     s = torch.softmax(student / temperature, dim=1)
     t = torch.softmax(teacher_logits.detach().to(student.dtype) / temperature, dim=1)
-    total = reduce_sum or (lambda sums: sums)
+    total = (lambda sums: sums) if reduce_sum is None else reduce_sum
 
     a, b = s - s.mean(1, keepdim=True), t - t.mean(1, keepdim=True)
     inter = _correlation((a * b).sum(1), (a * a).sum(1), (b * b).sum(1))
