@@ -319,7 +319,13 @@ def test_zero3_that_would_save_nothing_is_refused(tmp_path):
 
 
 if __name__ == "__main__":  # in a process of an engine: FOLDER ENGINE, or the arguments of run_distill.py
+    status = 0
     if sys.argv[1].startswith("--"):
         with parity.pretend_gpus():
-            sys.exit(main(["distill", *sys.argv[1:]]))
-    parity.work(sys.argv[2], Path(sys.argv[1]), parity.cells_of(CELLS) | JOBS)
+            status = main(["distill", *sys.argv[1:]])
+    else:
+        parity.work(sys.argv[2], Path(sys.argv[1]), parity.cells_of(CELLS) | JOBS)
+    # torch sometimes aborts while it is unloaded ("terminate called without an active exception"), after all is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
