@@ -161,7 +161,8 @@ def test_workers_outlive_the_signal_that_all_processes_of_a_job_get(tmp_path):
     workers = []
 
     def send_to_all():
-        workers.extend(psutil.Process().children())
+        children = psutil.Process().children()  # with those of earlier tests that nobody has waited for
+        workers.extend(child for child in children if child.status() != psutil.STATUS_ZOMBIE)
         for name in ("-TERM", "-USR1"):  # not by their parent, from which torch expects SIGTERM
             subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
         send("SIGTERM")
