@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from .launcher import resume_command
 from .reporting.record import plain
+from .reporting.significance import BASELINE
 
 SCHEMA_VERSION = 2  # 1: the images of an epoch were in another order
 PLAN_FILE = "plan.json"
@@ -176,7 +177,7 @@ class Experiment:
     preset: dict[str, Any] | None = resumable()  # name, source, and which of its settings the user has changed
     provenance: dict[str, str] | None = resumable()  # "you" or "preset NAME", by setting
     command: str | None = resumable()
-    against: str = resumable("ce")  # the variant that the others are tested against
+    against: str = resumable(BASELINE)  # the variant that the others are tested against
     push: dict[str, Any] | None = resumable()  # repo_id, private, revision, and the folder of the run that is pushed
     requirements: dict[str, Any] | None = resumable()  # optimizer steps of a run, parameters, disk space in bytes
     versions: dict[str, Any] | None = resumable()

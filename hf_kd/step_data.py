@@ -45,10 +45,7 @@ def samples_of_step(
 
 
 def _count_in_all_processes(trainer, count: int | None, error: Exception | None, device) -> torch.Tensor | int | None:
-    args, step, texts = trainer.args, trainer.state.global_step, [""]
-    folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-    is_saved = folder.exists()
-    if args.world_size == 1:
+    if trainer.args.world_size == 1:
         if error is None:
             return count
     else:
@@ -61,12 +58,21 @@ def _count_in_all_processes(trainer, count: int | None, error: Exception | None,
         total, no_data = agree(trainer, count or 0, device, no_data=error is not None)
         if not streams or not no_data:
             return total
-        found = gather_object([(error and (user_message(error) or str(error) or type(error).__name__), is_saved)])
-        texts = [f"process {rank} has no data: {text}" for rank, (text, _) in enumerate(found) if text]
-        is_saved = all(saved for _, saved in found)
-    if step and not is_saved:
+    raise _saved_without_data(trainer, error)
+
+
+def _saved_without_data(trainer, error: Exception | None) -> Exception:
+    """Saves the state of the last step in all processes. Returns what this one raises: its own error, if any."""
+    step = trainer.state.global_step
+    folder = Path(trainer.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    text = None if error is None else user_message(error) or str(error) or type(error).__name__
+    found = [(text, folder.exists())]
+    if trainer.args.world_size > 1:
+        found = gather_object(found)
+    if step and not all(is_saved for _, is_saved in found):
         trainer._save_checkpoint(trainer.model, trial=None)
-    raised = OSError("; ".join(texts)) if error is None else error
+    texts = [f"process {rank} has no data: {text}" for rank, (text, _) in enumerate(found) if text]
+    raised = error or OSError("; ".join(texts))
     if step:
         raised.add_note(f"The state of step {step} is saved in {folder}.")
-    raise raised
+    return raised

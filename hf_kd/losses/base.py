@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import check_inputs, check_number, cross_entropy
+from .standardize import standardize_logits
 
 # What a trainer provides to a loss that requires it.
 INPUTS = {
@@ -51,6 +52,8 @@ class DistillationLoss(nn.Module):
         reduce_mean: averages a tensor over the ranks, differentiably, or None in a single process; for statistics of
             the whole batch. The trainer sets it, and `world_size`, in distributed training.
         world_size: the number of ranks.
+        logit_standardization: whether the method's terms get `standardize_logits` of both models' logits; for losses
+            whose constructor takes it.
     """
 
     name: ClassVar[str] = ""
@@ -64,6 +67,7 @@ class DistillationLoss(nn.Module):
     published: ClassVar[dict[str, dict[str, Any]]] = {}
     published_results: ClassVar[dict[str, str]] = {}
     relations: ClassVar[str] = ""
+    logit_standardization = False
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -119,6 +123,9 @@ class DistillationLoss(nn.Module):
         if first_call:
             self._values_checked = True
         ce = self.label_weight * cross_entropy(student_logits, labels, self.label_smoothing)
+        if self.logit_standardization:
+            student_logits = standardize_logits(student_logits)
+            required["teacher_logits"] = standardize_logits(required["teacher_logits"])
         return {"ce": ce} | self.method_terms(student_logits, labels, **required)
 
     def hyperparameters(self) -> dict[str, Any]:

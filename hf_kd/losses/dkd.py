@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .base import DistillationLoss
 from .functional import at_least_float32, check_inputs, check_number, mask_targets, top_targets
-from .standardize import standardize_logits
 
 
 def dkd_loss(
@@ -36,9 +35,7 @@ def dkd_loss(
     Returns:
         {"target", "non_target"}: scalars in nats, without a warm-up factor. Errors as of `nkd_loss`.
     """
-    check_number("temperature", temperature, 0, above=True)
-    check_number("alpha", alpha, 0)
-    check_number("beta", beta, 0)
+    _check_numbers(temperature, alpha, beta)
     check_inputs(student_logits, labels, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
@@ -54,6 +51,12 @@ def dkd_loss(
     non_target = (soft * (others_t - others_s)).sum(1)
     scale = temperature**2
     return {"target": alpha * scale * target.mean(), "non_target": beta * scale * non_target.mean()}
+
+
+def _check_numbers(temperature: float, alpha: float, beta: float) -> None:
+    check_number("temperature", temperature, 0, above=True)
+    check_number("alpha", alpha, 0)
+    check_number("beta", beta, 0)
 
 
 class DKDLoss(DistillationLoss):
@@ -101,16 +104,12 @@ class DKDLoss(DistillationLoss):
         logit_standardization: bool = False,
     ) -> None:
         super().__init__(label_smoothing)
-        check_number("temperature", temperature, 0, above=True)
-        check_number("alpha", alpha, 0)
-        check_number("beta", beta, 0)
+        _check_numbers(temperature, alpha, beta)
         check_number("warmup_epochs", warmup_epochs, 0)
         self.temperature, self.alpha, self.beta, self.warmup_epochs = temperature, alpha, beta, warmup_epochs
         self.logit_standardization = logit_standardization
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        if self.logit_standardization:
-            student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
         epoch = math.floor(self.progress.epoch) + 1
         factor = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
         terms = dkd_loss(student_logits, teacher_logits, labels, self.temperature, self.alpha, self.beta)

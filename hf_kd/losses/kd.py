@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .base import DistillationLoss
 from .functional import at_least_float32, check_inputs, check_number
-from .standardize import standardize_logits
 
 
 def kd_loss(
@@ -95,8 +94,6 @@ class KDLoss(DistillationLoss):
         self.label_weight = 1 - weight if ce_weight is None else ce_weight
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
-        if self.logit_standardization:
-            student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
         return kd_loss(student_logits, teacher_logits, self.temperature, self.weight)
 
     @classmethod

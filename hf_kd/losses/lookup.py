@@ -28,7 +28,7 @@ LOSSES: dict[str, type[DistillationLoss]] = {
 
 # Losses that are another one with some of its hyperparameters set.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "2xce": {"loss": "ce", "weight": 2.0},
+    **USKDLoss.controls,
     "label_smoothing": {"loss": "ce", "label_smoothing": 0.1},
     "kl_only": {"loss": "kd", "weight": 1.0, "ce_weight": 0.0},
 }
