@@ -33,3 +33,19 @@ def encode(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def image_table(count=12, broken=(), size=16):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    data = [encode(photo(size, size, seed=i)) for i in range(count)]
+    data = [
+        {"path": None, "bytes": bytes_[: len(bytes_) // 2] if i in broken else bytes_} for i, bytes_ in enumerate(data)
+    ]
+    return datasets.Dataset.from_dict({"image": data, "label": [i % 3 for i in range(count)]}, features=features)
+
+
+def with_broken(data, *broken):
+    """The dataset with these images undecodable."""
+    data = data.cast_column("image", datasets.Image(decode=False))
+    data = data.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i in broken else row, with_indices=True)
+    return data.cast_column("image", datasets.Image())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_helpers import alone as alone
 from data_helpers import pytestmark as pytestmark
-from trainer_helpers import rows, trainer_for
+from trainer_helpers import noted, rows, trainer_for, weights
 
 from hf_kd.data import ImageDataset
 from hf_kd.data.collators import TrainingCollator
@@ -64,23 +64,6 @@ def test_only_a_stream_has_row_groups(tmp_path):
 def test_another_epoch_and_another_seed_have_another_order():
     assert len({str(steps(1, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
     assert steps(2, seed=None, epoch=3) == [list(range(N))[i : i + 16] for i in range(0, N, 16)]
-
-
-def noted(trainer):
-    """The images of each batch that this process trains on, from now on."""
-    seen, keep = [], trainer._prepare_inputs
-
-    def noting(inputs):
-        if trainer.model.training:
-            seen.append(inputs["index"].tolist())
-        return keep(inputs)
-
-    trainer._prepare_inputs = noting
-    return seen
-
-
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
 def trainer_of(folder, own=False, **options):

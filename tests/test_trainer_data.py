@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from data_helpers import with_broken
 from tiny import tiny
-from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows, trainer_for
+from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for
 from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_kd import DistillationTrainer
@@ -347,13 +348,6 @@ def test_training_on_kept_images_is_that_on_images_decoded_each_time(tmp_path, m
 # ---- what is counted, and images without labels ----
 
 
-def with_broken(data, *broken):
-    """The dataset with these images undecodable."""
-    data = data.cast_column("image", datasets.Image(decode=False))
-    data = data.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i in broken else row, with_indices=True)
-    return data.cast_column("image", datasets.Image())
-
-
 class Truncating(DistillationTrainer):
     """A trainer whose loader leaves images out, as a loader of the user's own may."""
 
@@ -415,39 +409,3 @@ def test_predict_scores_images_without_labels(tmp_path):
     output = trainer.predict(with_broken(kinds["no column"], 4))
     assert np.isnan(output.predictions).all(1).tolist() == [i == 4 for i in range(10)]
     assert output.metrics["test_skipped"] == 1 and len(trainer.eval_skipped) == 1
-
-
-# ---- batch norm and a batch of one image ----
-
-
-def test_a_last_batch_of_one_image_is_refused_where_batch_norm_gets_one_value(tmp_path):
-    settings = {"train": rows(25), "per_device_train_batch_size": 6, "max_steps": 6}
-    trainer = trainer_for(tmp_path, "resnet", **settings)
-    where = r"25 images in batches of 6 give a batch of one image, and batch norm in resnet\.encoder\.stages\.3\."
-    with pytest.raises(
-        ValueError, match=where + ".*set dataloader_drop_last=True.*another per_device_train_batch_size"
-    ):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    with pytest.raises(ValueError, match="statistics: set another per_device_train_batch_size"):
-        trainer_for(tmp_path, "resnet", **settings | {"per_device_train_batch_size": 1}).train()
-    trainer_for(tmp_path, "resnet", dataloader_drop_last=True, **settings).train()
-    trainer_for(tmp_path, "resnet", **settings | {"max_steps": 4}).train()  # ends before
-    trainer_for(tmp_path, "vit", **settings).train()  # has no batch norm
-    frozen = trainer_for(tmp_path, "resnet", **settings)
-    freeze_batch_norm(frozen.model)
-    frozen.train()
-
-
-def test_a_batch_that_broken_images_leave_with_one_is_named(tmp_path):
-    data = with_broken(rows(8), *range(7))
-    trainer = trainer_for(tmp_path, "resnet", train=data, max_skipped_fraction=1.0)
-    with pytest.raises(ValueError, match="batch of one image.*per_device_train_batch_size"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
-def test_sampling_by_length_is_refused(strategy, tmp_path):
-    with pytest.raises(ValueError, match=f"train_sampling_strategy='{strategy}'.*random or sequential"):
-        config(tmp_path, train_sampling_strategy=strategy)
-    trainer_for(tmp_path, train_sampling_strategy="sequential").train()

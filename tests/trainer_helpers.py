@@ -2,6 +2,7 @@
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 from tiny import tiny
 from torch import nn
@@ -65,3 +66,20 @@ def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluat
         processing_class=processor,
         data_collator=collate,
     )
+
+
+def noted(trainer):
+    """The images of each batch that this process trains on, from now on."""
+    seen, keep = [], trainer._prepare_inputs
+
+    def noting(inputs):
+        if trainer.model.training:
+            seen.append(inputs["index"].tolist())
+        return keep(inputs)
+
+    trainer._prepare_inputs = noting
+    return seen
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
