@@ -43,7 +43,7 @@ KINDS = {
 
 ABOUT = """# What several processes cost
 
-    python benchmarks/scale.py > benchmarks/results/scale.md
+    python benchmarks/scale.py --pairs 40 > benchmarks/results/scale.md
 
 **Not yet run on a GPU.** Two processes (gloo, one thread each) on a CPU. FSDP2 needs GPUs: accelerate was
 told that there are some (`pretend_gpus` in parity.py); the tensors stayed on the CPU.
@@ -410,7 +410,7 @@ def main() -> None:
     print(SHARING)
     print(shared(args.folder, 8))
     print(f"\n## Beyond this machine, on paper\n\n{network.ABOUT}\n{network.table()}")
-    print(f"{parity.machine()}; {os.cpu_count()} cores, shared with other work; {time.strftime('%Y-%m-%d')}")
+    print(f"{parity.machine()}; {os.cpu_count()} cores; {time.strftime('%Y-%m-%d')}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import math
 import os
 import time
@@ -45,6 +47,18 @@ def failures_named() -> Iterator[None]:
         with contextlib.suppress(RuntimeError):
             default_store().set(_FAILED.format(dist.get_rank()), hub.user_message(error) or str(error) or repr(error))
         raise
+
+
+@functools.cache
+def end_cleanly() -> None:
+    """Keeps one of several processes from aborting when it ends, after all is done.
+
+    A thread of gloo needs Python to release the tensors of the last collectives. If Python is ending by then, the
+    thread is killed inside a C++ destructor, and the process with it ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/issues/190489). To destroy the group is not enough: DDP holds it, too.
+    """
+    if _distributed():
+        atexit.register(time.sleep, 0.2)
 
 
 def prefix() -> str:

@@ -32,7 +32,7 @@ from .models.forward import id2label_of, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
 from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
-from .ranks import failures_named, loss_terms
+from .ranks import end_cleanly, failures_named, loss_terms
 from .reporting.collect import write_plan
 from .spec import Experiment
 from .step_data import count_samples, samples_of_step
@@ -157,6 +157,7 @@ class DistillationTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         engines.forget_accelerator()
         super().create_accelerator_and_postprocess()
+        end_cleanly()
 
     def call_model_init(self, trial=None):
         made, self._made = self._made, None

@@ -325,7 +325,4 @@ if __name__ == "__main__":  # in a process of an engine: FOLDER ENGINE, or the a
             status = main(["distill", *sys.argv[1:]])
     else:
         parity.work(sys.argv[2], Path(sys.argv[1]), parity.cells_of(CELLS) | JOBS)
-    # torch sometimes aborts while it is unloaded ("terminate called without an active exception"), after all is done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    sys.exit(status)
