@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
-from . import checkpointing, engines, push
+from . import checkpointing, engines, evaluation, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
@@ -21,11 +21,11 @@ from .callbacks import LogSteps, OnTrainBegin
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
-from .data.collators import evaluation_collator, note_skipped, training_collator
+from .data.collators import evaluation_collator, training_collator
 from .data.order import sampler_of
 from .data.wait import DataWait
 from .losses import DistillationLoss, Progress, mean_over_ranks
-from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
+from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.forward import id2label_of, logits_of, num_classes_of
@@ -85,8 +85,10 @@ class DistillationTrainer(Trainer):
     auxiliary_head: AuxiliaryHead | None = None
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
-    _meter: ClassificationMeter | None = None  # in evaluation_loop only
+    _meter: ClassificationMeter | None = None  # in evaluation_loop only, as the next three
     _labelled = True  # whether what is evaluated has labels
+    _evaluated = 0  # how many images are
+    _skipped_now: dict[str, str] = {}  # which of them could not be decoded
     _resumed_from: str | None = None
     _diverged: str | None = None  # what this process of several has met
     _staging: str | None = None  # where the checkpoint is that is being saved
@@ -331,43 +333,12 @@ class DistillationTrainer(Trainer):
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
         """
-        meter = self._meter = ClassificationMeter()
-        self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, str]()
-        self._labelled = getattr(dataloader.dataset, "labelled", True)
-        engines.share_buffers(self)
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        self._meter, predicting = None, description == "Prediction"
-        self.eval_skipped.update(self._skipped_now)
-        counted, undecodable = meter.counts()
-        metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
-        if not predicting:
-            meter.check_size(output.num_samples)
-        if counted or not predicting:
-            metrics |= meter.compute() | {"samples": counted}
-            del metrics["n"]
-        else:
-            output.metrics.pop(f"{metric_key_prefix}_loss", None)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        loop = functools.partial(super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys)
+        return evaluation.measured(self, loop, dataloader, description == "Prediction", metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch: labels if there are any, no logits with `prediction_loss_only`."""
-        if self._meter is not None:
-            note_skipped(inputs, self._skipped_now, self._evaluated, self.args.max_skipped_fraction)
-        inputs = self._prepare_inputs(inputs)
-        labels = hard_labels(inputs["labels"])
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_of(model(self._student_input(inputs))).float()
-        decoded = inputs.get("decoded")
-        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs), decoded)
-        if decoded is not None:
-            logits = logits.masked_fill(~decoded[:, None], torch.nan)
-        if self._meter is not None:
-            self._meter.update(self.gather_function(statistics), logits.shape[1])
-        loss = statistics[:, 1].sum() / (statistics[:, 0] > 0).sum().clamp(min=1)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels if self._labelled else None)
+        return evaluation.prediction_step(self, model, inputs, prediction_loss_only)
 
     measure_teacher = measure_teacher
 
