@@ -28,9 +28,9 @@ from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
-from .models.forward import id2label_of, logits_of, num_classes_of
+from .models.distillation_head import separate_heads, use_distillation_head
+from .models.forward import id2label_of, logits_by_head, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
-from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
 from .ranks import failures_named, loss_terms
 from .reporting.collect import write_plan
@@ -125,6 +125,7 @@ class DistillationTrainer(Trainer):
         self._own_collator = data_collator is None
         check_adapter(student)
         engines.check_whole(student)
+        self._heads_apart = use_distillation_head(self.train_loss, student, args)
         id2label = id2label_of(student)
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
@@ -135,7 +136,6 @@ class DistillationTrainer(Trainer):
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         self.skipped: dict[str, str] = {}
         self.eval_skipped: dict[str, str] = {}
-        warn_distillation_head(student)
         self._terms, self._stop = LossTerms(), SaveOnStop()
         super().__init__(
             model=model,
@@ -175,12 +175,24 @@ class DistillationTrainer(Trainer):
             self.auxiliary_head = add_auxiliary_head(
                 student, num_classes_of(student), size, args.feature_module, args.seed
             )
+        if self._heads_apart:
+            separate_heads(student, True)
+
+    def _add_heads(self) -> None:
+        """Undoes `_remove_head`, for another training."""
+        student = self.accelerator.unwrap_model(self.model)
+        if self.auxiliary_head is not None:
+            self.auxiliary_head.add_to(student)
+        if self._heads_apart:
+            separate_heads(student, True)
 
     def _remove_head(self) -> None:
         """Makes the student a plain model. DeepSpeed keeps the parameters: there the submodule stays."""
+        student = self.accelerator.unwrap_model(self.model)
         if self.auxiliary_head is not None:
-            student = self.accelerator.unwrap_model(self.model)
             self.auxiliary_head.remove_from(student, hooks_only=self.is_deepspeed_enabled)
+        if self._heads_apart:
+            separate_heads(student, False)
 
     def _need_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -288,10 +300,13 @@ class DistillationTrainer(Trainer):
         # compute a loss of their own, and for float labels rewrite their config.
         with batch_of_one_named(), engines.unused_weights_named():
             output = model(self._student_input(inputs))
-        logits, labels = logits_of(output), inputs["labels"]
+        logits: Any = logits_of(output)
+        labels = inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
         if "aux_logits" in self.train_loss.requires:
             required["aux_logits"] = output["aux_logits"]
+        if self._heads_apart:
+            logits, required["distillation_logits"] = logits_by_head(output)
         if model.training:
             step = float(self.state.global_step)
             self.train_loss.progress = Progress(step, float(self.state.max_steps), step / self._steps_per_epoch)
@@ -364,8 +379,8 @@ class DistillationTrainer(Trainer):
                 if self.teacher is not None and self.args.teacher_check_batches:
                     warn_near_chance(self)
                 self._resumed_from = checkpoint
-                if self.auxiliary_head is not None and self.model_init is None:
-                    self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
+                if self.model_init is None:
+                    self._add_heads()
                 return super().train(checkpoint, **kwargs)
             finally:
                 self._remove_head()
