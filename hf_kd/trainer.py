@@ -22,6 +22,7 @@ from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, training_collator
+from .data.dataset import check_labels
 from .data.order import sampler_of
 from .data.wait import DataWait
 from .losses import DistillationLoss, Progress, mean_over_ranks
@@ -127,7 +128,10 @@ class DistillationTrainer(Trainer):
         engines.check_whole(student)
         self._heads_apart = use_distillation_head(self.train_loss, student, args)
         id2label = id2label_of(student)
-        train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
+        needs_labels = self.train_loss.needs_labels
+        train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator, needs_labels)
+        if needs_labels:
+            check_labels(train_dataset, args.loss)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
         self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
         align = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)
@@ -215,13 +219,14 @@ class DistillationTrainer(Trainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         labelled = description != "test"
-        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, labelled)
+        with_labels = self.train_loss.needs_labels if is_training else labelled
+        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, with_labels)
         size: Any = self.train_image_size
         if size and self.preprocessing is not None:
             size = self.preprocessing.training_shape(size)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
-            dataset = dataset.for_training(self.augmentation_applied, size, self.args.data_seed)
+            dataset = dataset.for_training(self.augmentation_applied, size, self.args.data_seed, with_labels)
         sampler = sampler_of(self.args, dataset, batch_size, is_training)
         if is_training:
             check_batches_of_one(self, dataset, batch_size)
