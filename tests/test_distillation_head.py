@@ -116,6 +116,7 @@ def test_alpha_says_which_head_is_trained(tmp_path, kind, alpha, moved):
     trainer.train()
     assert tuple(not torch.equal(old, new) for old, new in zip(before, heads, strict=True)) == moved
     assert isinstance(trainer.model.train()(torch.rand(2, 3, 64, 64)).logits, torch.Tensor)  # plain again
+    trainer.train()  # and once more with two heads
 
 
 @pytest.mark.parametrize("loss", ["ce", "uskd", "tf_kd"])

@@ -69,6 +69,10 @@ def test_labels_make_no_difference(tmp_path, kind, mixing):
             got.evaluate(DATA[kind]())
 
 
+def test_the_teacher_is_not_checked_without_labels(tmp_path):
+    assert trained(tmp_path, DATA["None"](), max_steps=1).state.global_step == 1  # nor is there an evaluation set
+
+
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("loss", ["kd", "dkd"])
 def test_other_losses_refuse_before_training(tmp_path, kind, loss):
