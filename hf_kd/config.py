@@ -21,7 +21,7 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 # The lowest and the highest value of numbers; all others are finite and not negative.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 0.999999)),
-    **dict.fromkeys(("label_smoothing_factor", "max_skipped_fraction"), (0, 1)),
+    **dict.fromkeys(("label_smoothing_factor", "max_skipped_fraction", "distillation_alpha"), (0, 1)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "max_steps": (-1, math.inf),
     "local_rank": (-1, math.inf),
@@ -102,6 +102,11 @@ class DistillationConfig(TrainingArguments):
     )
     logit_standardization: bool = option(
         "Standardize the logits of student and teacher in the teacher's terms of --loss: kd and dkd.", False
+    )
+    distillation_alpha: float = option(
+        "Of students with a distillation head (DeiT and LeViT distilled), with a teacher: (1 - alpha) * cross entropy "
+        "trains the class head, alpha * the loss's other terms the distillation head.",
+        0.5,
     )
     augment: str = option(
         f"Training augmentation of images: {', '.join(AUGMENTS)}. pad_crop is the CIFAR standard, resized_crop "

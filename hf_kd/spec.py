@@ -82,6 +82,7 @@ class DataSource:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     streaming: bool = False
+    allow_unlabelled: bool = False  # no loss needs labels in training; see `load_data`
     stream_workers: int | None = None  # loader workers, on which the order of a stream depends
     train_size: int | None = None
     eval_size: int | None = None
@@ -94,7 +95,7 @@ class DataSource:
     def load_arguments(self) -> dict[str, Any]:
         """What `load_data` takes to load it."""
         origin = {"name": self.id, "config_name": self.config_name, "revision": self.commit or self.revision}
-        return origin | options(self, DATA_OPTIONS)
+        return origin | options(self, (*DATA_OPTIONS, "allow_unlabelled"))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
 
 
 def warn_near_chance(trainer) -> None:
-    """Warns about a teacher near chance: wrong classes, wrong preprocessing or no training."""
+    """Warns about a teacher near chance: wrong classes, wrong preprocessing or no training. Without labels it cannot
+    be known."""
+    if trainer.eval_dataset is None and not trainer.train_loss.needs_labels:
+        return
     samples = trainer.args.teacher_check_batches * trainer.args.eval_batch_size * trainer.args.world_size
     known = trainer.teacher_metrics if trainer.teacher is trainer.eval_teacher else None
     metrics = known or measure_teacher(trainer, samples, trainer.teacher)

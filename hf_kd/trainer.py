@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
-from . import checkpointing, engines, push
+from . import checkpointing, engines, evaluation, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
@@ -21,16 +21,17 @@ from .callbacks import LogSteps, OnTrainBegin
 from .checkpointing import full_disk_named, last_checkpoint, load_weights
 from .config import DistillationConfig, check_trainer_arguments
 from .data import ImageDataset, as_image_dataset, augmentation_of
-from .data.collators import evaluation_collator, note_skipped, training_collator
+from .data.collators import evaluation_collator, training_collator
+from .data.dataset import check_labels
 from .data.order import sampler_of
 from .data.wait import DataWait
 from .losses import DistillationLoss, Progress, mean_over_ranks
-from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
+from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
-from .models.forward import id2label_of, logits_of, num_classes_of
+from .models.distillation_head import separate_heads, use_distillation_head
+from .models.forward import id2label_of, logits_by_head, logits_of, num_classes_of
 from .models.preprocessing import Preprocessing
-from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
 from .ranks import end_cleanly, failures_named, loss_terms
 from .reporting.collect import write_plan
@@ -85,8 +86,10 @@ class DistillationTrainer(Trainer):
     auxiliary_head: AuxiliaryHead | None = None
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
-    _meter: ClassificationMeter | None = None  # in evaluation_loop only
+    _meter: ClassificationMeter | None = None  # in evaluation_loop only, as the next three
     _labelled = True  # whether what is evaluated has labels
+    _evaluated = 0  # how many images are
+    _skipped_now: dict[str, str] = {}  # which of them could not be decoded
     _resumed_from: str | None = None
     _diverged: str | None = None  # what this process of several has met
     _staging: str | None = None  # where the checkpoint is that is being saved
@@ -123,8 +126,12 @@ class DistillationTrainer(Trainer):
         self._own_collator = data_collator is None
         check_adapter(student)
         engines.check_whole(student)
+        self._heads_apart = use_distillation_head(self.train_loss, student, args)
         id2label = id2label_of(student)
-        train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator)
+        needs_labels = self.train_loss.needs_labels
+        train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator, needs_labels)
+        if needs_labels:
+            check_labels(train_dataset, args.loss)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
         self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
         align = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)
@@ -133,7 +140,6 @@ class DistillationTrainer(Trainer):
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         self.skipped: dict[str, str] = {}
         self.eval_skipped: dict[str, str] = {}
-        warn_distillation_head(student)
         self._terms, self._stop = LossTerms(), SaveOnStop()
         super().__init__(
             model=model,
@@ -174,12 +180,24 @@ class DistillationTrainer(Trainer):
             self.auxiliary_head = add_auxiliary_head(
                 student, num_classes_of(student), size, args.feature_module, args.seed
             )
+        if self._heads_apart:
+            separate_heads(student, True)
+
+    def _add_heads(self) -> None:
+        """Undoes `_remove_head`, for another training."""
+        student = self.accelerator.unwrap_model(self.model)
+        if self.auxiliary_head is not None:
+            self.auxiliary_head.add_to(student)
+        if self._heads_apart:
+            separate_heads(student, True)
 
     def _remove_head(self) -> None:
         """Makes the student a plain model. DeepSpeed keeps the parameters: there the submodule stays."""
+        student = self.accelerator.unwrap_model(self.model)
         if self.auxiliary_head is not None:
-            student = self.accelerator.unwrap_model(self.model)
             self.auxiliary_head.remove_from(student, hooks_only=self.is_deepspeed_enabled)
+        if self._heads_apart:
+            separate_heads(student, False)
 
     def _need_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -202,13 +220,14 @@ class DistillationTrainer(Trainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         labelled = description != "test"
-        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, labelled)
+        with_labels = self.train_loss.needs_labels if is_training else labelled
+        dataset = as_image_dataset(dataset, id2label_of(self.model), self.args, self._own_collator, with_labels)
         size: Any = self.train_image_size
         if size and self.preprocessing is not None:
             size = self.preprocessing.training_shape(size)
         if is_training and isinstance(dataset, ImageDataset):
             self.augmentation_applied = augmentation_of(dataset, self.args)
-            dataset = dataset.for_training(self.augmentation_applied, size, self.args.data_seed)
+            dataset = dataset.for_training(self.augmentation_applied, size, self.args.data_seed, with_labels)
         sampler = sampler_of(self.args, dataset, batch_size, is_training)
         if is_training:
             check_batches_of_one(self, dataset, batch_size)
@@ -287,10 +306,13 @@ class DistillationTrainer(Trainer):
         # compute a loss of their own, and for float labels rewrite their config.
         with batch_of_one_named(), engines.unused_weights_named():
             output = model(self._student_input(inputs))
-        logits, labels = logits_of(output), inputs["labels"]
+        logits: Any = logits_of(output)
+        labels = inputs["labels"]
         required: dict[str, torch.Tensor | None] = {"teacher_logits": self._teacher_logits(self.teacher, inputs)}
         if "aux_logits" in self.train_loss.requires:
             required["aux_logits"] = output["aux_logits"]
+        if self._heads_apart:
+            logits, required["distillation_logits"] = logits_by_head(output)
         if model.training:
             step = float(self.state.global_step)
             self.train_loss.progress = Progress(step, float(self.state.max_steps), step / self._steps_per_epoch)
@@ -332,43 +354,12 @@ class DistillationTrainer(Trainer):
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
         """
-        meter = self._meter = ClassificationMeter()
-        self._evaluated, self._skipped_now = self.num_examples(dataloader), dict[str, str]()
-        self._labelled = getattr(dataloader.dataset, "labelled", True)
-        engines.share_buffers(self)
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        self._meter, predicting = None, description == "Prediction"
-        self.eval_skipped.update(self._skipped_now)
-        counted, undecodable = meter.counts()
-        metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
-        if not predicting:
-            meter.check_size(output.num_samples)
-        if counted or not predicting:
-            metrics |= meter.compute() | {"samples": counted}
-            del metrics["n"]
-        else:
-            output.metrics.pop(f"{metric_key_prefix}_loss", None)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        loop = functools.partial(super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys)
+        return evaluation.measured(self, loop, dataloader, description == "Prediction", metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch: labels if there are any, no logits with `prediction_loss_only`."""
-        if self._meter is not None:
-            note_skipped(inputs, self._skipped_now, self._evaluated, self.args.max_skipped_fraction)
-        inputs = self._prepare_inputs(inputs)
-        labels = hard_labels(inputs["labels"])
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_of(model(self._student_input(inputs))).float()
-        decoded = inputs.get("decoded")
-        statistics = sample_statistics(logits, labels, self._teacher_logits(self.eval_teacher, inputs), decoded)
-        if decoded is not None:
-            logits = logits.masked_fill(~decoded[:, None], torch.nan)
-        if self._meter is not None:
-            self._meter.update(self.gather_function(statistics), logits.shape[1])
-        loss = statistics[:, 1].sum() / (statistics[:, 0] > 0).sum().clamp(min=1)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels if self._labelled else None)
+        return evaluation.prediction_step(self, model, inputs, prediction_loss_only)
 
     measure_teacher = measure_teacher
 
@@ -394,8 +385,8 @@ class DistillationTrainer(Trainer):
                 if self.teacher is not None and self.args.teacher_check_batches:
                     warn_near_chance(self)
                 self._resumed_from = checkpoint
-                if self.auxiliary_head is not None and self.model_init is None:
-                    self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
+                if self.model_init is None:
+                    self._add_heads()
                 return super().train(checkpoint, **kwargs)
             finally:
                 self._remove_head()

@@ -179,7 +179,11 @@ class Forgetful(DistillationLoss):
 @pytest.mark.parametrize(
     ("loss", "more", "message"),
     [
-        (NeedsMore(), {}, "'more' requires features; a trainer has teacher_logits, aux_logits only"),
+        (
+            NeedsMore(),
+            {},
+            "'more' requires features; a trainer has teacher_logits, aux_logits, dist",
+        ),
         (Stateful(), {"teacher": False}, "'stateful' has a state.*'scale'"),
         (Forgetful(), {"teacher": False}, "does not keep its argument power: set self.power"),
         ("nkd", {}, "is no subclass of hf_kd.losses.DistillationLoss"),

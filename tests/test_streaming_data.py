@@ -266,7 +266,6 @@ def tar_of(path, *members):
         [("b.cls", b"cat")],
         [("b.json", b"[1]")],
         [("b.json", b'{"label": null}')],
-        [("b.txt", b"1")],
         [("b.cls", b"1"), ("b.jpg", b"another image")],
     ],
 )
@@ -280,3 +279,15 @@ def test_a_sample_of_a_webdataset_has_one_image_and_one_label(tmp_path, odd):
     tar_of(tmp_path / "d" / "test.tar", *good, ("b.png", png), *odd)
     with pytest.raises(ValueError, match=r"test.tar: /b does not have exactly one image .*, or no number as label"):
         load_data(str(tmp_path / "d"), streaming=True)
+
+
+def test_a_sample_of_a_webdataset_without_a_label_has_a_missing_one(tmp_path):
+    (tmp_path / "d").mkdir()
+    image = encode(np.zeros((8, 8, 3), np.uint8))
+    labelled = [("a.png", image), ("a.cls", b"1")]
+    tar_of(tmp_path / "d" / "train.tar", *labelled, ("b.png", image), ("b.txt", b"1"))
+    tar_of(tmp_path / "d" / "test.tar", *labelled)
+    with pytest.raises(ValueError, match="'train' of .* labels of -1 or missing ones .* no labels .--loss kl_only"):
+        load_data(str(tmp_path / "d"), streaming=True)
+    data = load_data(str(tmp_path / "d"), streaming=True, allow_unlabelled=True)
+    assert [row["label"] for row in data.train] == [-1, -1] and [row["label"] for row in data.eval] == [1]

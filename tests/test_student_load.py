@@ -9,26 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from student_helpers import NAMES, check_reopens, image, logits
 from tiny import KINDS, MEAN, STD, tiny, tiny_config
-from trainer_helpers import config
 from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
     DeiTConfig,
-    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     EfficientNetImageProcessor,
-    LevitConfig,
-    LevitForImageClassificationWithTeacher,
     MobileNetV1Config,
     MobileNetV2Config,
     MobileViTImageProcessor,
     ViTImageProcessor,
 )
 
-from hf_kd import DistillationTrainer, Preprocessing, load_student
+from hf_kd import Preprocessing, load_student
 from hf_kd.labels import label_maps
 from hf_kd.models.loading import build
-from hf_kd.models.student import warn_distillation_head
 
 
 def saved(folder, kind, **kwargs):
@@ -314,43 +309,6 @@ def test_both_heads_of_a_distilled_model_are_put_in_order(tmp_path):
         for head in heads:
             rows = [getattr(getattr(model, "timm_model", model), head).weight for model in (before, after)]
             assert torch.equal(rows[1], rows[0].flip(0)), head
-
-
-@pytest.mark.parametrize("kind", ["deit", "levit", "timm_deit", "timm_levit", "plain deit", "timm_crossvit", "vit"])
-def test_students_with_a_distillation_head_are_warned_of(kind, tmp_path, monkeypatch):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    levit = {"hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1] * 3, "key_dim": [8] * 3}
-    with torch.device("meta"):
-        if kind.startswith("timm"):
-            settings = tiny_config("timm_vit")
-            settings.model_args, settings.architecture = (
-                {},
-                {
-                    "timm_deit": "deit_tiny_distilled_patch16_224",
-                    "timm_levit": "levit_128s",
-                    "timm_crossvit": "crossvit_9_240",  # two heads of branches
-                }[kind],
-            )
-            student = build(settings)
-        elif kind == "levit":
-            student = LevitForImageClassificationWithTeacher(LevitConfig(**levit))
-        else:
-            cls = DeiTForImageClassificationWithTeacher if kind == "deit" else DeiTForImageClassification
-            student = tiny("vit")[0] if kind == "vit" else cls(DeiTConfig(**sizes))
-    warned = []
-    monkeypatch.setattr("hf_kd.models.student.logger.warning_once", warned.append)
-    warn_distillation_head(student)
-    assert len(warned) == (kind in ("deit", "levit", "timm_deit", "timm_levit"))
-    assert all("mean of its two heads" in text and "dist" in text.split(":")[0] for text in warned)
-
-
-def test_the_trainer_warns_of_a_distillation_head(tmp_path, monkeypatch):
-    warned = []
-    monkeypatch.setattr("hf_kd.models.student.logger.warning_once", warned.append)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    student = DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes, image_size=32, patch_size=8))
-    DistillationTrainer(student, config(tmp_path), processing_class=tiny("deit")[1])
-    assert len(warned) == 1 and "cls_classifier" not in warned[0] and "distillation_classifier" in warned[0]
 
 
 def test_new_names_take_the_rows_that_are_left(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from tiny import tiny
+from tiny import tiny, tiny_distilled
 from torch import nn
 
 from hf_kd import DistillationConfig, DistillationTrainer, load_teacher
@@ -55,7 +55,7 @@ def freeze_batch_norm(model):
 
 
 def trainer_for(folder, kind="vit", loss="ce", teacher=None, train=None, evaluation=None, collate=None, **kwargs):
-    student, processor = tiny(kind, names=NAMES)
+    student, processor = tiny_distilled(kind[10:], NAMES) if kind.startswith("distilled ") else tiny(kind, names=NAMES)
     teacher = teacher or (make_teacher() if "teacher_logits" in LOSSES[loss].requires else None)
     return DistillationTrainer(
         student,

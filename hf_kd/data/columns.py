@@ -12,6 +12,8 @@ from ..metrics.classification import IGNORED_LABEL
 
 _INTEGERS = ("int", "uint")  # how the names of these types begin
 _LABELS = ("labels", "label", "fine_label")  # of which the first that is there is taken
+# For the messages about training without labels.
+NO_LABELS = "train on labelled images, or with a loss that needs no labels (--loss kl_only, with a teacher)"
 INDEX_COLUMN = "__index__"  # the sample key, which `load_data` adds: the row number in the split, in file order
 
 
@@ -67,6 +69,24 @@ def add_missing_labels(dataset, label_column: str | None, by_column: bool):
     return dataset if is_pair or has_label else _Unlabelled(dataset)
 
 
+def missing_labels(dataset: datasets.Dataset, label_column: str) -> int:
+    """How many labels in a column are None or, of integers, below 0; all if there is no such column."""
+    if label_column not in dataset.features:
+        return len(dataset)
+    values = dataset.select_columns(label_column).with_format("arrow")[:][label_column]
+    if not getattr(dataset.features[label_column], "dtype", "").startswith(_INTEGERS):
+        return values.null_count
+    return pc.sum(pc.less(pc.fill_null(values, -1), 0)).as_py() or 0
+
+
+def without_labels(
+    dataset: datasets.Dataset, image_column: str, label_column: str, names: list[str]
+) -> datasets.Dataset:
+    """The dataset's images, all with the label -1, which stands for a missing one, of the classes `names`."""
+    labels, feature = np.full(len(dataset), -1), datasets.ClassLabel(names=names)
+    return dataset.select_columns(image_column).add_column(label_column, labels, feature=feature)
+
+
 def _choose(option: str, name: str | None, candidates: list[str], features: dict[str, Any]) -> str:
     if name is not None:
         candidates = [name] if name in features else []
@@ -74,7 +94,8 @@ def _choose(option: str, name: str | None, candidates: list[str], features: dict
         return candidates[0]
     columns = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items()) or "none"
     found = f"several ({', '.join(candidates)})" if candidates else "none" + (f" named {name!r}" if name else "")
-    raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}")
+    hint = f"; for training without labels: {NO_LABELS}" if option == "label_column" and not candidates else ""
+    raise ValueError(f"looking for the {option}, found {found}; the columns are: {columns}. Pass --{option}{hint}")
 
 
 def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
@@ -133,7 +154,7 @@ def encode_labels(
                 f"{len(bad)} of the {len(array)} labels in column {label_column!r} of split {split!r} are outside "
                 f"0 … {len(names) - 1}: {np.unique(bad)[:5].tolist()} (a missing label counts as -1). Test sets are "
                 "often published without labels: pass another --eval_split (or the training split, of which a part is "
-                "held out), or another --label_column"
+                f"held out), or another --label_column. For training: {NO_LABELS}"
             )
     if isinstance(feature, datasets.ClassLabel):
         return splits

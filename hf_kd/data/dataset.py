@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, Subset
 
 from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
+from ..metrics.classification import IGNORED_LABEL
 from .cache import DecodedImages, decoded_images
-from .columns import INDEX_COLUMN, add_missing_labels, find_columns
+from .columns import INDEX_COLUMN, NO_LABELS, add_missing_labels, find_columns, missing_labels
 from .decode import UndecodableImage, decode_row
 from .order import Upcoming, epoch_order, groups_of
 from .streaming import StreamedRows
@@ -80,12 +81,15 @@ class ImageDataset(Dataset):
     Images of one size of a `datasets.Dataset` are decoded once and kept, if all rows of that size fit in 1.5 GB and
     the transform is none or a `CropAndFlip`, which is then applied to whole batches. Items are the same bit by bit.
 
+    A label that is None is -100; in training without labels (`for_training`) every label is.
+
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, if one of the next 1,000 can, so that every process has a batch.
     """
 
     replacement = False
     labelled = True
+    _ignore_labels = False
     order_seed: int | None = None
     reader_ends: Any = (np.iinfo(int).max,)  # see `Upcoming`; those of its sampler
     _upcoming: tuple[int, Upcoming] | None = None  # of an epoch
@@ -124,11 +128,16 @@ class ImageDataset(Dataset):
             self._source.set_epoch(epoch)
 
     def for_training(
-        self, augment: str | None, size: int | tuple[int, int] | None, order_seed: int | None = 0
+        self,
+        augment: str | None,
+        size: int | tuple[int, int] | None,
+        order_seed: int | None = 0,
+        with_labels: bool = True,
     ) -> "ImageDataset":
         """A copy with `replacement`, the same epoch and, if `augment` is not None, what `build_transform` gives."""
         dataset = copy.copy(self)
         dataset.replacement, dataset.order_seed, dataset._upcoming = True, order_seed, None
+        dataset._ignore_labels = not with_labels
         if augment is not None:
             dataset.transform = build_transform(augment, size)
         return dataset
@@ -154,6 +163,9 @@ class ImageDataset(Dataset):
             tries = range(1, min(len(self), 1000))
             following = (self._read([(indices[-1] + i) % len(self)])[0] for i in tries)
             items += itertools.islice((item for item in following if "skipped" not in item), 1)
+        for item in items:
+            if "labels" in item and (self._ignore_labels or item["labels"] is None):
+                item["labels"] = IGNORED_LABEL
         return items
 
     def _following(self, index: int) -> list[int]:
@@ -269,6 +281,21 @@ def as_image_dataset(
         if id2label and isinstance(feature, datasets.ClassLabel):
             check_class_order(feature.names, id2label)
     return images
+
+
+def check_labels(dataset, loss: str) -> None:
+    """ValueError for a dataset to train on of which a column of integers, or else the first item, lacks labels."""
+    if not isinstance(dataset, ImageDataset) or isinstance(dataset.dataset, StreamedRows):
+        return  # of a stream, `load_data` has looked at the labels
+    if dataset._undecoded:
+        missing = missing_labels(dataset.dataset, cast(str, dataset.label_column))
+        where = f"{missing} of the {len(dataset)} labels in column {dataset.label_column!r}"
+    else:
+        label = dataset[0].get("labels", 0)
+        missing = int(not isinstance(label, str) and bool(torch.as_tensor(label).amax() < 0))
+        where = "the label of the first image"
+    if missing:
+        raise ValueError(f"loss={loss!r} learns from labels, and {where} is missing (below 0, or None): {NO_LABELS}.")
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:

@@ -1,5 +1,6 @@
 """From anything that holds an image to a uint8 RGB tensor, and from a row of any dataset to an image and a label."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -94,12 +95,21 @@ def decode_row(
     """
     if isinstance(row, tuple | list) and len(row) == 2:
         row = dict(zip(("image", "label"), row, strict=True))
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"an item is a {type(row).__name__} alone and has no label: give pairs (image, label) or dicts; only a "
+            "loss that needs no labels (kl_only) is trained with images alone"
+        )
     if "skipped" in row:
         raise UndecodableImage(row["skipped"], row.get("kind", "other"))
     image = next((key for key in ("pixel_values", image_column, "pixels", "image", "img") if key in row), None)
     label = next((key for key in (label_column, "labels", "label") if key in row), None)
     if image is None or label is None:
-        missing = "label; pass label_column" if image else "image under pixel_values, pixels, image or img"
+        missing = (
+            "label; pass label_column, or a loss that needs none (kl_only)"
+            if image
+            else "image under pixel_values, pixels, image or img"
+        )
         raise ValueError(f"an item with the keys {', '.join(row)} has no {missing}")
     if image == "pixel_values":
         return {"pixel_values": torch.as_tensor(row[image]), "labels": row[label]}

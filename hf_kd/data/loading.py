@@ -15,10 +15,18 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from ..hub import resolve
 from ..labels import name_key, read_class_names
 from ..quickstart import bundled
-from .columns import INDEX_COLUMN, check_unnamed, encode_labels, find_columns
+from .columns import (
+    INDEX_COLUMN,
+    NO_LABELS,
+    check_unnamed,
+    encode_labels,
+    find_columns,
+    missing_labels,
+    without_labels,
+)
 from .columns import class_names as class_names_of
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
-from .streaming import StreamedRows, check_class_names, stream_features, stream_splits
+from .streaming import StreamedRows, check_class_names, has_column, stream_features, stream_splits
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +77,7 @@ def load_data(
     max_eval_samples: int | None = None,
     streaming: bool = False,
     class_names: list[str] | str | None = None,
+    allow_unlabelled: bool = False,
 ) -> ImageData:
     """Loads an image classification dataset and checks every label of it.
 
@@ -90,6 +99,8 @@ def load_data(
         streaming: read the images while training, from parquet or webdataset files here or on the Hub, without
             downloading them first. Nothing can be held out, labels are integers, and the limits take the first rows.
         class_names: of integers as labels, in their order, or a file of them; see `read_class_names`.
+        allow_unlabelled: take a training split of which labels are missing (no column, None or below 0), for a loss
+            that needs none; all its labels are then -1, and the classes are those of the evaluation split.
 
     Raises:
         ValueError: nothing to load there, a missing or empty split, no such column, or labels missing or out of range.
@@ -100,14 +111,24 @@ def load_data(
     given_names = read_class_names(class_names)
     if streaming:
         columns, first = (image_column, label_column), (max_train_samples, max_eval_samples)
-        return _load_stream(name, config_name, revision, train_split, eval_split, columns, first, given_names)
+        origin = (name, config_name, revision)
+        return _load_stream(*origin, train_split, eval_split, columns, first, given_names, allow_unlabelled)
     splits, commit = _read(name, config_name, revision)
     sizes = ", ".join(f"{split} ({len(data)})" for split, data in splits.items())
     train_split, eval_split = _choose_splits(name, splits, sizes, train_split, eval_split)
-    image_column, label_column = find_columns(splits[train_split], image_column, label_column)
-    find_columns(splits[eval_split], image_column, label_column)
-    chosen = encode_labels({split: splits[split] for split in (train_split, eval_split)}, label_column, given_names)
-    names = class_names_of(chosen[train_split], label_column)
+    # Where the training split may have no labels, its columns are those of the evaluation split.
+    first_split, other = (eval_split, train_split) if allow_unlabelled else (train_split, eval_split)
+    image_column, label_column = find_columns(splits[first_split], image_column, label_column)
+    unlabelled = (
+        allow_unlabelled and train_split != eval_split and missing_labels(splits[train_split], label_column) > 0
+    )
+    if not unlabelled:
+        find_columns(splits[other], image_column, label_column)
+    labelled = (eval_split,) if unlabelled else (train_split, eval_split)
+    chosen = encode_labels({split: splits[split] for split in labelled}, label_column, given_names)
+    names = class_names_of(chosen[eval_split], label_column)
+    if unlabelled:
+        chosen[train_split] = without_labels(splits[train_split], image_column, label_column, names)
     _check_several(name, names, label_column)
     held_out = eval_split == train_split
     limits = {train_split: max_train_samples, eval_split: max_eval_samples}
@@ -128,7 +149,7 @@ def load_data(
     train, evaluation = rows[train_split], rows[eval_split]
     unseen = [names[label] for label in sorted(present[eval_split] - present[train_split])]
     # As if one class had two names. A whole dataset may name classes that it has no images of.
-    folders = splits[train_split].info.builder_name == "imagefolder"
+    folders = not unlabelled and splits[train_split].info.builder_name == "imagefolder"
     if folders and unseen and present[train_split] - present[eval_split]:
         raise ValueError(
             f"{name}: split {train_split!r} has no image of {len(unseen)} classes that split {eval_split!r} has: "
@@ -146,7 +167,7 @@ def load_data(
         )
         logger.warning(message)
     train, evaluation = np.sort(train[::-1][:max_train_samples]), np.sort(evaluation[:max_eval_samples])
-    without = {"train on": np.setdiff1d(range(len(names)), labels[train_split][train])}
+    without = {"train on": np.setdiff1d(range(len(names)), labels[train_split][train])} if not unlabelled else {}
     if held_out:
         without["evaluate on"] = np.setdiff1d(list(present[eval_split]), labels[eval_split][evaluation])
     _warn_about_classes(name, names, without)
@@ -194,6 +215,7 @@ def _load_stream(
     columns: tuple[str | None, str | None],
     limits: tuple[int | None, int | None],
     given_names: list[str] | None,
+    allow_unlabelled: bool,
 ) -> ImageData:
     """`load_data` with `streaming`: from the files' footers alone."""
     rows_class, splits, features, commit = stream_splits(name, _local_path(name), config_name, revision)
@@ -203,20 +225,27 @@ def _load_stream(
             f"{name} has the splits {', '.join(splits)}: a stream has no hold-out, so pass --eval_split with another "
             "than the training split, or leave --streaming out"
         )
-    features = features or stream_features(splits[train_split][0])
+    features = features or stream_features(splits[eval_split if allow_unlabelled else train_split][0])
     image_column, label_column = find_columns(features, *columns)
     features = datasets.Features({key: features[key] for key in (image_column, label_column)})
     rows, fingerprints, largest = {}, {}, {}
     for split, limit in zip((train_split, eval_split), limits, strict=True):
-        rows[split] = rows_class(splits[split], features, limit)
+        optional = allow_unlabelled and split == train_split
+        there = not optional or has_column(rows_class, splits[split], label_column)
+        read = features if there else datasets.Features({image_column: features[image_column]})
+        rows[split] = rows_class(splits[split], read, limit)
         if not len(rows[split]):
             raise ValueError(f"split {split!r} of {name!r} is empty: its files have no rows")
         rows[split].origin = {"name": name, "revision": commit, "config_name": config_name, "split": split}
-        low, largest[split] = rows[split].label_range(label_column)
-        if low < 0:
+        low, largest[split] = rows[split].label_range(label_column) if there else (-1, -1)
+        if low < 0 and optional:
+            rows[split].without_labels(label_column)
+            largest[split] = -1
+        elif low < 0:
             raise ValueError(
                 f"split {split!r} of {name} has labels of -1 or missing ones in column {label_column!r}: it is "
-                "published without labels. Pass another --eval_split or --label_column"
+                "published without labels. Pass another --eval_split or --label_column. For training: "
+                f"{NO_LABELS}"
             )
         origin = [name, commit, config_name] if commit else rows[split].describe()
         fingerprints[split] = fingerprint(*origin, split, image_column, label_column)

@@ -54,6 +54,7 @@ class StreamedRows:
     """
 
     origin: dict[str, str | None] | None = None
+    _unlabelled: str | None = None
 
     def __init__(self, files: Sequence[str], features: datasets.Features, limit: int | None = None) -> None:
         self.features = features
@@ -96,6 +97,11 @@ class StreamedRows:
         """The number of rows without the limit."""
         return sum(map(sum, self._rows.values()))
 
+    def without_labels(self, label_column: str) -> None:
+        """The labels are all -1, for missing; the column, if there is one, is not read."""
+        self._unlabelled = label_column
+        self.features = datasets.Features({**self.features, label_column: datasets.Value("int64")})
+
     @property
     def column_names(self) -> list[str]:
         return list(self.features)
@@ -119,7 +125,7 @@ class StreamedRows:
             here = np.flatnonzero(places == place)
             table = read.result().take(rows[here] - self.groups[place].start)
             for i, row in zip(here, table.to_pylist(), strict=True):
-                found[i] = row
+                found[i] = row if self._unlabelled is None else row | {self._unlabelled: -1}
         return found
 
     def _start_reading(self, places: list[int], following: Sequence[int]) -> dict[int, Future[pa.Table]]:
@@ -204,7 +210,8 @@ class StreamedRows:
     def _read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         def read(file: Any) -> pa.Table:
             parquet = pq.ParquetFile(file, metadata=self._footers[group.file], pre_buffer=True)
-            return parquet.read_row_group(group.index, columns=columns or self.column_names)
+            names = [name for name in self.column_names if name != self._unlabelled]
+            return parquet.read_row_group(group.index, columns=columns or names)
 
         return _patiently(group.file, read)
 
@@ -275,6 +282,7 @@ def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Itera
 
     for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
         found: dict[str, list[Any]] = {"image": [], "cls": [], "json": []}
+        without = True
         for member in members:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
@@ -282,10 +290,12 @@ def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Itera
                 data = content.read() if with_images else None
                 found["image"].append({"bytes": data, "path": f"{os.path.basename(file)}:{member.name}"})
             elif kind in found:
+                without = False
                 with contextlib.suppress(ValueError):  # no number, or no JSON
                     found[kind].append(json.loads(content.read()))
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         labels = found["cls"] or [each.get("label") for each in found["json"] if isinstance(each, dict)]
+        labels = labels or ([-1] if without else [])
         if len(found["image"]) != 1 or len(labels) != 1 or type(labels[0]) is not int:
             raise ValueError(
                 f"{file}: {name} does not have exactly one image (jpg, png, webp), or no number as label (cls, or "
@@ -317,6 +327,11 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
 def stream_features(file: str) -> datasets.Features:
     """The features that a parquet file says its columns have."""
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
+
+
+def has_column(rows_class: type[StreamedRows], files: list[str], column: str) -> bool:
+    """Whether the first of the files has a column, as far as files of this kind have columns."""
+    return rows_class is not StreamedRows or column in stream_features(files[0])
 
 
 def _footer(file: str) -> pq.FileMetaData:

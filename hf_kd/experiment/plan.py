@@ -70,7 +70,10 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
-    source = DataSource(**dataset_origin, config_name=script.dataset_config, **data_options)
+    needs_labels = any(run.build_loss().needs_labels for _, _, run in asked)
+    source = DataSource(
+        **dataset_origin, config_name=script.dataset_config, allow_unlabelled=not needs_labels, **data_options
+    )
     side = _input_side(student, config_of_student)
     teacher, config_of_teacher = None, None
     if script.teacher:

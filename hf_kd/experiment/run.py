@@ -214,6 +214,8 @@ def _train(
         print(f"\n{where}: {trainer.train_loss}")
         if trainer.auxiliary_head is not None:
             print(f"auxiliary head on {trainer.auxiliary_head.layer}")
+        if (alpha := trainer.train_loss.distillation_alpha) is not None:
+            print(f"distillation head: distillation_alpha={alpha:g} of its terms, {1 - alpha:g} of cross entropy")
     if teacher is not None and teacher_metrics is None:
         teacher_metrics = trainer.measure_teacher()
     trainer.teacher_metrics = teacher_metrics

@@ -7,13 +7,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .functional import check_inputs, check_number, cross_entropy
+from .functional import at_least_float32, check_inputs, check_number, cross_entropy
 from .standardize import standardize_logits
 
 # What a trainer provides to a loss that requires it.
 INPUTS = {
     "teacher_logits": "the teacher's logits, of shape (B, C)",
     "aux_logits": "the logits of a linear head on the student's pooled intermediate feature, of shape (B, C)",
+    "distillation_logits": "the logits of the student's distillation head, of shape (B, C); student_logits are then "
+    "those of its class head",
 }
 
 
@@ -52,6 +54,9 @@ class DistillationLoss(nn.Module):
         reduce_mean: averages a tensor over the ranks, differentiably, or None in a single process; for statistics of
             the whole batch. The trainer sets it, and `world_size`, in distributed training.
         world_size: the number of ranks.
+        method_needs_labels: whether `method_terms` or `diagnostics` look at the labels. If not, and label_weight is 0,
+            training needs none: see `needs_labels`.
+        distillation_alpha: of a student with a distillation head, see `use_distillation_head`; else None.
         logit_standardization: whether the method's terms get `standardize_logits` of both models' logits; for losses
             whose constructor takes it.
     """
@@ -67,6 +72,7 @@ class DistillationLoss(nn.Module):
     published: ClassVar[dict[str, dict[str, Any]]] = {}
     published_results: ClassVar[dict[str, str]] = {}
     relations: ClassVar[str] = ""
+    method_needs_labels: ClassVar[bool] = True
     logit_standardization = False
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -77,6 +83,7 @@ class DistillationLoss(nn.Module):
         self.progress = Progress()
         self.reduce_mean: Callable[[Tensor], Tensor] | None = None
         self.world_size = 1
+        self.distillation_alpha: float | None = None
         self._values_checked = False
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, *args: Any, **inputs: Any) -> dict[str, Tensor]:
@@ -85,6 +92,36 @@ class DistillationLoss(nn.Module):
         An override names what the class requires: `def method_terms(self, student_logits, labels, teacher_logits)`.
         """
         return {}
+
+    def distillation_head_terms(
+        self, student_logits: Tensor, labels: Tensor, *args: Any, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """`method_terms` for the logits of a distillation head. A loss whose weight is the teacher's share of the
+        whole may leave it out here: alpha takes its place."""
+        return self.method_terms(student_logits, labels, *args, **inputs)
+
+    def use_distillation_head(self, alpha: float | None) -> None:
+        """Makes it the loss of a student with a class head and a distillation head (arXiv 2012.12877):
+
+            (1 - alpha) * cross entropy of the class head + alpha * `distillation_head_terms` of the distillation head
+
+        where label_weight plays no part, and label smoothing is that of the cross entropy. alpha is in [0, 1]; None:
+        the student has one head. `forward` then takes "distillation_logits", and student_logits of the class head.
+        """
+        if alpha is not None:
+            check_number("distillation_alpha", alpha, 0, 1)
+        self.distillation_alpha = alpha
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it is trained with labels; else `forward` does not look at them."""
+        weight = self.label_weight if self.distillation_alpha is None else 1 - self.distillation_alpha
+        return self.method_needs_labels or weight != 0
+
+    @property
+    def method_weight(self) -> float:
+        """The factor of the method's terms in what `forward` gives."""
+        return 1.0 if self.distillation_alpha is None else self.distillation_alpha
 
     def diagnostics(self, terms: Mapping[str, Tensor], labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
         """Further scalars to log beside the terms, means over the batch, which are no part of the loss.
@@ -103,15 +140,16 @@ class DistillationLoss(nn.Module):
 
         Args:
             student_logits: (B, C), any floating dtype.
-            labels: int64 (B,) in [0, C), or floating point (B, C) of non-negative label values.
+            labels: int64 (B,) in [0, C), or floating point (B, C) of non-negative label values; anything if not
+                `needs_labels`.
             **inputs: at least what `requires` names; the rest is ignored. Those that end in "_logits" are (B, C).
 
         Raises:
             ValueError: an input is missing, has a wrong shape or dtype, or (on CPU always, on other devices in the
                 first call only, never while compiling) holds values out of range.
         """
-        required = {}
-        for name in sorted(self.requires):
+        required, alpha = {}, self.distillation_alpha
+        for name in sorted(self.requires if alpha is None else {*self.requires, "distillation_logits"}):
             value = inputs.get(name)
             if value is None:
                 what = INPUTS.get(name, "which it requires")
@@ -119,14 +157,24 @@ class DistillationLoss(nn.Module):
             required[name] = value
         logits = {name: value for name, value in required.items() if name.endswith("_logits")}
         first_call = not torch.compiler.is_compiling() and not self._values_checked
-        check_inputs(student_logits, labels, force_values=first_call, **logits)
+        needs_labels = self.needs_labels
+        check_inputs(student_logits, labels if needs_labels else None, force_values=first_call, **logits)
         if first_call:
             self._values_checked = True
-        ce = self.label_weight * cross_entropy(student_logits, labels, self.label_smoothing)
+        if needs_labels:
+            ce = cross_entropy(student_logits, labels, self.label_smoothing)
+            ce = (self.label_weight if alpha is None else 1 - alpha) * ce
+        else:  # a part of the graph: DDP expects a gradient of every head
+            ce = (at_least_float32(student_logits) * 0).sum()
+        if alpha is not None:
+            student_logits = required.pop("distillation_logits")
         if self.logit_standardization:
             student_logits = standardize_logits(student_logits)
             required["teacher_logits"] = standardize_logits(required["teacher_logits"])
-        return {"ce": ce} | self.method_terms(student_logits, labels, **required)
+        if alpha is None:
+            return {"ce": ce} | self.method_terms(student_logits, labels, **required)
+        terms = self.distillation_head_terms(student_logits, labels, **required)
+        return {"ce": ce} | {name: alpha * term for name, term in terms.items()}
 
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor arguments: what `get_loss(name, **hyperparameters)` makes the same loss of.
@@ -153,9 +201,16 @@ class DistillationLoss(nn.Module):
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """What records keep of a loss with these hyperparameters, so that cards and verdicts need not import it."""
         standardized = " The logits of both are standardized first (arXiv 2403.01427)."
+        two_heads = (
+            " The student has a distillation head: α times the terms besides the cross entropy trains it, and 1 − α "
+            "times the cross entropy, with no other weight, its class head; α = "
+            f"{hyperparameters.get('distillation_alpha')} (arXiv 2012.12877)."
+        )
         return {
             "title": cls.title,
-            "formula": cls.formula + standardized * bool(hyperparameters.get("logit_standardization")),
+            "formula": cls.formula
+            + standardized * bool(hyperparameters.get("logit_standardization"))
+            + two_heads * (hyperparameters.get("distillation_alpha") is not None),
             "paper": cls.paper,
             "citation": cls.CITATION,
             "tags": list(cls.tags),

@@ -83,6 +83,7 @@ class DISTLoss(DistillationLoss):
     paper = "2205.10536"
     relations = "Where batches hold few images of a class, its second term says little: use NKD or KD."
     tags = ("knowledge-distillation",)
+    method_needs_labels = False
     CITATION = """@inproceedings{huang2022knowledge,
   title={Knowledge Distillation from A Stronger Teacher},
   author={Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},

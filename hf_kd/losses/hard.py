@@ -1,5 +1,8 @@
 """Hard-label distillation, as in DeiT: arXiv 2012.12877."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from .base import DistillationLoss
@@ -35,6 +38,7 @@ class HardLoss(DistillationLoss):
     paper = "2012.12877"
     relations = "KD and NKD use the teacher's other probabilities too; this needs nothing but its answers."
     tags = ("knowledge-distillation",)
+    method_needs_labels = False
     CITATION = """@inproceedings{touvron2021training,
   title={Training Data-Efficient Image Transformers \\& Distillation through Attention},
   author={Touvron, Hugo and Cord, Matthieu and Douze, Matthijs and Massa, Francisco and Sablayrolles, Alexandre and
@@ -48,6 +52,26 @@ class HardLoss(DistillationLoss):
         super().__init__(label_smoothing)
         check_number("weight", weight, 0, 1)
         self.weight, self.label_weight = weight, 1 - weight
+
+    def use_distillation_head(self, alpha: float | None) -> None:
+        if alpha is not None and self.weight not in (0.5, alpha):  # 0.5 is the default
+            raise ValueError(
+                f"weight={self.weight} has no effect on a student with a distillation head: set "
+                f"distillation_alpha={self.weight} (--distillation_alpha {self.weight}), which takes its place"
+            )
+        super().use_distillation_head(alpha)
+
+    def distillation_head_terms(
+        self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor
+    ) -> dict[str, Tensor]:
+        return hard_loss(student_logits, teacher_logits, weight=1.0)
+
+    @classmethod
+    def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        description = super().describe(hyperparameters)
+        if hyperparameters.get("distillation_alpha") is not None:
+            description["formula"] = description["formula"].replace("(1 − weight) · ", "").replace("weight · ", "")
+        return description
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         return hard_loss(student_logits, teacher_logits, self.weight)

@@ -54,6 +54,7 @@ class KDLoss(DistillationLoss):
         "weights and temperature. kl_only is KD without the cross entropy."
     )
     tags = ("knowledge-distillation",)
+    method_needs_labels = False
     CITATION = """@article{hinton2015distilling,
   title={Distilling the Knowledge in a Neural Network},
   author={Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},

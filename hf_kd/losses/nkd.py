@@ -114,7 +114,8 @@ class NKDLoss(DistillationLoss):
 
     def diagnostics(self, terms: Mapping[str, Tensor], labels: Tensor, **inputs: Tensor | None) -> dict[str, Tensor]:
         """non_target_kl: non_target without gamma t^2 times the entropy of N(softmax(T/t)), which the student cannot
-        change. It is gamma t^2 KL(N(softmax(T/t)) || N(softmax(S/t))) and goes to 0 where the student learns."""
+        change. It is gamma t^2 KL(N(softmax(T/t)) || N(softmax(S/t))), with a distillation head times alpha, and goes
+        to 0 where the student learns."""
         teacher = inputs["teacher_logits"]
         assert teacher is not None  # as `forward` has seen
         teacher = at_least_float32(teacher)
@@ -123,7 +124,8 @@ class NKDLoss(DistillationLoss):
         index = top_targets(_read(labels, self.soft_labels), teacher.dtype).index
         soft = torch.softmax(mask_targets(teacher, index, self.temperature), dim=1)
         entropy = torch.special.entr(soft).sum(1).mean()
-        return {"non_target_kl": terms["non_target"] - self.gamma * self.temperature**2 * entropy}
+        weight = self.method_weight * self.gamma * self.temperature**2
+        return {"non_target_kl": terms["non_target"] - weight * entropy}
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:
         return nkd_loss(student_logits, teacher_logits, labels, self.temperature, self.gamma, self.soft_labels)

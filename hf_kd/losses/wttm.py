@@ -47,6 +47,7 @@ class WTTMLoss(DistillationLoss):
     paper = "2402.11148"
     relations = "It is KD with a temperature of the teacher alone and weights of the images."
     tags = ("knowledge-distillation",)
+    method_needs_labels = False
     CITATION = """@inproceedings{zheng2024knowledge,
   title={Knowledge Distillation Based on Transformed Teacher Matching},
   author={Zheng, Kaixiang and Yang, En-Hui},

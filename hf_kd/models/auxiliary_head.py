@@ -16,15 +16,18 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .features import HEAD, FeatureLayer, find_feature_layer
-from .forward import logits_of
+from .forward import logits_by_head, logits_of
 
 
 @dataclass
 class StudentOutput(ModelOutput):
-    """A student's output in training: `logits` (B, C) and the auxiliary head's `aux_logits` (B, C)."""
+    """A student's output in training: `logits` (B, C) and the auxiliary head's `aux_logits` (B, C); where the student
+    has a distillation head, also what `logits_by_head` gives of its own output."""
 
     logits: torch.Tensor | None = None
     aux_logits: torch.Tensor | None = None
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
 
 
 class AuxiliaryHead(nn.Linear):
@@ -84,7 +87,8 @@ class AuxiliaryHead(nn.Linear):
                 "5.23: gradient_checkpointing_kwargs), or choose a module that runs with feature_module= "
                 "(--feature_module)."
             )
-        return StudentOutput(logits=logits_of(output), aux_logits=aux_logits)
+        of_class, of_distillation = logits_by_head(output)
+        return StudentOutput(logits_of(output), aux_logits, of_class, of_distillation)
 
 
 def _pooled(output, layer: FeatureLayer) -> torch.Tensor:

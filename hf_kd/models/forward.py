@@ -37,8 +37,19 @@ def tensor_of(output) -> torch.Tensor:
 
 
 def logits_of(output) -> torch.Tensor:
-    """The logits (B, C) of a classifier's output: those called so, or else (as of PP-LCNet) the first tensor."""
-    return output["logits"] if isinstance(output, dict) and "logits" in output else tensor_of(output)
+    """The logits (B, C) of a classifier's output: those called so, or else (as of PP-LCNet) the first tensor; of two
+    heads their mean."""
+    logits = output["logits"] if isinstance(output, dict) and "logits" in output else tensor_of(output)
+    return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
+
+
+def logits_by_head(output) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The logits (B, C) of the class head and of the distillation head, None where an output has the mean only."""
+    if not isinstance(output, dict):
+        return None, None
+    if isinstance(output.get("logits"), tuple):  # of timm in distilled training
+        return output["logits"]
+    return output.get("cls_logits"), output.get("distillation_logits")
 
 
 def id2label_of(model: nn.Module) -> dict[int, str] | None:

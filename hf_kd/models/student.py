@@ -155,17 +155,6 @@ def _with_kwargs(config, model_kwargs: dict[str, Any] | None):
     return config
 
 
-def warn_distillation_head(student: Any) -> None:
-    """Warns, once for each class, of a student whose second head is meant to learn from a teacher of its own."""
-    heads = {id(layer) for layer in loading.head_layers(student)} if hasattr(student, "config") else set()
-    named = [name for name, module in student.named_modules() if id(module) in heads and "dist" in name]
-    if named:
-        logger.warning_once(
-            f"{type(student).__name__} has a distillation head, {named[0]}: it is trained and evaluated by the mean "
-            "of its two heads, so the distillation token learns nothing of its own."
-        )
-
-
 def _check_loaded(module: Any, name: str, faults: dict, own: int) -> None:
     """Only the head may be new, of a checkpoint that names `own` classes: all else would be trained from noise."""
     head = {id(p) for layer in loading.head_layers(module) for p in layer.parameters()}

@@ -179,13 +179,18 @@ def make_record(
         known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
     if teacher and teacher.mapping.kind != "identity":
         known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
-    if loss.name not in LOSSES:
-        known.setdefault("loss_description", loss.describe(loss.hyperparameters()))
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
-    head = trainer.auxiliary_head
+    head, alpha = trainer.auxiliary_head, loss.distillation_alpha
+    loss_entry = {
+        "name": loss.name,
+        **loss.hyperparameters(),
+        **({} if alpha is None else {"distillation_alpha": alpha}),
+    }
+    if loss.name not in LOSSES:
+        known.setdefault("loss_description", loss.describe(loss_entry))
     record = {
         "name": loss.name,
-        "loss": {"name": loss.name, **loss.hyperparameters()},
+        "loss": loss_entry,
         "student": {**student_entry, **({"feature_layer": vars(head.layer)} if head else {}), **(student or {})},
         "data": {
             **_data_entry(trainer, data, metrics.get(f"{prefix}_samples")),
