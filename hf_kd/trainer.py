@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import re
 import time
-from bisect import bisect_right
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
-from . import checkpointing, engines, push
+from . import checkpointing, engines, optimization, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
@@ -38,8 +35,6 @@ from .spec import Experiment
 from .step_data import count_samples, samples_of_step
 from .stopping import SaveOnStop, protect_workers
 from .teacher_check import measure_teacher, warn_near_chance
-
-_NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
 
 
 class DistillationTrainer(Trainer):
@@ -249,20 +244,8 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
         return count_samples(self, batch_samples)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Those of transformers without class tokens and position embeddings, as in the paper's code."""
-        return [name for name in super().get_decay_parameter_names(model) if not _NOT_DECAYED.search(name)]
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Adds the step schedule of `lr_step_epochs`, which the CNN settings of the paper use."""
-        args = self.args
-        if args.lr_step_epochs and self.lr_scheduler is None:
-            steps = [round(epoch * num_training_steps / args.num_train_epochs) for epoch in args.lr_step_epochs]
-            optimizer = self.optimizer if optimizer is None else optimizer
-            # Not MultiStepLR, which starts from the decayed rate in a second training.
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: args.lr_step_factor ** bisect_right(steps, step))
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+    get_decay_parameter_names = optimization.get_decay_parameter_names
+    create_scheduler = optimization.create_scheduler
 
     # ---- one step ----
 
