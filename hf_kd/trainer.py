@@ -67,6 +67,7 @@ class DistillationTrainer(Trainer):
             student, `aux_head`, until `train()` returns, and again in the next `train()`.
         skipped, eval_skipped (`dict[str, str]`): the images that this process could not decode in training and in
             evaluation, in order of appearance, and of which kind each is (see `UndecodableImage`).
+        class_counts (`dict`): images and top-1 hits by class in the last evaluation, by its `metric_key_prefix`.
     """
 
     # compute_loss scales every micro-batch by its share of the optimizer step's samples.
@@ -128,6 +129,7 @@ class DistillationTrainer(Trainer):
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         self.skipped: dict[str, str] = {}
         self.eval_skipped: dict[str, str] = {}
+        self.class_counts: dict[str, dict[str, list[int]]] = {}
         warn_distillation_head(student)
         self._terms, self._stop = LossTerms(), SaveOnStop()
         super().__init__(
@@ -308,8 +310,8 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `macro_top1`, `top5`, `ece`,
-        with a teacher `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the
-        images counted.
+        with a teacher `agreement`, `kl`, `teacher_top1` and `teacher_errors_repeated`, all accumulated in constant
+        memory, and `samples`, the images counted.
 
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
@@ -324,6 +326,7 @@ class DistillationTrainer(Trainer):
         self._meter, predicting = None, description == "Prediction"
         self.eval_skipped.update(self._skipped_now)
         counted, undecodable = meter.counts()
+        self.class_counts[metric_key_prefix] = meter.class_counts()
         metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
         if not predicting:
             meter.check_size(output.num_samples)

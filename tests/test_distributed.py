@@ -80,7 +80,8 @@ def worker(folder: str, loss: str) -> None:
         weights = trainer.model.state_dict() | ({} if head is None else head.state_dict())
         torch.save(weights, Path(folder) / "final.pt")
         history = [e for e in trainer.state.log_history if "loss" in e]
-        Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
+        result = {"metrics": metrics, "history": history, "classes": trainer.class_counts["eval"]}
+        Path(folder, "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
 
 
@@ -137,6 +138,11 @@ def test_two_processes_equal_one(loss, folder):
     for name in ("top1", "top5", "ece", *(["agreement", "teacher_top1"] if loss != "uskd" else [])):
         assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], abs=1.01 / 21), name
     assert two["metrics"]["eval_macro_top1"] == pytest.approx(one["metrics"]["eval_macro_top1"], abs=1.01 / 18)
+    errors = 21 * (1 - one["metrics"].get("eval_teacher_top1", 0))
+    repeated = [result["metrics"].get("eval_teacher_errors_repeated", 0) * errors for result in (one, two)]
+    assert repeated[1] == pytest.approx(repeated[0], abs=1.01) and (repeated[0] > 0 or loss == "uskd")
+    assert one["classes"]["images"] == two["classes"]["images"] == [4, 4, 4, 3, 3, 3]
+    assert sum(abs(x - y) for x, y in zip(one["classes"]["hits"], two["classes"]["hits"], strict=True)) <= 1
     a, b = (torch.load(folder / n / loss / "final.pt") for n in "12")
     assert a.keys() == b.keys()
     for name in a:
