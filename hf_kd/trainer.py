@@ -21,11 +21,13 @@ from .data import ImageDataset, as_image_dataset, augmentation_of
 from .data.collators import evaluation_collator, note_skipped, training_collator
 from .data.order import sampler_of
 from .data.wait import DataWait
+from .ema import StudentAverage, evaluates_average
 from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.forward import id2label_of, logits_of, num_classes_of
+from .models.freezing import freeze_backbone, hold_statistics
 from .models.preprocessing import Preprocessing
 from .models.student import warn_distillation_head
 from .models.teacher import Teacher, aligned_teacher
@@ -65,6 +67,7 @@ class DistillationTrainer(Trainer):
         augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
         auxiliary_head (`AuxiliaryHead | None`): of a loss that requires aux_logits. It is a submodule of the
             student, `aux_head`, until `train()` returns, and again in the next `train()`.
+        average (`StudentAverage`): of `args.ema_decay`. When `train()` has returned, the student has it.
         skipped, eval_skipped (`dict[str, str]`): the images that this process could not decode in training and in
             evaluation, in order of appearance, and of which kind each is (see `UndecodableImage`).
         class_counts (`dict`): images and top-1 hits by class in the last evaluation, by its `metric_key_prefix`.
@@ -132,6 +135,7 @@ class DistillationTrainer(Trainer):
         self.class_counts: dict[str, dict[str, list[int]]] = {}
         warn_distillation_head(student)
         self._terms, self._stop = LossTerms(), SaveOnStop()
+        self.average = StudentAverage(args.ema_decay, args.ema_warmup)
         super().__init__(
             model=model,
             args=args,
@@ -139,7 +143,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._stop, LogSteps()],
+            callbacks=[self.average, *(callbacks or ()), OnTrainBegin(self._begin), self._stop, LogSteps()],
             model_init=model_init,
             **kwargs,
         )
@@ -163,6 +167,8 @@ class DistillationTrainer(Trainer):
         return made
 
     def _make_head(self, student: Any) -> None:
+        if self.args.freeze_backbone:
+            freeze_backbone(student)
         engines.fit_for_fsdp(self, student)
         if "aux_logits" in self.train_loss.requires:
             self._remove_head()
@@ -267,6 +273,8 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
+        if self.args.freeze_backbone and model.training:
+            hold_statistics(self.model)
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
         with batch_of_one_named(), engines.unused_weights_named():
@@ -306,6 +314,7 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
+    @evaluates_average
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -383,6 +392,7 @@ class DistillationTrainer(Trainer):
                     self.auxiliary_head.add_to(self.accelerator.unwrap_model(self.model))
                 return super().train(checkpoint, **kwargs)
             finally:
+                self.average.end()
                 self._remove_head()
 
     def _begin(self) -> None:
@@ -392,6 +402,7 @@ class DistillationTrainer(Trainer):
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         checkpointing.restore_skipped(self, self._resumed_from)
+        self.average.begin(self.accelerator.unwrap_model(self.model), self.state.max_steps, self._resumed_from)
         if self.args.should_save:
             checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 
@@ -413,9 +424,11 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
-        super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
+        with self.average.in_student():
+            super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
         if self._staging and self.args.should_save:
             checkpointing.save_head(student, state_dict, cast(str, output_dir))
+            self.average.save_trained(cast(str, output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -423,6 +436,7 @@ class DistillationTrainer(Trainer):
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self):
+        self.average.end()  # the best one takes its place
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), cast(str, self.state.best_model_checkpoint))
