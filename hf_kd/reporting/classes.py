@@ -168,6 +168,8 @@ def plot_changes(changes: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
         axes.set_title(f"{name} against {found['against']}, {seeds}", fontsize=10, parse_math=False)
         interval = "95 % interval" if len(found["seeds"]) > 1 else "no interval"
         axes.set_xlabel(f"points ({interval})", fontsize=8)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -105), min(high, 105))  # no difference is larger than 100 points
         axes.tick_params(axis="x", labelsize=8)
         axes.tick_params(left=False)
         axes.spines[["top", "right", "left"]].set_visible(False)

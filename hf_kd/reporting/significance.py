@@ -108,9 +108,11 @@ def shared_errors(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) ->
                 for variant in (name, base)
             )
             seeds = f"{len(test['seeds'])} seed{'s' if len(test['seeds']) > 1 else ''}"
+            right = [*_points(runs, name, "teacher_top1").values()]
+            few = f" ({100 - statistics.fmean(right):.2f} % of all)" if right else ""
             sentence = (
-                f"Of the images that the teacher gets wrong, {name} gives the same wrong class to {own:.2f} % and "
-                f"{base} to {other:.2f} %: a difference of {describe(test)} points ({seeds})."
+                f"Of the images that the teacher gets wrong{few}, {name} gives the same wrong class to {own:.2f} % "
+                f"and {base} to {other:.2f} %: a difference of {describe(test)} points ({seeds})."
             )
             found[name] = {**test, "sentence": sentence}
     return found
