@@ -24,12 +24,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("label_smoothing_factor", "max_skipped_fraction", "distillation_alpha"), (0, 1)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "max_steps": (-1, math.inf),
+    "ema_decay": (0, 0.9999999),
     "local_rank": (-1, math.inf),
 }
 _POSITIVE = (
     "num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     "eval_accumulation_steps logging_steps eval_steps save_steps adam_epsilon lr_step_factor train_image_size "
-    "max_image_pixels dataloader_prefetch_factor ddp_timeout max_hours"
+    "max_image_pixels dataloader_prefetch_factor ddp_timeout max_hours ema_decay"
 ).split()
 
 
@@ -131,6 +132,14 @@ class DistillationConfig(TrainingArguments):
         "Stop at the end of a step after so many hours, with the state saved, and exit with status 75. Counted from "
         "the start of the process, for all runs; in Python from train()."
     )
+    ema_decay: float | None = option(
+        "Decay of an exponential moving average of the student's weights, which is what is evaluated and saved then. "
+        "0.999 averages over about 1,000 steps. Default: no average."
+    )
+    ema_warmup: bool = option("Let the decay rise up to ema_decay as 1 - step^(-2/3), as in timm.", False)
+    freeze_backbone: bool = option(
+        "Train the classification head only (and USKD's auxiliary head); batch norms keep their statistics.", False
+    )
     feature_module: str | None = option("USKD: module of the student whose output feeds the auxiliary head.")
     teacher_dtype: str | None = option("Compute type of the teacher: fp32, bf16 or fp16. Default: as the student's.")
     teacher_check_batches: int = option("Batches to check the teacher's top-1 on before training; 0: no check.", 4)
@@ -182,6 +191,7 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("load_best_model_at_end needs evaluations to choose by: set eval_strategy.")
         _check_trackers(cast(list[str], self.report_to))
         _check_optimizer(self)
+        _check_average(self)
         _check_saving(self)
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data depends on nothing else
@@ -265,6 +275,17 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ValueError(
                 f"report_to={name!r} needs its package: install it, or choose of {', '.join(installed)}, none."
             )
+
+
+def _check_average(config: DistillationConfig) -> None:
+    """Raises ValueError for an average of the weights under an engine that does not keep them whole."""
+    if config.ema_warmup and config.ema_decay is None:
+        raise ValueError("ema_warmup=True has no effect without ema_decay: set it, to 0.9999 for example.")
+    if config.ema_decay is not None and config.engine != "ddp":
+        raise ValueError(
+            f"ema_decay={config.ema_decay} is supported in one process and with DDP, not with {config.engine}, which "
+            "keeps the weights in parts or copies of its own: leave ema_decay out, or launch with DDP."
+        )
 
 
 def _check_saving(config: DistillationConfig) -> None:

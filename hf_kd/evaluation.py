@@ -26,6 +26,7 @@ def measured(trainer, loop: Callable[..., Any], dataloader, predicting: bool, pr
     trainer._meter = None
     trainer.eval_skipped.update(trainer._skipped_now)
     counted, undecodable = meter.counts()
+    trainer.class_counts[prefix] = meter.class_counts()
     metrics: dict[str, float] = {"skipped": undecodable} if undecodable else {}
     if not predicting:
         meter.check_size(output.num_samples)

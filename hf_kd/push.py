@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .hub import LOGIN, is_unsupported, repo_name, user_message
 from .reporting.card import write_card
-from .reporting.record import CARD_FILE, CURVES_FILE, RUN_FILE, TOKEN, read_record, write_json
+from .reporting.record import CARD_FILE, CLASSES_FILE, CURVES_FILE, RUN_FILE, TOKEN, read_record, write_json
 
 __all__ = ["check_push", "publish", "push"]
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What is pushed of a run's folder, as patterns; nothing else ever is.
 MODEL_FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_CODE = "cifar_networks.py"  # beside a model of hf_kd's own architectures
-PUSHED = (*MODEL_FILES, MODEL_CODE, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE)
+PUSHED = (*MODEL_FILES, MODEL_CODE, "preprocessor_config.json", CARD_FILE, RUN_FILE, CURVES_FILE, CLASSES_FILE)
 
 
 def check_push(

@@ -261,6 +261,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             found += differences(there, here, prefix)
         elif isinstance(there, dict) and isinstance(here, dict):
             keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+            # What an earlier hf_kd did not have yet, and is off, is no difference.
+            keys = [key for key in keys if key in there or here[key] is not False]
             found += [_difference(f"{prefix}{key}", there.get(key), here.get(key)) for key in keys]
         else:
             found.append(_difference(name, there, here))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import re
 import time
-from bisect import bisect_right
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 
-from . import checkpointing, engines, evaluation, push
+from . import checkpointing, engines, evaluation, optimization, push
 from ._compat import check_upstream
 from .adapters import check_adapter
 from .batch_of_one import batch_of_one_named, check_batches_of_one
@@ -25,12 +22,14 @@ from .data.collators import evaluation_collator, training_collator
 from .data.dataset import check_labels
 from .data.order import sampler_of
 from .data.wait import DataWait
+from .ema import StudentAverage, evaluates_average
 from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.distillation_head import separate_heads, use_distillation_head
 from .models.forward import id2label_of, logits_by_head, logits_of, num_classes_of
+from .models.freezing import freeze_backbone, hold_statistics
 from .models.preprocessing import Preprocessing
 from .models.teacher import Teacher, aligned_teacher
 from .ranks import end_cleanly, failures_named, loss_terms
@@ -39,8 +38,6 @@ from .spec import Experiment
 from .step_data import count_samples, samples_of_step
 from .stopping import SaveOnStop, protect_workers
 from .teacher_check import measure_teacher, warn_near_chance
-
-_NOT_DECAYED = re.compile(r"(cls|class|dist|distillation)_token|class_embedding|pos(ition)?_embed")
 
 
 class DistillationTrainer(Trainer):
@@ -71,8 +68,10 @@ class DistillationTrainer(Trainer):
         augmentation_applied (`str | None`): `args.augment` if it applies to the training dataset.
         auxiliary_head (`AuxiliaryHead | None`): of a loss that requires aux_logits. It is a submodule of the
             student, `aux_head`, until `train()` returns, and again in the next `train()`.
+        average (`StudentAverage`): of `args.ema_decay`. When `train()` has returned, the student has it.
         skipped, eval_skipped (`dict[str, str]`): the images that this process could not decode in training and in
             evaluation, in order of appearance, and of which kind each is (see `UndecodableImage`).
+        class_counts (`dict`): images and top-1 hits by class in the last evaluation, by its `metric_key_prefix`.
     """
 
     # compute_loss scales every micro-batch by its share of the optimizer step's samples.
@@ -140,7 +139,9 @@ class DistillationTrainer(Trainer):
         self.eval_teacher = (self.teacher or align(teacher)) if same else align(eval_teacher)
         self.skipped: dict[str, str] = {}
         self.eval_skipped: dict[str, str] = {}
+        self.class_counts: dict[str, dict[str, list[int]]] = {}
         self._terms, self._stop = LossTerms(), SaveOnStop()
+        self.average = StudentAverage(args.ema_decay, args.ema_warmup)
         super().__init__(
             model=model,
             args=args,
@@ -148,7 +149,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or ()), OnTrainBegin(self._begin), self._stop, LogSteps()],
+            callbacks=[self.average, *(callbacks or ()), OnTrainBegin(self._begin), self._stop, LogSteps()],
             model_init=model_init,
             **kwargs,
         )
@@ -173,6 +174,8 @@ class DistillationTrainer(Trainer):
         return made
 
     def _make_head(self, student: Any) -> None:
+        if self.args.freeze_backbone:
+            freeze_backbone(student)
         engines.fit_for_fsdp(self, student)
         if "aux_logits" in self.train_loss.requires:
             self._remove_head()
@@ -269,20 +272,8 @@ class DistillationTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
         return count_samples(self, batch_samples)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Those of transformers without class tokens and position embeddings, as in the paper's code."""
-        return [name for name in super().get_decay_parameter_names(model) if not _NOT_DECAYED.search(name)]
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Adds the step schedule of `lr_step_epochs`, which the CNN settings of the paper use."""
-        args = self.args
-        if args.lr_step_epochs and self.lr_scheduler is None:
-            steps = [round(epoch * num_training_steps / args.num_train_epochs) for epoch in args.lr_step_epochs]
-            optimizer = self.optimizer if optimizer is None else optimizer
-            # Not MultiStepLR, which starts from the decayed rate in a second training.
-            self.lr_scheduler = LambdaLR(optimizer, lambda step: args.lr_step_factor ** bisect_right(steps, step))
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+    get_decay_parameter_names = optimization.get_decay_parameter_names
+    create_scheduler = optimization.create_scheduler
 
     # ---- one step ----
 
@@ -302,6 +293,8 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the loss's terms, as this micro-batch's share of the mean over the whole optimizer step."""
+        if self.args.freeze_backbone and model.training:
+            hold_statistics(self.model)
         # The wrapped model, with a hook's output where there is an auxiliary head; never labels: transformers would
         # compute a loss of their own, and for float labels rewrite their config.
         with batch_of_one_named(), engines.unused_weights_named():
@@ -344,12 +337,13 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
+    @evaluates_average
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Adds to the usual metrics the student's `loss` (plain cross entropy), `top1`, `macro_top1`, `top5`, `ece`,
-        with a teacher `agreement`, `kl` and `teacher_top1`, all accumulated in constant memory, and `samples`, the
-        images counted.
+        with a teacher `agreement`, `kl`, `teacher_top1` and `teacher_errors_repeated`, all accumulated in constant
+        memory, and `samples`, the images counted.
 
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
@@ -389,6 +383,7 @@ class DistillationTrainer(Trainer):
                     self._add_heads()
                 return super().train(checkpoint, **kwargs)
             finally:
+                self.average.end()
                 self._remove_head()
 
     def _begin(self) -> None:
@@ -398,6 +393,7 @@ class DistillationTrainer(Trainer):
         before = [entry["seconds"] for entry in self.state.log_history if "seconds" in entry]
         self._seconds_before = before[-1] if before else 0.0
         checkpointing.restore_skipped(self, self._resumed_from)
+        self.average.begin(self.accelerator.unwrap_model(self.model), self.state.max_steps, self._resumed_from)
         if self.args.should_save:
             checkpointing.set_aside(self.args.output_dir, self._resumed_from, self.state.global_step)
 
@@ -419,9 +415,11 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         student = self.accelerator.unwrap_model(self.model)
-        super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
+        with self.average.in_student():
+            super()._save(output_dir, checkpointing.weights_to_save(student, self.processing_class, state_dict))
         if self._staging and self.args.should_save:
             checkpointing.save_head(student, state_dict, cast(str, output_dir))
+            self.average.save_trained(cast(str, output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:
@@ -429,6 +427,7 @@ class DistillationTrainer(Trainer):
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self):
+        self.average.end()  # the best one takes its place
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         load_weights(self.accelerator.unwrap_model(self.model), cast(str, self.state.best_model_checkpoint))

@@ -44,6 +44,8 @@ def worker(folder: str, loss: str) -> None:
     if loss == "collectives":
         return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    more = {"ema": {"ema_decay": 0.7, "eval_strategy": "epoch"}, "frozen": {"freeze_backbone": True}}.get(loss, {})
+    kind, loss = ("resnet" if more else "vit"), {"ema": "ce", "frozen": "uskd"}.get(loss, loss)
     broken, stop = None, loss == "stop"
     if stop:
         loss = "ce"
@@ -65,10 +67,11 @@ def worker(folder: str, loss: str) -> None:
         folder, kind, loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1 if loss in ("uskd", "dist") else 2, max_steps=-1, augment="pad_crop",
         num_train_epochs=20 if stop else 1,
-        max_skipped_fraction=0.5, eval_strategy="no",
         learning_rate=1e-4 if loss == "dist" else 0.05,  # whose gradient is large at the start
+        **{"max_skipped_fraction": 0.5, "eval_strategy": "no", **more},
     )  # fmt: skip
-    freeze_batch_norm(trainer.model)
+    if not trainer.args.freeze_backbone:  # which holds all of them, and shall do so by itself
+        freeze_batch_norm(trainer.model)
     if stop:
         trainer.add_callback(StopRankOne())
     assert trainer.args.world_size == world
@@ -83,7 +86,8 @@ def worker(folder: str, loss: str) -> None:
         weights = trainer.model.state_dict() | ({} if head is None else head.state_dict())
         torch.save(weights, Path(folder) / "final.pt")
         history = [e for e in trainer.state.log_history if "loss" in e]
-        Path(folder, "result.json").write_text(json.dumps({"metrics": metrics, "history": history}))
+        result = {"metrics": metrics, "history": history, "classes": trainer.class_counts["eval"]}
+        Path(folder, "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()  # a rank that leaves early takes the others' connections with it
 
 
@@ -114,10 +118,11 @@ def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "token", "skip", "stop", "collectives"]
+    cases = ["nkd", "uskd", "dist", "token", "ema", "frozen", "skip"]
+    command += [str(Path(__file__)), str(folder / "2"), *cases, "stop", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    for case in ("nkd", "uskd", "dist", "token", "skip"):
+    for case in cases:
         worker(str(folder / "1" / case), case)
     return folder
 
@@ -126,20 +131,26 @@ def results(folder, case):
     return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
-@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "token"])
+@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "token", "ema", "frozen"])
 def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = results(folder, loss)
+    teaches = loss in ("nkd", "dist")
     assert len(one["history"]) == len(two["history"])
     for a, b in zip(one["history"], two["history"], strict=True):
         for name in (k for k in a if k.startswith("loss")):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     # A batch of another size may decide one of the 21 images otherwise; means of all images show one counted twice.
-    for name in ("loss", *(["kl"] if loss != "uskd" else [])):
+    for name in ("loss", *(["kl"] if teaches else [])):
         assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], rel=1e-4), name
-    for name in ("top1", "top5", "ece", *(["agreement", "teacher_top1"] if loss != "uskd" else [])):
+    for name in ("top1", "top5", "ece", *(["agreement", "teacher_top1"] if teaches else [])):
         assert two["metrics"][f"eval_{name}"] == pytest.approx(one["metrics"][f"eval_{name}"], abs=1.01 / 21), name
     assert two["metrics"]["eval_macro_top1"] == pytest.approx(one["metrics"]["eval_macro_top1"], abs=1.01 / 18)
+    errors = 21 * (1 - one["metrics"].get("eval_teacher_top1", 0))
+    repeated = [result["metrics"].get("eval_teacher_errors_repeated", 0) * errors for result in (one, two)]
+    assert repeated[1] == pytest.approx(repeated[0], abs=1.01) and (repeated[0] > 0 or not teaches)
+    assert one["classes"]["images"] == two["classes"]["images"] == [4, 4, 4, 3, 3, 3]
+    assert sum(abs(x - y) for x, y in zip(one["classes"]["hits"], two["classes"]["hits"], strict=True)) <= 1
     a, b = (torch.load(folder / n / loss / "final.pt") for n in "12")
     assert a.keys() == b.keys()
     for name in a:

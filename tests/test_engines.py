@@ -16,7 +16,7 @@ import pytest
 import torch
 from cli_helpers import REPOSITORY
 from safetensors.torch import load_file
-from tiny import tiny_config
+from tiny import tiny, tiny_config
 from torch import nn
 from trainer_helpers import NAMES, config
 from transformers import TrainerCallback
@@ -158,8 +158,14 @@ def has_a_weight_without_gradient(engine, folder):
     trainer_of(engine, folder, student=Plain(idle=True), ddp_find_unused_parameters=True, **settings).train()
 
 
+def freezes(engine, folder):
+    trainer = trainer_of(engine, folder, "uskd/resnet", freeze_backbone=True, **SAVING)
+    trainer.train()
+    trainer.save_model()
+
+
 ALL = (exports, resumes, takes_the_best, finds_nan, describes, goes_on_from_one, trains_plain_modules)
-ALL += (has_a_weight_without_gradient,)
+ALL += (has_a_weight_without_gradient, freezes)
 JOBS = {job.__name__: job for job in ALL}
 
 
@@ -229,6 +235,14 @@ def test_ddp_names_the_option_for_weights_without_gradient(engine, folder):
     files = sorted((folder / engine / "has_a_weight_without_gradient").glob("error-*"))
     assert len(files) == (2 if engine == "ddp" else 0)
     assert all("--ddp_find_unused_parameters True" in file.read_text() for file in files)
+
+
+def test_a_frozen_backbone_stays_and_the_heads_are_those_of_one_process(engine, folder):
+    saved, plain = (folder / name / "freezes" for name in (engine, "one"))
+    assert same_weights(saved, plain)
+    initial, found = tiny("resnet", names=NAMES)[0].state_dict(), load_file(saved / "model.safetensors")
+    changed = {name for name, value in found.items() if not torch.equal(value, initial[name])}
+    assert changed == {"classifier.1.weight", "classifier.1.bias"}
 
 
 def test_an_evaluation_is_of_the_running_statistics_that_are_saved(engine, folder, tmp_path):

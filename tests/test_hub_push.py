@@ -310,6 +310,7 @@ def test_the_trainer_pushes_when_it_is_asked_and_not_before(hub, tmp_path):
     assert hub.commits("anna/kd-run") == ["done", "initial commit"] and hub.repos["model", "anna/kd-run"].private
     files = hub.files("anna/kd-run")
     own = {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "curves.png", "README.md"}
+    own |= {"classes.csv"}
     assert files.keys() - {".gitattributes"} <= own and files.keys() >= own - {"preprocessor_config.json"}
     record = json.loads(files["run.json"])
     assert record["metrics"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)

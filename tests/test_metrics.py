@@ -58,10 +58,15 @@ def oracle(student, labels, teacher, n_bins=15):
                 "kl": sum(b * np.log(b / a) for a, b in zip(p, q, strict=True)),
                 "teacher_top1": int(np.argmax(t)) == y,
                 "label": y,
+                "repeated": order[0] == int(np.argmax(t)) != y,
             }
         )
+    repeated = [row.pop("repeated") for row in rows if not row["teacher_top1"]]
+    for row in rows:
+        row.pop("repeated", None)
     means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key not in ("confidence", "label")}
     by_class = [[row["top1"] for row in rows if row["label"] == c] for c in {row["label"] for row in rows}]
+    means["teacher_errors_repeated"] = float(np.mean(repeated))
     means["macro_top1"] = float(np.mean([np.mean(hits) for hits in by_class]))
     ece = 0.0
     for b in range(n_bins):
@@ -179,6 +184,24 @@ def test_the_macro_average_is_that_of_the_classes_and_top_1_where_these_are_equa
     balanced = ClassificationMeter()
     balanced.update(sample_statistics(logits[2:], torch.tensor([0, 0, 1, 1, 2, 2])), 3)
     assert balanced.compute()["macro_top1"] == pytest.approx(balanced.compute()["top1"], abs=1e-15)
+
+
+def test_repeated_errors_and_class_counts_by_hand():
+    label = torch.tensor([0, 0, 1, 1, 2, -100, -100])
+    student = torch.tensor([0, 1, 2, 0, 1, 1, 0])
+    teacher = torch.tensor([0, 1, 2, 2, 0, 1, 2])  # wrong on the images 1 to 4; the last two have no label
+    decoded = torch.tensor([True] * 6 + [False])
+    meter = ClassificationMeter()
+    for part in (slice(0, 3), slice(3, 7)):
+        rows = sample_statistics(
+            torch.eye(4)[student[part]], label[part], torch.eye(4)[teacher[part]], decoded=decoded[part]
+        )
+        meter.update(rows, 4)
+    assert meter.compute()["teacher_errors_repeated"] == 2 / 4  # images 1 and 2
+    assert meter.class_counts() == {"images": [2, 2, 1, 0], "hits": [1, 0, 0, 0]} and meter.counts() == (5, 1)
+    perfect = ClassificationMeter()
+    perfect.update(sample_statistics(torch.eye(4)[student[:5]], label[:5], torch.eye(4)[label[:5]]))
+    assert "teacher_errors_repeated" not in perfect.compute() and perfect.class_counts() == {}
 
 
 @pytest.mark.parametrize("classes", [3, 10])

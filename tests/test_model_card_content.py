@@ -247,3 +247,14 @@ def test_recipe_and_limits():
     assert "flatter" in limits and "chose no checkpoint" not in limits
     assert "decoded" not in limits and "interval" not in limits
     assert "chose" not in model_card(record(settings={}))
+
+
+def test_an_average_and_a_frozen_backbone_are_said_in_words():
+    def card(**settings):
+        return model_card(record(settings={**record()["settings"], **settings}))
+
+    assert "moving average" not in card() and "only its classification head" not in card(ema_decay=None)
+    averaged = card(ema_decay=0.9995, ema_warmup=True, freeze_backbone=True)
+    assert "an exponential moving average over the steps of training, of decay 0.9995 (with a warm-up)." in averaged
+    assert "; only its classification head was trained\n" in averaged
+    assert "`freeze_backbone True`" in averaged and "(with a warm-up)" not in card(ema_decay=0.9)

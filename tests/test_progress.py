@@ -14,6 +14,7 @@ from hf_kd.cli import main
 from hf_kd.experiment import progress as module
 from hf_kd.experiment.progress import ComparisonProgress, duration
 from hf_kd.reporting import comparison_table, teacher_row_of
+from hf_kd.reporting.classes import changes_section, read_counts
 from hf_kd.spec import Experiment, run_spec
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -41,6 +42,18 @@ def test_a_comparison_says_where_it_is_and_leaves_a_report(things, tmp_path, cap
     report = (out / "report.md").read_text()
     table = comparison_table(comparison["runs"], teacher_row_of(comparison["runs"][0]), markdown=True)
     assert table in report and f"- {comparison['verdicts'][0]['sentence']}" in report and "(curves.png)" in report
+    shared = comparison["verdicts"][0]["shared_errors"]["sentence"]
+    assert f"- {shared}" in report and shared in printed
+    rates = [record["metrics"]["teacher_errors_repeated"] for record in records]
+    assert f"nkd gives the same wrong class to {50 * (rates[1] + rates[3]):.2f} %" in shared
+    changes = comparison["class_changes"]["nkd"]
+    assert changes["classes"] == 6 and changes_section({"nkd": changes}, "classes.png") in report
+    for key, record in zip(keys, records, strict=True):
+        counts = read_counts(out / key.replace(", ", "/").replace(" ", "-"))
+        assert sum(counts["hits"]) / sum(counts["images"]) == record["metrics"]["top1"] and len(counts["name"]) == 6
+        assert record.get("class_changes") == (changes if record["name"] == "nkd" else None)
+        assert "class_counts" not in record
+    assert (out / "classes.png").is_file()
     assert comparison["verdicts"][0]["sentence"] in printed and str(tmp_path) not in report
     found = list(csv.DictReader(open(out / "results.csv")))
     assert [(row["name"], int(row["seed"])) for row in found] == [("ce", 3), ("nkd", 3), ("ce", 4), ("nkd", 4)]

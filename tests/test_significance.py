@@ -7,7 +7,15 @@ import statistics
 import pytest
 
 from hf_kd.reporting import comparison_table
-from hf_kd.reporting.significance import baseline_tests, compare, paired_test, pairwise, seeds_needed, verdicts
+from hf_kd.reporting.significance import (
+    baseline_tests,
+    compare,
+    paired_test,
+    pairwise,
+    seeds_needed,
+    shared_errors,
+    verdicts,
+)
 from hf_kd.reporting.tables import pairwise_table
 
 
@@ -199,3 +207,25 @@ def test_how_many_seeds_a_difference_needs_has_the_power_that_is_claimed():
     assert open_["sentence"].endswith(" seeds to show (power 80 %).")
     (clear,) = verdicts(runs(ce=[40, 50, 60], nkd=[41.0, 51.1, 60.9]))
     assert "would need" not in clear["sentence"]
+
+
+def test_the_teachers_errors_are_compared_with_what_plain_training_repeats():
+    given = runs(ce=[40, 50, 60], kd=[41, 51, 61], nkd=[41.0, 51.1, 60.9])
+    assert shared_errors(given) == {} and "shared_errors" not in verdicts(given)[0], "records without the figure"
+    for run in given:
+        shares = {"ce": (0.30, 0.32, 0.31), "kd": (0.40, 0.41, 0.45), "nkd": (0.30, 0.42, None)}[run["name"]]
+        run["metrics"] |= {"teacher_errors_repeated": shares[run["seed"]], "teacher_top1": 0.9265}
+    for against in ("ce", "kd"):  # it is the baseline without a teacher that tells what is repeated anyway
+        kd = shared_errors(given, against)["kd"]
+        assert kd["against"] == "ce" and kd["differences"] == pytest.approx([10, 9, 14])
+        assert kd["half_width"] == pytest.approx(4.302652730 * statistics.stdev([10, 9, 14]) / math.sqrt(3))
+    assert kd["sentence"] == (
+        "Of the images that the teacher gets wrong (7.35 % of all), kd gives the same wrong class to 42.00 % and "
+        "ce to 31.00 %: a difference of +11.00 ± 6.57 points (3 seeds)."
+    )
+    nkd = shared_errors(given)["nkd"]
+    assert nkd["seeds"] == [0, 1] and "to 36.00 % and ce to 31.00 %" in nkd["sentence"]
+    assert [verdict["shared_errors"] for verdict in verdicts(given)] == list(shared_errors(given).values())
+    without = [run for run in given if run["name"] != "ce"]
+    assert shared_errors(without, "kd")["nkd"]["against"] == "kd"
+    assert shared_errors(given[::3])["kd"]["sentence"].endswith("a difference of +10.00 points (1 seed).")

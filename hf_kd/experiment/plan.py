@@ -66,6 +66,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
             del provenance["image_size"]
     if "optim_args" in script.explicit:
         check_optim_args(config)
+    if config.freeze_backbone and student.from_scratch:
+        logger.warning("freeze_backbone with from_scratch: the backbone's weights are random, and stay so.")
     asked = run_configs(script, config, recipe)
     losses = {name: run for name, _, run in asked}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
@@ -238,8 +240,9 @@ def _requirements(runs: tuple[RunSpec, ...], parameters: int, train_size: int) -
     micro_batches = rounded(train_size / (run.processes * run.settings["per_device_train_batch_size"]))
     per_epoch = max(1, math.ceil(micro_batches / run.settings["gradient_accumulation_steps"]))
     steps = schedule.max_steps if schedule.max_steps > 0 else math.ceil(per_epoch * schedule.num_train_epochs)
-    # Weights and optimizer state in float32; of most optimizers the state is twice the size of the weights.
+    # Weights, optimizer state and average in float32; of most optimizers the state is twice the size of the weights.
     states = 1 if run.settings["optim"].startswith(("sgd", "lion")) else 2
+    states += run.settings["ema_decay"] is not None
     tensors = sum(_kept(run, steps, per_epoch) * (1 + states) + 1 for run in runs)
     return {"steps": steps, "parameters": parameters, "disk_bytes": 4 * parameters * tensors}
 

@@ -24,10 +24,11 @@ from ..models.teacher import Teacher, load_teacher
 from ..push import publish
 from ..ranks import check_same_plan, failures_named
 from ..reporting.card import write_card
+from ..reporting.classes import read_counts
 from ..reporting.collect import describe_model, make_record, write_record
 from ..reporting.comparison import write_comparison
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
-from ..reporting.significance import verdicts
+from ..reporting.significance import shared_errors, verdicts
 from ..reporting.tables import comparison_table, pairwise_table, teacher_row_of
 from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
 from ..stopping import stop_error, stop_request
@@ -257,13 +258,15 @@ def _train(
         diverged=diverged,
     )
     write_record(record, config.output_dir)
+    del record["class_counts"]  # which have a file of their own
     return record
 
 
 def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
     """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
-    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+    same_step = last.get("step") == trainer.state.global_step
+    if same_step and trainer.class_counts and not trainer.args.load_best_model_at_end:
         return {key: value for key, value in last.items() if key.startswith("eval_")}
     return trainer.evaluate()
 
@@ -312,17 +315,22 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
     output_dir, against = Path(experiment.output_dir), experiment.against
     found = verdicts(runs, against)
     sentences = [verdict["sentence"] for verdict in found]
-    parts = [comparison_table(runs, teacher_row_of(runs[0]), against=against), *sentences, pairwise_table(runs)]
+    shared = [test["sentence"] for test in shared_errors(runs, against).values()]
+    table = comparison_table(runs, teacher_row_of(runs[0]), against=against)
+    parts = [table, *sentences, pairwise_table(runs), "\n".join(shared)]
     print("\n" + "\n\n".join(filter(None, parts)))
     if len(runs) > 1:
-        comparison = write_comparison(runs, output_dir, experiment.command, against)
+        counts = [read_counts(experiment.folder(spec)) for spec in experiment.runs]
+        comparison = write_comparison(runs, output_dir, experiment.command, against, counts)
         keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
         brief = [{key: record[key] for key in keys if key in record} for record in results(runs)]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
         for spec, record in zip(experiment.runs, runs, strict=True):
-            own = verdict_of.get(record["name"])
-            if own != record.get("verdict"):
-                record |= {"verdict": own, "command": comparison["command"]}
+            own = {"verdict": verdict_of.get(record["name"])}
+            if changes := comparison["class_changes"].get(record["name"]):
+                own["class_changes"] = changes
+            if any(record.get(key) != value for key, value in own.items()):
+                record |= {**own, "command": comparison["command"]}
                 write_json(experiment.folder(spec) / RUN_FILE, record)
     for spec, record in zip(experiment.runs, runs, strict=True):
         if not record.get("diverged"):

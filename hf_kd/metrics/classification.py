@@ -119,6 +119,7 @@ class ClassificationMeter:
         # n_b / n · |accuracy_b − confidence_b| = |sum of (hit − confidence) in b| / n, so one number per bin will do.
         self._gaps: Any = None
         self._undecodable: Any = 0
+        self._repeated: Any = 0  # images on which the student gives the wrong class that the teacher gives
         self._classes: Any = None  # images and top-1 hits by class, (2, C)
 
     def update(self, stats: Tensor, num_classes: int | None = None) -> None:
@@ -142,6 +143,9 @@ class ClassificationMeter:
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)
+        if stats.shape[1] > len(COLUMNS):
+            agrees, _, teacher_hit = stats[:, len(COLUMNS) :].T
+            self._repeated = self._repeated + (agrees * (1 - teacher_hit)).sum()
         if num_classes is not None:
             if self._classes is None:
                 self._classes = stats.new_zeros(2, num_classes)
@@ -150,6 +154,13 @@ class ClassificationMeter:
     def counts(self) -> tuple[int, int]:
         """How many images were counted, and how many could not be decoded."""
         return (0 if self._sums is None else int(self._sums[0])), int(self._undecodable)
+
+    def class_counts(self) -> dict[str, list[int]]:
+        """The images and the top-1 hits of each class, in the order of the classes; {} without `num_classes`."""
+        if self._classes is None:
+            return {}
+        images, hits = self._classes.long().tolist()
+        return {"images": images, "hits": hits}
 
     def check_size(self, size: int) -> None:
         """ValueError unless `size` images were counted or could not be decoded."""
@@ -166,7 +177,9 @@ class ClassificationMeter:
 
         Returns:
             loss (mean cross-entropy, nats), top1, top5, ece (all in [0, 1]), n (images counted); if the rows came with
-            a teacher, also agreement (in [0, 1]), kl (nats) and teacher_top1 (in [0, 1]). With `num_classes` also
+            a teacher, also agreement (in [0, 1]), kl (nats), teacher_top1 (in [0, 1]) and, if the teacher makes any
+            error, teacher_errors_repeated: of the images that the teacher gets wrong, the share in [0, 1] to which the
+            student gives the same wrong class. With `num_classes` also
             macro_top1 in [0, 1]: top-1 of each class that has images, averaged over these classes, whatever their
             numbers of images are (balanced accuracy). It is top1 where these numbers are equal.
         """
@@ -175,6 +188,8 @@ class ClassificationMeter:
         n, *sums = self._sums.tolist()
         metrics = dict(zip((COLUMNS + TEACHER_COLUMNS)[1:], (value / n for value in sums), strict=False))
         del metrics["confidence"], metrics["label"]
+        if len(sums) >= len(COLUMNS) and (errors := n - sums[-1]) > 0:
+            metrics["teacher_errors_repeated"] = float(self._repeated) / errors
         if self._classes is not None:
             images, hits = self._classes[:, self._classes[0] > 0]
             metrics["macro_top1"] = (hits / images).mean().item()

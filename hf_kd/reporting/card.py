@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from ..losses import LOSSES
 from ..spec import DATA_OPTIONS, EXECUTION, STUDENT_OPTIONS
+from .classes import changes_sentence
 from .metadata import metadata, on_hub, one_line, title
 from .record import CARD_FILE, RUN_FILE, by_name, loss_description, redact
 from .significance import BASELINE
@@ -71,6 +72,7 @@ def model_card(run: Mapping[str, Any]) -> str:
         table=_table(run, rates),
         evaluation_sets=_evaluation_sets(run),
         glossary=[text for key, text in GLOSSARY.items() if key in rates],
+        errors=_errors(run),
         variants=_variants(run),
         log=log_table(run),
         settings=_settings(run["settings"]),
@@ -118,6 +120,18 @@ def _variants(run: Mapping[str, Any]) -> list[str]:
         what = [escape(loss_description(seeds[0]).get("title")) or code(loss.get("name"))]
         numbers = [code(f"{key} {value}") for key, value in loss.items() if key != "name" and value is not None]
         lines.append(f"{code(name)}: {', '.join(what + numbers)}")
+    return lines
+
+
+def _errors(run: Mapping[str, Any]) -> list[str]:
+    """Of the teacher's errors those that the student repeats, and the classes that differ most from the baseline's."""
+    lines, share = [], run["metrics"].get("teacher_errors_repeated")
+    if share is not None:
+        text = f"Of the images that the teacher gets wrong, this model gives {100 * share:.2f} % the same wrong class."
+        shared = run["verdict"].get("shared_errors")
+        lines.append(f"{text} Over the seeds: {escape(shared['sentence'])}" if shared else text)
+    if text := changes_sentence(run.get("class_changes") or {}, code):
+        lines.append(text)
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import math
 import os
 import platform
 import statistics
@@ -21,6 +22,7 @@ from ..ranks import check_same_plan
 from ..spec import PLAN_FILE, DataSource, Experiment, ModelSource, continue_plan, run_spec
 from . import record as records
 from .card import write_card
+from .classes import write_counts
 from .curves import plot_curves
 from .origin import dataset_origin, weights_license
 
@@ -106,6 +108,14 @@ def _metrics(measured: dict[str, float], prefix: str) -> dict[str, float]:
     names = (*records.METRICS, *records.TEACHER_METRICS)
     named = {key: measured.get(f"{prefix}_{key}", measured.get(key)) for key in names}
     return {key: value for key, value in named.items() if value is not None}
+
+
+def _class_counts(trainer, prefix: str, measured: dict[str, float]) -> dict[str, list] | None:
+    """Images and hits by class of the evaluation that gave these metrics; None if another one came after it."""
+    counts, labels = trainer.class_counts.get(prefix), trainer.accelerator.unwrap_model(trainer.model).config.id2label
+    if not counts or not math.isclose(sum(counts["hits"]) / max(1, sum(counts["images"])), measured.get("top1", -1)):
+        return None
+    return {"name": [labels[i] for i in range(len(counts["images"]))], **counts}
 
 
 def _data_entry(trainer, data: ImageData | None, eval_size: float | None) -> dict:
@@ -209,6 +219,7 @@ def make_record(
         "versions": records.collect_versions(),
         "settings": args.to_dict(),
         "metrics": {} if known["diverged"] else measured,
+        "class_counts": None if known["diverged"] else _class_counts(trainer, prefix, measured),
         "teacher_metrics": trainer.teacher_metrics,
         "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
@@ -230,10 +241,18 @@ def _last_with(key: str, history: list[dict]) -> dict:
 
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:
-    """Writes a run's run.json, curves.png and card (README.md) into its folder; of one that diverged run.json only."""
-    records.write_json(Path(folder) / records.RUN_FILE, record)
+    """Writes a run's run.json, classes.csv, curves.png and card (README.md) into its folder; of one that diverged
+    run.json only."""
+    counts = record.get("class_counts")  # of many classes too long for run.json
+    records.write_json(
+        Path(folder) / records.RUN_FILE, {key: value for key, value in record.items() if key != "class_counts"}
+    )
+    if record.get("diverged") or not counts:
+        Path(folder, records.CLASSES_FILE).unlink(missing_ok=True)  # of an earlier training
+    else:
+        write_counts(counts, folder)
     if record.get("diverged"):
-        for name in (records.CURVES_FILE, records.CARD_FILE):  # of an earlier training
+        for name in (records.CURVES_FILE, records.CARD_FILE):
             Path(folder, name).unlink(missing_ok=True)
         return
     plot_curves([record], Path(folder) / records.CURVES_FILE)

@@ -6,7 +6,8 @@ command, versions, settings, metrics, teacher_metrics (or None), terms, history,
 repo_id (or None), verdict (None, or what `significance.verdicts` says of its loss, with the metrics of all `runs`),
 loss_description (of a loss that is not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are
 those of the first), license (of the model, as the Hub writes it, if it is known; of pretrained weights it is a key of
-student), and diverged (None, or why this is no result: it has no metrics then, only a history).
+student), class_changes (of a comparison: see `classes.class_changes`), and diverged (None, or why this is no result:
+it has no metrics then, only a history). `make_record` gives it class_counts, too, which are written to classes.csv.
 """
 
 import json
@@ -20,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RUN_FILE, CURVES_FILE, CARD_FILE = "run.json", "curves.png", "README.md"
-REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"
+RUN_FILE, CURVES_FILE, CARD_FILE, CLASSES_FILE = "run.json", "curves.png", "README.md", "classes.csv"
+REPORT_FILE, RESULTS_FILE, CLASSES_FIGURE = "report.md", "results.csv", "classes.png"
 METRICS = ("loss", "top1", "macro_top1", "top5", "ece")  # and with a teacher
-TEACHER_METRICS = ("agreement", "kl", "teacher_top1")
+TEACHER_METRICS = ("agreement", "kl", "teacher_top1", "teacher_errors_repeated")
 PACKAGES = ("hf_kd", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm", "huggingface_hub")
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 # A Hub token wherever it stands, and whatever follows an option such as --hub_token on a command line.

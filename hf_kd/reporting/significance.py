@@ -35,18 +35,20 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
     return {**result, "half_width": float(high - low) / 2, "p": float(outcome.pvalue)}
 
 
-def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str) -> dict[str, Any] | None:
+def compare(runs: Iterable[Mapping[str, Any]], name: str, against: str, metric: str = "top1") -> dict[str, Any] | None:
     """The paired test of variants `name` and `against`, over the seeds that both have; None if there are none."""
-    top1: dict[str, dict[int | None, float]] = {name: {}, against: {}}
-    for run in runs:
-        value = run.get("metrics", {}).get("top1")
-        if run["name"] in top1 and value is not None and math.isfinite(value):
-            top1[run["name"]][run.get("seed")] = 100 * value
-    seeds = [seed for seed in top1[name] if seed in top1[against]]
+    points = {variant: _points(runs, variant, metric) for variant in (name, against)}
+    seeds = [seed for seed in points[name] if seed in points[against]]
     if not seeds:
         return None
-    test = paired_test([top1[name][seed] - top1[against][seed] for seed in seeds])
+    test = paired_test([points[name][seed] - points[against][seed] for seed in seeds])
     return {"name": name, "against": against, "seeds": seeds, **test}
+
+
+def _points(runs: Iterable[Mapping[str, Any]], name: str, metric: str) -> dict[int | None, float]:
+    """A rate in percent of the runs of a variant, by seed."""
+    values = {run.get("seed"): (run.get("metrics") or {}).get(metric) for run in runs if run["name"] == name}
+    return {seed: 100 * value for seed, value in values.items() if value is not None and math.isfinite(value)}
 
 
 POWER, MOST_SEEDS = 0.8, 1000
@@ -78,15 +80,42 @@ def baseline_tests(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -
 
     `p_holm` is None where p is; `family` is the number of p-values that are corrected together.
     """
-    variants = {run["name"]: run for run in runs}
-    distil = [name for name, run in variants.items() if BASELINE not in (name, (run.get("loss") or {}).get("name"))]
-    tests = {name: test for name in distil if name != against and (test := compare(runs, name, against))}
+    tests = {name: test for name in _distil(runs) if name != against and (test := compare(runs, name, against))}
     ordered = sorted((test for test in tests.values() if test["p"] is not None), key=lambda test: test["p"])
     smallest = 0.0
     for i, test in enumerate(ordered):
         smallest = max(smallest, min(1.0, (len(ordered) - i) * test["p"]))
         test["p_holm"] = smallest
     return {name: {"p_holm": None, **test, "family": len(ordered)} for name, test in tests.items()}
+
+
+def _distil(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    variants = {run["name"]: run for run in runs}
+    return [name for name, run in variants.items() if BASELINE not in (name, (run.get("loss") or {}).get("name"))]
+
+
+def shared_errors(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> dict[str, dict[str, Any]]:
+    """Of every variant that distils, by name, the `compare` of teacher_errors_repeated with plain cross entropy, where
+    it is among the runs, or else with `against`; with a `sentence`. A student repeats some of the teacher's errors
+    without having learned from it: hard images are hard for both."""
+    base = BASELINE if any(run["name"] == BASELINE for run in runs) else against
+    found = {}
+    for name in _distil(runs):
+        test = None if name == base else compare(runs, name, base, "teacher_errors_repeated")
+        if test:
+            own, other = (
+                statistics.fmean(_points(runs, variant, "teacher_errors_repeated")[seed] for seed in test["seeds"])
+                for variant in (name, base)
+            )
+            seeds = f"{len(test['seeds'])} seed{'s' if len(test['seeds']) > 1 else ''}"
+            right = [*_points(runs, name, "teacher_top1").values()]
+            few = f" ({100 - statistics.fmean(right):.2f} % of all)" if right else ""
+            sentence = (
+                f"Of the images that the teacher gets wrong{few}, {name} gives the same wrong class to {own:.2f} % "
+                f"and {base} to {other:.2f} %: a difference of {describe(test)} points ({seeds})."
+            )
+            found[name] = {**test, "sentence": sentence}
+    return found
 
 
 def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list[dict[str, Any]]:
@@ -101,9 +130,10 @@ def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list
     Returns:
         Dicts of loss (the variant's name), seeds, helped, sentence, and tests: for each variant that it is compared
         with differences, mean, half_width of the 95 % interval of this difference by itself, and p of a paired t-test
-        (the last two may be None); for the baseline also p_holm and family, see `baseline_tests`.
+        (the last two may be None); for the baseline also p_holm and family, see `baseline_tests`. If the records have
+        teacher_errors_repeated, also shared_errors, what the function of this name says of the variant.
     """
-    variants = {run["name"]: run for run in runs}
+    variants, shared = {run["name"]: run for run in runs}, shared_errors(runs, against)
     found = []
     for name, first in baseline_tests(runs, against).items():
         if len(first["seeds"]) < 2:
@@ -113,7 +143,8 @@ def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list
         beats_all = len(tests) == len({against, *controls}) and all(_above(test) for test in tests)
         verdict = {"loss": name, "seeds": first["seeds"], "helped": beats_all}
         sentence = _sentence(name, tests, beats_all) + _not_counted(runs, [name, against, *controls])
-        found.append(verdict | {"sentence": sentence, "tests": tests})
+        own_errors = {"shared_errors": shared[name]} if name in shared else {}
+        found.append(verdict | {"sentence": sentence, "tests": tests, **own_errors})
     return found
 
 
