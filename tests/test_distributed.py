@@ -39,12 +39,14 @@ pytestmark = pytest.mark.slow
 
 # Also run by torchrun: `test_distributed.py FOLDER CASE ...`.
 def worker(folder: str, loss: str) -> None:
-    from trainer_helpers import freeze_batch_norm, rows, trainer_for
+    from trainer_helpers import NAMES, freeze_batch_norm, make_teacher, rows, trainer_for
 
     if loss == "collectives":
         return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    broken, stop = None, loss == "stop"
+    broken, stop, teacher = None, loss == "stop", None
+    if loss == "two teachers":
+        loss, teacher = "kd", [make_teacher(), make_teacher("vit", size=32, names=NAMES[::-1])]
     if stop:
         loss = "ce"
     if loss == "skip":
@@ -59,7 +61,7 @@ def worker(folder: str, loss: str) -> None:
         )
         data = data.cast_column("image", datasets.Image())
     trainer = trainer_for(
-        folder, "vit", loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
+        folder, "vit", loss, teacher, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1 if loss in ("uskd", "dist") else 2, max_steps=-1, augment="pad_crop",
         num_train_epochs=20 if stop else 1,
         max_skipped_fraction=0.5, eval_strategy="no",
@@ -111,10 +113,11 @@ def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "skip", "stop", "collectives"]
+    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "two teachers", "skip"]
+    command += ["stop", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    for case in ("nkd", "uskd", "dist", "skip"):
+    for case in ("nkd", "uskd", "dist", "two teachers", "skip"):
         worker(str(folder / "1" / case), case)
     return folder
 
@@ -123,7 +126,7 @@ def results(folder, case):
     return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
-@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist"])
+@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "two teachers"])
 def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = results(folder, loss)

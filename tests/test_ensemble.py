@@ -4,10 +4,12 @@ import json
 import re
 import shlex
 
+import hub_helpers
 import numpy as np
 import pytest
 import torch
 from cli_helpers import NAMES, distill
+from hub_helpers import ANNA
 from tiny import tiny
 from torch import nn
 from trainer_helpers import config, make_teacher, rows, trainer_for, weights
@@ -23,6 +25,7 @@ from hf_kd.reporting.collect import make_record
 from hf_kd.spec import EnsembleSource, Experiment, ModelSource, differences, read_plan
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
+hub = hub_helpers.hub
 
 
 def pixels_of(n=4, size=48):
@@ -377,3 +380,23 @@ def test_a_teacher_that_has_seen_the_evaluation_images_is_named_with_another(thi
     teachers = ["--loss", "kd", "--teacher", large, out, "--output_dir", tmp_path / "out", "--dry_run"]
     assert distill(things, *teachers) == 0
     assert f"teacher {out} was trained on" in caplog.text and f"teacher {large} was" not in caplog.text
+
+
+def test_teachers_of_the_hub_are_pinned_and_linked(things, large, hub, tmp_path, monkeypatch):
+    commits = [hub.add_repo(f"anna/{name}", folder) for name, folder in (("a", things / "teacher"), ("b", large))]
+    out, run = tmp_path / "out", ["--loss", "kd", "--teacher", "anna/a", "anna/b", "--num_train_epochs", 1]
+    push = ["--push_to_hub", "--hub_model_id", "anna/student", "--hub_token", ANNA]
+    monkeypatch.setattr("sys.argv", ["hf-kd", "distill", *map(str, run)])
+    assert distill(things, *run, *push, "--output_dir", out) == 0
+    assert [each.commit for each in read_plan(out).teachers] == commits
+    files = hub.files("anna/student")
+    record, card = json.loads(files["run.json"]), files["README.md"].decode()
+    assert [each["revision"] for each in record["teacher"]["teachers"]] == commits
+    assert record["settings"]["teacher_revision"] == commits
+    assert record["command"].endswith(f" --teacher_revision {commits[0]} {commits[1]}")
+    link = "[`anna/{0}`](https://huggingface.co/anna/{0}) (weight 0.5)"
+    assert f"from the mean of {link.format('a')} and {link.format('b')}, by" in card
+    assert [f"- Teacher of weight 0.5: [`anna/{name}`]" in card for name in "ab"] == [True, True]
+    pinned = ["--teacher_revision", *commits]
+    assert distill(things, *run, *pinned, "--output_dir", tmp_path / "again") == 0
+    assert run_json(tmp_path / "again")["metrics"] == record["metrics"]
