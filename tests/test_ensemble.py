@@ -21,7 +21,7 @@ from hf_kd.cli import main
 from hf_kd.experiment.plan import _pinned
 from hf_kd.losses import LOSSES
 from hf_kd.reporting.card import model_card
-from hf_kd.reporting.collect import make_record
+from hf_kd.reporting.collect import describe_teacher, make_record
 from hf_kd.spec import EnsembleSource, Experiment, ModelSource, differences, read_plan
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -240,6 +240,10 @@ def test_record_and_card_name_all_teachers_with_their_weights(tmp_path):
     assert teacher["parameters"] == sum(each["parameters"] for each in teacher["teachers"]) > 0
     assert ["class_mapping" in each for each in teacher["teachers"]] == [False, True]
     assert record["plan"]["teacher"]["weights"] == [0.7, 0.3]
+    sources = [ModelSource("quickstart/teacher"), ModelSource("b", seen_evaluation_images=3)]
+    planned = describe_teacher(ensemble, sources)  # by the names that were typed
+    assert planned["id"] == "0.7 × quickstart/teacher + 0.3 × b"
+    assert [each["seen_evaluation_images"] for each in planned["teachers"]] == ["not checked", 3]
     card = model_card(record)
     for text in (
         "from the mean of `first` (weight 0.7) and `second` (weight 0.3), by [hf_kd]",
@@ -389,6 +393,7 @@ def test_teachers_of_the_hub_are_pinned_and_linked(things, large, hub, tmp_path,
     monkeypatch.setattr("sys.argv", ["hf-kd", "distill", *map(str, run)])
     assert distill(things, *run, *push, "--output_dir", out) == 0
     assert [each.commit for each in read_plan(out).teachers] == commits
+    assert run_json(out)["teacher"]["id"] == "0.5 × anna/a + 0.5 × anna/b"
     files = hub.files("anna/student")
     record, card = json.loads(files["run.json"]), files["README.md"].decode()
     assert [each["revision"] for each in record["teacher"]["teachers"]] == commits

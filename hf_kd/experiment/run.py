@@ -262,7 +262,7 @@ def _train(
         settings={**_source_options(experiment), **config.to_dict()},
         command=experiment.command,
         preset=experiment.preset,
-        teacher=trainer.eval_teacher and describe_teacher(trainer.eval_teacher, experiment.teachers),
+        teacher=teacher and describe_teacher(teacher, experiment.teachers),
         diverged=diverged,
     )
     write_record(record, config.output_dir)

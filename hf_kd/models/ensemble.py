@@ -51,7 +51,7 @@ class TeacherEnsemble(Teacher):
         for teacher in loaded:
             with teacher_named(teacher.name):
                 self.teachers.append(teacher.aligned(self.id2label))
-        self.name = " + ".join(f"{w:.4g} × {t.name}" for w, t in zip(self.weights, loaded, strict=True))
+        self.name = name_of_mean(self.weights, [teacher.name for teacher in loaded])
         self.preprocessing: Any = _Views([teacher.preprocessing for teacher in loaded])
         self.eval()
 
@@ -106,6 +106,10 @@ def normalized_weights(weights: Sequence[float] | None, count: int) -> tuple[flo
             f"not negative and not all 0, such as {' '.join(['1'] * count)} (they are divided by their sum)."
         )
     return tuple(value / sum(values) for value in values)
+
+
+def name_of_mean(weights: Sequence[float], names: Sequence[str]) -> str:
+    return " + ".join(f"{weight:.4g} × {name}" for weight, name in zip(weights, names, strict=True))
 
 
 def members(teacher: Teacher) -> list[Teacher]:

@@ -17,7 +17,7 @@ from ..data.collators import kinds_of
 from ..data.order import groups_of
 from ..engines import whole_student
 from ..losses import LOSSES, loss_source
-from ..models.ensemble import TeacherEnsemble, members
+from ..models.ensemble import TeacherEnsemble, members, name_of_mean
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
 from ..models.teacher import Teacher
@@ -94,7 +94,8 @@ def describe_teacher(teacher: Teacher, sources: Sequence[ModelSource] = ()) -> d
         return entries[0]
     sums = {key: sum(entry[key] for entry in entries) for key in ("parameters", "size_mb", "latency_ms")}
     weighted = [{"weight": weight, **entry} for weight, entry in zip(teacher.weights, entries, strict=True)]
-    return {"id": teacher.name, "image_size": list(teacher.preprocessing.size), **sums, "teachers": weighted}
+    name = name_of_mean(teacher.weights, [entry["id"] for entry in entries])
+    return {"id": name, "image_size": list(teacher.preprocessing.size), **sums, "teachers": weighted}
 
 
 def known_plan(trainer) -> Experiment:
