@@ -6,6 +6,7 @@ from ._lazy import lazy
 
 if TYPE_CHECKING:
     from .config import DistillationConfig
+    from .models.ensemble import TeacherEnsemble
     from .models.preprocessing import Preprocessing
     from .models.student import load_student
     from .models.teacher import Teacher, load_teacher
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["DistillationConfig", "DistillationTrainer", "Teacher", "Preprocessing", "load_student", "load_teacher"]
+__all__ = [
+    "DistillationConfig", "DistillationTrainer", "Teacher", "TeacherEnsemble", "Preprocessing", "load_student",
+    "load_teacher",
+]  # fmt: skip
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "config": "DistillationConfig",
+        "models.ensemble": "TeacherEnsemble",
         "models.preprocessing": "Preprocessing",
         "models.student": "load_student",
         "models.teacher": "Teacher load_teacher",

@@ -42,8 +42,16 @@ def resumable(default: Any = None) -> Any:
     return field(default=default, metadata={"resumable": True})
 
 
+class _Source:
+    def __str__(self) -> str:
+        source: Any = self
+        revision = source.commit or source.revision
+        text = f"{source.id} at {revision[:12]}" if revision else str(source.id)
+        return f"{text}, from scratch" if getattr(source, "from_scratch", False) else text
+
+
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(_Source):
     """Where a student or teacher comes from. `commit` is the 40 hex digits that `revision` stood for."""
 
     id: str
@@ -66,7 +74,18 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
-class DataSource:
+class EnsembleSource:
+    """Several teachers, of whose probabilities the mean is taken with `weights`, which add up to 1."""
+
+    teachers: tuple[ModelSource, ...]
+    weights: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:.4g} × {each}" for weight, each in zip(self.weights, self.teachers, strict=True))
+
+
+@dataclass(frozen=True)
+class DataSource(_Source):
     """Which images are trained and evaluated on. `fingerprint` identifies them; see `hf_kd.data.ImageData`."""
 
     id: str | None = None
@@ -171,7 +190,7 @@ class Experiment:
 
     output_dir: str = resumable("")
     student: ModelSource = field(default_factory=lambda: ModelSource(""))
-    teacher: ModelSource | None = None
+    teacher: ModelSource | EnsembleSource | None = None
     data: DataSource = field(default_factory=DataSource)
     train_image_size: int | None = None
     runs: tuple[RunSpec, ...] = ()
@@ -183,6 +202,13 @@ class Experiment:
     requirements: dict[str, Any] | None = resumable()  # optimizer steps of a run, parameters, disk space in bytes
     versions: dict[str, Any] | None = resumable()
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def teachers(self) -> tuple[ModelSource, ...]:
+        """All of them, whether none, one or several."""
+        if isinstance(self.teacher, EnsembleSource):
+            return self.teacher.teachers
+        return (self.teacher,) if self.teacher else ()
 
     def folder(self, run: RunSpec) -> Path:
         return Path(self.output_dir) / run.folder
@@ -205,11 +231,17 @@ class Experiment:
             raise ValueError(f"{versions}: go on with the hf_kd of the plan's `versions`.")
         fields = {
             "student": ModelSource(**values["student"]),
-            "teacher": values["teacher"] and ModelSource(**values["teacher"]),
+            "teacher": values["teacher"] and _teacher_from_dict(values["teacher"]),
             "data": DataSource(**values["data"]),
             "runs": tuple(_run_from_dict(run) for run in values["runs"]),
         }
         return cls(**{**values, **fields})
+
+
+def _teacher_from_dict(values: Mapping[str, Any]) -> ModelSource | EnsembleSource:
+    if "teachers" not in values:
+        return ModelSource(**values)
+    return EnsembleSource(tuple(ModelSource(**each) for each in values["teachers"]), tuple(values["weights"]))
 
 
 def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
@@ -257,8 +289,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for run in there:
                 now = runs.get(run.folder, run)
                 found += differences(run, now if new.data.streaming else _launched_alike(run, now))
-        elif dataclasses.is_dataclass(there) and dataclasses.is_dataclass(here):
+        elif dataclasses.is_dataclass(there) and type(there) is type(here):
             found += differences(there, here, prefix)
+        elif f.name == "teachers" and len(there) == len(here):
+            for i, pair in enumerate(zip(there, here, strict=True)):
+                found += differences(*pair, f"{name}[{i}].")
         elif isinstance(there, dict) and isinstance(here, dict):
             keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
             # What an earlier hf_kd did not have yet, and is off, is no difference.

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from .data.order import groups_of, spaced_rows
 from .metrics.classification import ClassificationMeter, hard_labels, sample_statistics
+from .models.ensemble import members
 from .models.forward import num_classes_of
 from .models.teacher import Teacher
 
@@ -59,22 +60,25 @@ def measure_teacher(trainer, samples: int | None = None, teacher: Teacher | None
 
 
 def warn_near_chance(trainer) -> None:
-    """Warns about a teacher near chance: wrong classes, wrong preprocessing or no training. Without labels it cannot
-    be known."""
+    """Warns about a teacher near chance, of several about each: wrong classes, wrong preprocessing or no training.
+    Without labels it cannot be known."""
     if trainer.eval_dataset is None and not trainer.train_loss.needs_labels:
         return
     samples = trainer.args.teacher_check_batches * trainer.args.eval_batch_size * trainer.args.world_size
-    known = trainer.teacher_metrics if trainer.teacher is trainer.eval_teacher else None
-    metrics = known or measure_teacher(trainer, samples, trainer.teacher)
-    top1, n, chance = metrics["top1"], metrics["n"], 1 / num_classes_of(trainer.model)
-    if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
-        logger.warning_once(
-            f"the teacher is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
-            "names, its preprocessing, and that it was trained for these classes."
-        )
-    if "dropped_mass" in metrics:
-        (logger.warning_once if metrics["dropped_mass"] > 0.5 else logger.info)(
-            f"{metrics['dropped_mass']:.1%} of the teacher's probability is on those of its "
-            f"{len(trainer.teacher.class_names)} classes that the data does not have, and is left out: if that is "
-            "much, check class_map, and that the teacher was trained for such images."
-        )
+    chance, teachers = 1 / num_classes_of(trainer.model), members(trainer.teacher)
+    known = trainer.teacher_metrics if teachers == [trainer.eval_teacher] else None
+    for teacher in teachers:
+        metrics = known or measure_teacher(trainer, samples, teacher)
+        top1, n = metrics["top1"], metrics["n"]
+        which = "the teacher" if len(teachers) == 1 else f"the teacher {teacher.name}"
+        if top1 < chance + 3 * math.sqrt(chance * (1 - chance) / n):
+            logger.warning_once(
+                f"{which} is right on {top1:.1%} of {n:.0f} images, chance is {chance:.1%}: check its class "
+                "names, its preprocessing, and that it was trained for these classes."
+            )
+        if "dropped_mass" in metrics:
+            (logger.warning_once if metrics["dropped_mass"] > 0.5 else logger.info)(
+                f"{metrics['dropped_mass']:.1%} of the probability of {which} is on those of its "
+                f"{len(teacher.class_names)} classes that the data does not have, and is left out: if that is "
+                "much, check class_map, and that the teacher was trained for such images."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -28,10 +29,11 @@ from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
 from .models.auxiliary_head import AuxiliaryHead, add_auxiliary_head
 from .models.distillation_head import separate_heads, use_distillation_head
+from .models.ensemble import aligned_teacher
 from .models.forward import id2label_of, logits_by_head, logits_of, num_classes_of
 from .models.freezing import freeze_backbone, hold_statistics
 from .models.preprocessing import Preprocessing
-from .models.teacher import Teacher, aligned_teacher
+from .models.teacher import Teacher
 from .ranks import end_cleanly, failures_named, loss_terms
 from .reporting.collect import write_plan
 from .spec import Experiment
@@ -46,8 +48,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student, an image classifier: `(B, 3, H, W) -> logits (B, C)`. Default: what `model_init` makes.
         args: a `DistillationConfig`.
-        teacher: a `Teacher` (see `load_teacher`), or an id to load one from. Its classes are put in the student's
-            order by name. It is never trained, never saved, and always in eval mode.
+        teacher: a `Teacher` (see `load_teacher`), an id to load one from, or a list of them (see `TeacherEnsemble`).
+            Its classes are put in the student's order by name. It is never trained or saved, and always in eval mode.
         eval_teacher: a teacher for the agreement metrics only; default: `teacher`.
         train_dataset, eval_dataset: a `datasets.Dataset` with an image column, or any other map-style dataset of
             pairs (image, label), or of dicts with `pixels`, `image` or `img` and with `label` or `labels`. It is
@@ -97,8 +99,8 @@ class DistillationTrainer(Trainer):
         self,
         model: nn.Module | None = None,
         args: DistillationConfig | None = None,
-        teacher: Teacher | str | None = None,
-        eval_teacher: Teacher | str | None = None,
+        teacher: Teacher | str | Sequence[Teacher | str] | None = None,
+        eval_teacher: Teacher | str | Sequence[Teacher | str] | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,

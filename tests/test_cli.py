@@ -197,7 +197,8 @@ def test_every_shipped_config_can_be_read(monkeypatch):
         for name, value in given.items():
             if name not in ("student", "dataset"):
                 got = getattr(script if hasattr(script, name) else config, name)
-                assert getattr(got, "value", got) in (value, float(value) if isinstance(value, int) else value), name
+                same = (value, [value], float(value) if isinstance(value, int) else value)
+                assert getattr(got, "value", got) in same, name
         assert run_configs(script, config, None)
 
 

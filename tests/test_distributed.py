@@ -39,14 +39,16 @@ pytestmark = pytest.mark.slow
 
 # Also run by torchrun: `test_distributed.py FOLDER CASE ...`.
 def worker(folder: str, loss: str) -> None:
-    from trainer_helpers import freeze_batch_norm, rows, trainer_for
+    from trainer_helpers import NAMES, freeze_batch_norm, make_teacher, rows, trainer_for
 
     if loss == "collectives":
         return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
     more = {"ema": {"ema_decay": 0.7, "eval_strategy": "epoch"}, "frozen": {"freeze_backbone": True}}.get(loss, {})
     kind, loss = ("resnet" if more else "vit"), {"ema": "ce", "frozen": "uskd"}.get(loss, loss)
-    broken, stop = None, loss == "stop"
+    broken, stop, teacher = None, loss == "stop", None
+    if loss == "two teachers":
+        loss, teacher = "kd", [make_teacher(), make_teacher("vit", size=32, names=NAMES[::-1])]
     if stop:
         loss = "ce"
     if loss == "skip":
@@ -60,11 +62,10 @@ def worker(folder: str, loss: str) -> None:
             lambda row, i: {"image": {"bytes": b"", "path": None}} if i == broken else row, with_indices=True
         )
         data = data.cast_column("image", datasets.Image())
-    kind = "vit"
     if loss == "token":
         loss, kind = "hard", "distilled timm_deit"
     trainer = trainer_for(
-        folder, kind, loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
+        folder, kind, loss, teacher, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1 if loss in ("uskd", "dist") else 2, max_steps=-1, augment="pad_crop",
         num_train_epochs=20 if stop else 1,
         learning_rate=1e-4 if loss == "dist" else 0.05,  # whose gradient is large at the start
@@ -118,7 +119,7 @@ def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    cases = ["nkd", "uskd", "dist", "token", "ema", "frozen", "skip"]
+    cases = ["nkd", "uskd", "dist", "token", "two teachers", "ema", "frozen", "skip"]
     command += [str(Path(__file__)), str(folder / "2"), *cases, "stop", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -131,7 +132,7 @@ def results(folder, case):
     return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
-@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "token", "ema", "frozen"])
+@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "token", "two teachers", "ema", "frozen"])
 def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = results(folder, loss)

@@ -15,6 +15,7 @@ from ..config import DistillationConfig, JSONObject, check_numbers, option, read
 from ..experiment.variants import check_only, run_configs, variant_name
 from ..labels import read_class_map, read_class_names
 from ..losses import LOSSES
+from ..models.ensemble import normalized_weights
 from ..recipes import EVERY_EPOCH, names
 from ..reporting.record import METRICS, TEACHER_METRICS
 
@@ -26,7 +27,12 @@ class ScriptArguments:
     student: str | None = option(
         "Student: a Hub id, timm/NAME, a local folder with a model or its config, or (from scratch) cifar/NAME."
     )
-    teacher: str | None = option("Teacher: a Hub id, timm/NAME, or a local folder.")
+    teacher: list[str] | None = option(
+        "Teacher: a Hub id, timm/NAME, or a local folder. Of several, the mean of their probabilities teaches."
+    )
+    teacher_weights: list[float] | None = option(
+        "Of several teachers, the weight of each in that mean; they are divided by their sum. Default: equal."
+    )
     dataset: str = option(
         "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"
     )
@@ -73,7 +79,7 @@ class ScriptArguments:
         "Read the images of parquet or webdataset files while training, without downloading them first.", False
     )
     student_revision: str | None = option("Branch, tag or commit of the student.")
-    teacher_revision: str | None = option("Branch, tag or commit of the teacher.")
+    teacher_revision: list[str] | None = option("Branch, tag or commit of the teacher; of several, of each.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
     trust_remote_code: bool = option("Run code from the models' repositories.", False)
     only: str | None = option(
@@ -94,6 +100,7 @@ class ScriptArguments:
         self.class_map, self.class_names = read_class_map(self.class_map), read_class_names(self.class_names)
         if isinstance(self.model_kwargs, str):
             self.model_kwargs = read_json("model_kwargs", self.model_kwargs)
+        self._check_teachers()
         sizes = ("image_size", "max_train_samples", "max_eval_samples")
         check_numbers(self, ("seeds", "eval_fraction", *sizes), sizes, seeds=(0, 2**32 - 1), eval_fraction=(0, 1))
         if self.eval_fraction in (0, 1):
@@ -149,6 +156,21 @@ class ScriptArguments:
         runs = run_configs(self, config, None)
         if self.only is not None:
             check_only(self.only, [f"{name}:{run.seed}" for name, _, run in runs])
+
+    def _check_teachers(self) -> None:
+        count = len(self.teacher or [])
+        if self.teacher_weights is not None:
+            normalized_weights(self.teacher_weights, count)
+        if self.teacher_revision is not None and len(self.teacher_revision) != count:
+            raise ValueError(
+                f"--teacher_revision {' '.join(self.teacher_revision)}: {count} teachers need as many revisions, such "
+                f"as {' '.join(['main'] * max(1, count))}, or none."
+            )
+        if count > 1 and self.class_map is not None:
+            raise ValueError(
+                f"--class_map is for one teacher, and here are {count}: leave it out where all have the data's class "
+                "names, or make a TeacherEnsemble in Python, of teachers that are loaded with a class_map each."
+            )
 
 
 # Of the many arguments of transformers, those that a distillation run usually sets; --help_all shows the rest.

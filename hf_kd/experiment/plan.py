@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from ..data import ImageData, load_data, overlap
 from ..labels import ClassMapping, name_classes
 from ..launcher import check_processes
 from ..losses import loss_source
+from ..models.ensemble import normalized_weights, teacher_named
 from ..models.loading import adjust_processor, build, check_architecture, load_config, model_family, processor_for
 from ..models.preprocessing import Preprocessing
 from ..models.student import student_config
@@ -26,7 +28,17 @@ from ..push import check_push
 from ..quickstart import bundled
 from ..reporting.record import RUN_FILE, collect_versions
 from ..reporting.significance import BASELINE
-from ..spec import DATA_OPTIONS, STUDENT_OPTIONS, DataSource, Experiment, ModelSource, RunSpec, options, run_spec
+from ..spec import (
+    DATA_OPTIONS,
+    STUDENT_OPTIONS,
+    DataSource,
+    EnsembleSource,
+    Experiment,
+    ModelSource,
+    RunSpec,
+    options,
+    run_spec,
+)
 from .folder import check_writable, continues, earlier_plan
 from .variants import run_configs, variant_name
 
@@ -47,11 +59,13 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=repo_id)
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
-    dataset_origin = _origin("dataset", script, earlier)
+    dataset_origin = _origin("dataset", script.dataset, script.dataset_revision, earlier.data if earlier else None)
     if dataset_origin.get("commit"):
         hub.check_access(script.dataset, "dataset")
     push = _push_target(script, config)
-    student = ModelSource(**_origin("student", script, earlier), **options(script, STUDENT_OPTIONS))
+    before = earlier.student if earlier else None
+    origin = _origin("model", script.student, script.student_revision, before, script.from_scratch)
+    student = ModelSource(**origin, **options(script, STUDENT_OPTIONS))
     config_of_student = _config(student)
     recipe, why = _recipe_name(script, student, config_of_student)
     provenance, changed = recipes.provenance(recipe, config, script.explicit), list[str]()
@@ -77,22 +91,17 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         **dataset_origin, config_name=script.dataset_config, allow_unlabelled=not needs_labels, **data_options
     )
     side = _input_side(student, config_of_student)
-    teacher, config_of_teacher = None, None
-    if script.teacher:
-        teacher = ModelSource(
-            **_origin("teacher", script, earlier),
-            trust_remote_code=script.trust_remote_code,
-            class_map=script.class_map,
-        )
-        config_of_teacher = load_config(teacher.id, teacher.hub)
-        side = max(side, _input_side(teacher, config_of_teacher))
+    teachers = _teachers(script, earlier)
+    configs_of_teachers = [load_config(teacher.id, teacher.hub) for teacher in teachers]
+    side = max([side, *map(_input_side, teachers, configs_of_teachers)])
     data = load_data(**source.load_arguments)
     source = _with_facts(source, data)
     if source.streaming:
         source = dataclasses.replace(source, stream_workers=config.dataloader_num_workers)
-    if teacher and config_of_teacher:
-        teacher = dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data))
-        ClassMapping.between(config_of_teacher.id2label, data.names, teacher.class_map)
+    for teacher, config_of_teacher in zip(teachers, configs_of_teachers, strict=True):
+        with teacher_named(teacher.id if len(teachers) > 1 else None):
+            ClassMapping.between(config_of_teacher.id2label, data.names, teacher.class_map)
+    teachers = [dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data)) for teacher in teachers]
     parameters = _count_parameters(config_of_student, data.names, student)
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
     found["train_image_size"] = config.train_image_size or side
@@ -102,13 +111,13 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     experiment = Experiment(
         output_dir=config.output_dir,
         student=student,
-        teacher=teacher,
+        teacher=_together(teachers, script.teacher_weights),
         data=source,
         train_image_size=found["train_image_size"],
         runs=runs,
         preset=preset,
         provenance=provenance,
-        command=_pinned(command, student, teacher, source),
+        command=_pinned(command, student=[student], teacher=teachers, dataset=[source]),
         against=variant_name(script.against or BASELINE),
         push=push,
         requirements=_requirements(runs, parameters, len(data.train)),
@@ -134,24 +143,46 @@ def _push_target(script, config: DistillationConfig) -> dict | None:
     return {"repo_id": repo_id, "private": private, "revision": config.hub_revision, "folder": folder}
 
 
-def _pinned(command: str | None, *sources: ModelSource | DataSource | None) -> str | None:
+def _teachers(script, earlier: Experiment | None) -> list[ModelSource]:
+    names, before = script.teacher or [], dict(enumerate(earlier.teachers if earlier else ()))
+    revisions = script.teacher_revision or [None] * len(names)
+    return [
+        ModelSource(
+            **_origin("model", name, revision, before.get(i)),
+            trust_remote_code=script.trust_remote_code,
+            class_map=script.class_map,
+        )
+        for i, (name, revision) in enumerate(zip(names, revisions, strict=True))
+    ]
+
+
+def _together(teachers: list[ModelSource], weights: list[float] | None) -> ModelSource | EnsembleSource | None:
+    if len(teachers) > 1:
+        return EnsembleSource(tuple(teachers), normalized_weights(weights, len(teachers)))
+    return teachers[0] if teachers else None
+
+
+def _pinned(command: str | None, **sources: Sequence[ModelSource | DataSource]) -> str | None:
     """The command with the commits that its revisions stood for."""
     if not command:
         return None
-    for key, source in zip(("student", "teacher", "dataset"), sources, strict=True):
-        if source and source.commit not in (None, source.revision):
-            command += f" --{key}_revision {source.commit}"
+    for key, several in sources.items():
+        if any(source.commit not in (None, source.revision) for source in several):
+            # A local model has no commit, and its revision is not looked at.
+            commits = [source.commit or source.revision or "main" for source in several]
+            command += f" --{key}_revision {' '.join(commits)}"
     return command
 
 
-def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
-    """Id, revision and commit of student, teacher or dataset; a local path is made absolute, to resume from anywhere.
+def _origin(
+    kind: str, name: str, revision: str | None, before: ModelSource | DataSource | None, from_scratch: bool = False
+) -> dict[str, Any]:
+    """Id, revision and commit of a model or dataset; a local path is made absolute, to resume from anywhere.
 
-    The commit is that of the plan in the folder, which is continued, or today's.
+    The commit is that of the plan in the folder (`before`), which is continued, or today's.
     """
-    name, revision = getattr(script, key), getattr(script, f"{key}_revision")
     origin = {"id": name, "revision": revision, "commit": None}
-    built = key == "student" and script.from_scratch and name.startswith(("timm/", "cifar/"))
+    built = from_scratch and name.startswith(("timm/", "cifar/"))
     path = Path(name).expanduser()
     if bundled(name):
         return origin
@@ -159,10 +190,9 @@ def _origin(key: str, script, earlier: Experiment | None) -> dict[str, Any]:
         return origin | {"id": str(path.absolute())}
     if built or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.parquet)", name):
         return origin
-    before = getattr(earlier, {"dataset": "data"}.get(key, key), None)
     if before is not None and (before.id, before.revision) == (name, revision):
         return origin | {"commit": before.commit}
-    return origin | {"commit": hub.resolve(name, revision, "dataset" if key == "dataset" else "model").resolved}
+    return origin | {"commit": hub.resolve(name, revision, kind).resolved}
 
 
 def _recipe_name(script, student: ModelSource, config) -> tuple[str | None, str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,29 @@ from ..data import ImageData, load_data
 from ..data.collators import count_kinds
 from ..launcher import check_processes, resume_command
 from ..losses import loss_source
+from ..models.ensemble import TeacherEnsemble
 from ..models.student import load_student
 from ..models.teacher import Teacher, load_teacher
 from ..push import publish
 from ..ranks import check_same_plan, failures_named
 from ..reporting.card import write_card
 from ..reporting.classes import read_counts
-from ..reporting.collect import describe_model, make_record, write_record
+from ..reporting.collect import describe_teacher, make_record, write_record
 from ..reporting.comparison import write_comparison
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
 from ..reporting.significance import shared_errors, verdicts
 from ..reporting.tables import comparison_table, pairwise_table, teacher_row_of
-from ..spec import DATA_OPTIONS, PLAN_FILE, PYTHON_RESUME, STUDENT_OPTIONS, Experiment, RunSpec, options, read_plan
+from ..spec import (
+    DATA_OPTIONS,
+    PLAN_FILE,
+    PYTHON_RESUME,
+    STUDENT_OPTIONS,
+    EnsembleSource,
+    Experiment,
+    RunSpec,
+    options,
+    read_plan,
+)
 from ..stopping import stop_error, stop_request
 from ..trainer import DistillationTrainer
 from .folder import check_disk, continues, finished_record, open_folder
@@ -174,16 +186,20 @@ def _claim(experiment: Experiment, spec: RunSpec, lock: RunLock, resume: bool) -
 
 def _load(experiment: Experiment) -> tuple[ImageData, Teacher | None]:
     """The plan's images, as it knew them, and its teacher."""
-    data, source = load_data(**experiment.data.load_arguments), experiment.teacher
+    data = load_data(**experiment.data.load_arguments)
     if data.fingerprint != experiment.data.fingerprint:
         raise ValueError(
             f"the images of {experiment.data.id} are not those of the plan in {experiment.output_dir}: their "
             f"fingerprint is {data.fingerprint[:16]}, there it is {str(experiment.data.fingerprint)[:16]}. Restore "
             "the dataset, or start again in another --output_dir."
         )
-    if source is None:
-        return data, None
-    return data, load_teacher(source.id, id2label=data.names, class_map=source.class_map, **source.hub)
+    teachers = [
+        load_teacher(source.id, id2label=data.names, class_map=source.class_map, **source.hub)
+        for source in experiment.teachers
+    ]
+    if isinstance(experiment.teacher, EnsembleSource):
+        return data, TeacherEnsemble(teachers, experiment.teacher.weights, data.names)
+    return data, teachers[0] if teachers else None
 
 
 def _train(
@@ -239,11 +255,6 @@ def _train(
             f"({count_kinds(skipped | eval_skipped)}; up to --max_skipped_fraction {config.max_skipped_fraction:g}), "
             f"see {RUN_FILE}: {[*skipped, *eval_skipped][0]}"
         )
-    described = None
-    if teacher is not None and experiment.teacher is not None:
-        seen = experiment.teacher.seen_evaluation_images
-        described = describe_model(teacher.model, experiment.teacher.id, teacher.preprocessing.size)
-        described["seen_evaluation_images"] = "not checked" if seen is None else seen
     record = make_record(
         trainer,
         metrics,
@@ -254,7 +265,7 @@ def _train(
         settings={**_source_options(experiment), **config.to_dict()},
         command=experiment.command,
         preset=experiment.preset,
-        teacher=described,
+        teacher=teacher and describe_teacher(teacher, experiment.teachers),
         diverged=diverged,
     )
     write_record(record, config.output_dir)
@@ -273,11 +284,19 @@ def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
 
 def _source_options(experiment: Experiment) -> dict:
     """Models and data of the plan by the names of their options."""
-    student, teacher, data = experiment.student, experiment.teacher, experiment.data
+    student, teachers, data = experiment.student, experiment.teachers, experiment.data
     values = options(student, STUDENT_OPTIONS) | options(data, DATA_OPTIONS) | {"dataset_config": data.config_name}
-    for option, source in {"student": student, "teacher": teacher, "dataset": data}.items():
-        values |= {option: source and source.id, f"{option}_revision": source and source.commit}
-    return values | {"class_map": teacher and teacher.class_map}
+    sources: dict[str, Sequence[Any]] = {"student": [student], "teacher": teachers, "dataset": [data]}
+    for option, several in sources.items():
+        ids, commits = [source.id for source in several], [source.commit for source in several]
+        values |= {option: _one_or_all(ids), f"{option}_revision": _one_or_all(commits)}
+    if isinstance(experiment.teacher, EnsembleSource):
+        values["teacher_weights"] = experiment.teacher.weights
+    return values | {"class_map": teachers[0].class_map if teachers else None}
+
+
+def _one_or_all(values: list) -> Any:
+    return values if len(values) > 1 else values[0] if values else None
 
 
 def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None, only: str | None) -> str:

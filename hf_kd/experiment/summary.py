@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..spec import DataSource, Experiment, ModelSource
+from ..spec import Experiment
 
 
 def introduction(experiment: Experiment) -> str:
@@ -21,9 +21,9 @@ def summary(experiment: Experiment) -> str:
     shown = ", ".join([*names[:5], *(["…"] if len(names) > 5 else [])])
     batch = first.settings["per_device_train_batch_size"] * first.settings["gradient_accumulation_steps"]
     lines = [
-        f"student   {_source(experiment.student)}, {needs.get('parameters', 0):,} parameters",
-        f"teacher   {_source(experiment.teacher) if experiment.teacher else 'none'}",
-        f"dataset   {_source(data)}: {data.train_size:,} images to train on ({data.train_split}), "
+        f"student   {experiment.student}, {needs.get('parameters', 0):,} parameters",
+        f"teacher   {experiment.teacher or 'none'}",
+        f"dataset   {data}: {data.train_size:,} images to train on ({data.train_split}), "
         f"{data.eval_size:,} to evaluate on ({evaluated}), {len(names)} classes: {shown}",
         f"images    {experiment.train_image_size} px in training",
         f"training  {needs.get('steps', 0):,} steps a run of {batch * first.processes} images, "
@@ -51,9 +51,3 @@ def _provenance(experiment: Experiment) -> list[str]:
         if key in values:
             by_source.setdefault(source, []).append(f"{key} {values[key]}")
     return [f"set by {source}: {', '.join(settings)}" for source, settings in sorted(by_source.items())]
-
-
-def _source(source: ModelSource | DataSource) -> str:
-    revision = source.commit or source.revision
-    text = f"{source.id} at {revision[:12]}" if revision else str(source.id)
-    return f"{text}, from scratch" if getattr(source, "from_scratch", False) else text

@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import nn
 
-from ..config import DTYPES, DistillationConfig
 from ..labels import ClassMapping, label_maps, read_class_map
 from . import loading
 from .forward import id2label_of, logits_of
@@ -140,25 +139,3 @@ def load_teacher(
     if class_names is not None:
         loading.check_width(name, model, Preprocessing(processor).size, class_names)
     return Teacher(model, processor, id2label, class_map, dtype, name, class_names)
-
-
-def aligned_teacher(
-    teacher: Teacher | str | None, model: nn.Module, id2label: dict[int, str] | None, args: DistillationConfig
-) -> Teacher | None:
-    """A teacher of the trainer's own, with its classes in the student's order.
-
-    It computes with `args.teacher_dtype`, else its own type, else that of the student's training. ValueError if it is
-    no teacher, is the student itself, or knows other classes.
-    """
-    if teacher is None:
-        return None
-    if isinstance(teacher, str):
-        teacher = load_teacher(teacher)
-    if not isinstance(teacher, Teacher):
-        hint = "wrap it with load_teacher(module, processor=...)"
-        raise ValueError(f"teacher must be a Teacher or an id, got {type(teacher).__name__}: {hint}.")
-    if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
-        raise ValueError("teacher and student share parameters: load the teacher as a model of its own.")
-    precision = args.teacher_dtype or ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
-    dtype = teacher.dtype if teacher.dtype is not None and not args.teacher_dtype else DTYPES[precision]
-    return teacher.aligned(id2label, dtype=dtype or torch.float32)

@@ -62,7 +62,7 @@ def model_card(run: Mapping[str, Any]) -> str:
     run = redact(run)  # records are written redacted, but this one may have another origin
     run |= {section: run.get(section) or {} for section in SECTIONS}
     description, rates = loss_description(run), rates_of([run, *(run["verdict"].get("runs") or ())])
-    helpers: list[Any] = [code, escape, link, number, numbers, on_hub, one_line, pairs, paper_link]
+    helpers: list[Any] = [code, escape, link, number, numbers, on_hub, one_line, pairs, paper_link, teacher_links]
     card = ModelCard.from_template(
         metadata(run),
         template_path=str(TEMPLATE),
@@ -180,6 +180,12 @@ def _row(label: str, runs: Sequence[Mapping[str, Any]], model: Mapping[str, Any]
 def link(entry: Mapping[str, Any], kind: str = "") -> str:
     name = code(entry.get("id"))
     return f"[{name}](https://huggingface.co/{kind}{entry['id']})" if on_hub(entry) else name
+
+
+def teacher_links(teacher: Mapping[str, Any]) -> str:
+    """A link to the teacher; of several to each, with its weight."""
+    several = [f"{link(each)} (weight {number(each.get('weight'), '.4g')})" for each in teacher.get("teachers") or ()]
+    return f"the mean of {' and '.join(several)}" if several else link(teacher)
 
 
 def paper_link(paper: Any) -> str:

@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import timeit
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,10 +18,12 @@ from ..data.collators import kinds_of
 from ..data.order import groups_of
 from ..engines import whole_student
 from ..losses import LOSSES, loss_source
+from ..models.ensemble import TeacherEnsemble, members, name_of_mean
 from ..models.features import HEAD
 from ..models.loading import commit_of, model_family
+from ..models.teacher import Teacher
 from ..ranks import check_same_plan
-from ..spec import PLAN_FILE, DataSource, Experiment, ModelSource, continue_plan, run_spec
+from ..spec import PLAN_FILE, DataSource, EnsembleSource, Experiment, ModelSource, continue_plan, run_spec
 from . import record as records
 from .card import write_card
 from .classes import write_counts
@@ -74,6 +78,28 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def describe_teacher(teacher: Teacher, sources: Sequence[ModelSource] = ()) -> dict:
+    """What a record says of a teacher, by the plan's `sources` if there are any.
+
+    Of several, the sums of their sizes and latencies, and "teachers": what it says of each, and its "weight".
+    """
+    entries = []
+    for each, source in zip_longest(members(teacher), sources):
+        entry = describe_model(each.model, source.id if source else each.name, each.preprocessing.size)
+        if each.mapping.kind != "identity":
+            entry["class_mapping"] = each.mapping.describe()
+        if source:
+            seen = source.seen_evaluation_images
+            entry["seen_evaluation_images"] = "not checked" if seen is None else seen
+        entries.append(entry)
+    if not isinstance(teacher, TeacherEnsemble):
+        return entries[0]
+    sums = {key: sum(entry[key] for entry in entries) for key in ("parameters", "size_mb", "latency_ms")}
+    weighted = [{"weight": weight, **entry} for weight, entry in zip(teacher.weights, entries, strict=True)]
+    name = name_of_mean(teacher.weights, [entry["id"] for entry in entries])
+    return {"id": name, "image_size": list(teacher.preprocessing.size), **sums, "teachers": weighted}
+
+
 def known_plan(trainer) -> Experiment:
     """The plan of a `DistillationTrainer` as far as it knows it: of models made in Python, and data without a name."""
     model, teacher = trainer.model, trainer.eval_teacher
@@ -83,7 +109,7 @@ def known_plan(trainer) -> Experiment:
     plan = Experiment(
         output_dir=trainer.args.output_dir,
         student=ModelSource(name, commit=commit_of(model)),
-        teacher=teacher and ModelSource(teacher.name, commit=commit_of(teacher.model)),
+        teacher=teacher and _teacher_source(teacher),
         data=DataSource(
             train_size=_size(trainer.train_dataset),
             eval_size=_size(trainer.eval_dataset),
@@ -96,6 +122,11 @@ def known_plan(trainer) -> Experiment:
         versions=records.collect_versions(),
     )
     return Experiment.from_dict(plan.to_dict())
+
+
+def _teacher_source(teacher: Teacher) -> ModelSource | EnsembleSource:
+    sources = tuple(ModelSource(each.name, commit=commit_of(each.model)) for each in members(teacher))
+    return EnsembleSource(sources, teacher.weights) if isinstance(teacher, TeacherEnsemble) else sources[0]
 
 
 def _size(dataset) -> int | None:
@@ -186,9 +217,7 @@ def make_record(
     if student and student.get("from_scratch") is False:
         student_entry |= weights_license(model, student.get("id") or student_entry["id"])
     if "teacher" not in known:
-        known["teacher"] = teacher and describe_model(teacher.model, teacher.name, teacher.preprocessing.size)
-    if teacher and teacher.mapping.kind != "identity":
-        known["teacher"] = {**(known["teacher"] or {}), "class_mapping": teacher.mapping.describe()}
+        known["teacher"] = teacher and describe_teacher(teacher)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
     head, alpha = trainer.auxiliary_head, loss.distillation_alpha
     loss_entry = {
