@@ -41,12 +41,17 @@ pytestmark = pytest.mark.slow
 def worker(folder: str, loss: str) -> None:
     from trainer_helpers import freeze_batch_norm, rows, trainer_for
 
+    from hf_kd.data import ImageDataset
+
     if loss == "collectives":
         return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
     broken, stop = None, loss == "stop"
     if stop:
         loss = "ce"
+    permuted = loss == "permuted"
+    if permuted:
+        loss = "nkd"
     if loss == "skip":
         loss, broken = "ce", 5
     data = rows(48)
@@ -58,6 +63,8 @@ def worker(folder: str, loss: str) -> None:
             lambda row, i: {"image": {"bytes": b"", "path": None}} if i == broken else row, with_indices=True
         )
         data = data.cast_column("image", datasets.Image())
+    if permuted:
+        data = ImageDataset(data, seed=3).with_partners(3)
     trainer = trainer_for(
         folder, "vit", loss, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1 if loss in ("uskd", "dist") else 2, max_steps=-1, augment="pad_crop",
@@ -111,10 +118,20 @@ def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(Path(__file__)), str(folder / "2"), "nkd", "uskd", "dist", "skip", "stop", "collectives"]
+    command += [
+        str(Path(__file__)),
+        str(folder / "2"),
+        "nkd",
+        "permuted",
+        "uskd",
+        "dist",
+        "skip",
+        "stop",
+        "collectives",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    for case in ("nkd", "uskd", "dist", "skip"):
+    for case in ("nkd", "permuted", "uskd", "dist", "skip"):
         worker(str(folder / "1" / case), case)
     return folder
 
@@ -123,7 +140,7 @@ def results(folder, case):
     return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
-@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist"])
+@pytest.mark.parametrize("loss", ["nkd", "permuted", "uskd", "dist"])
 def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = results(folder, loss)

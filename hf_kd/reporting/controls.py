@@ -39,12 +39,11 @@ def describe_controls(runs: Iterable[Mapping[str, Any]]) -> list[str]:
 def controls_of(run: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The variants among the runs that a variant, one of whose runs this is, must beat: those that its loss names,
     and the controls that were switched on."""
-    named, names = loss_description(run).get("controls") or (), dict[str, None]()
+    own, named, names = run.get("name"), loss_description(run).get("controls") or (), dict[str, None]()
     for other in runs:
-        control, name = other.get("control"), str(other.get("name"))
-        if name in named or (control and control.get("of") in (None, run["name"])):
-            names[name] = None
-    names.pop(str(run["name"]), None)
+        control, name = other.get("control"), other.get("name")
+        if name != own and (name in named or (control and control.get("of") in (None, own))):
+            names[str(name)] = None
     return list(names)
 
 
