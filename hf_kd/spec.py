@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .launcher import resume_command
+from .reporting.controls import SAME_TIME, TRAINED_OTHERWISE
 from .reporting.record import plain
 from .reporting.significance import BASELINE
 
@@ -32,6 +33,8 @@ EXECUTION = (
     "save_steps save_total_limit save_on_each_node skip_memory_metrics ddp_timeout resume_from_checkpoint push_to_hub "
     "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push max_hours"
 ).split()
+# Of lr_scheduler_kwargs, those that count steps.
+STEPS_OF_SCHEDULERS = {"num_stable_steps", "num_decay_steps", "timescale"}
 
 
 def options(source: Any, keys: Sequence[str]) -> dict[str, Any]:
@@ -146,6 +149,21 @@ class Schedule:
             return True
         return self.lr_scheduler_type == "constant_with_warmup" and self.warmup_steps >= 1
 
+    def stretched(self, ratio: float) -> Self:
+        """The same schedule with `ratio` times the steps."""
+        options, warmup = dict(self.lr_scheduler_kwargs or {}), self.warmup_steps
+        if self.lr_scheduler_type == "inverse_sqrt" and not warmup:
+            options.setdefault("timescale", 10_000)  # transformers' default
+        options |= {key: round(ratio * options[key]) for key in STEPS_OF_SCHEDULERS & options.keys()}
+        return dataclasses.replace(
+            self,
+            num_train_epochs=ratio * self.num_train_epochs,
+            max_steps=round(ratio * self.max_steps) if self.max_steps > 0 else self.max_steps,
+            lr_scheduler_kwargs=options or self.lr_scheduler_kwargs,
+            lr_step_epochs=self.lr_step_epochs and [ratio * epoch for epoch in self.lr_step_epochs],
+            warmup_steps=round(ratio * warmup) if warmup >= 1 else warmup,  # below 1: a share of the steps
+        )
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -161,6 +179,9 @@ class RunSpec:
     execution: dict[str, Any] = resumable()  # the arguments named in EXECUTION
     folder: str = "."  # of its results, within the experiment's
     engine: str = "ddp"  # of the training, as `DistillationConfig.engine` has it
+    control: dict[str, Any] | None = resumable()  # kind and of, see `hf_kd.reporting.controls`
+    # random_teacher, permuted_teacher or ce_same_time, if that is how it is trained
+    variation: str | None = None
 
     @property
     def key(self) -> str:
@@ -200,6 +221,7 @@ class Experiment:
     against: str = resumable(BASELINE)  # the variant that the others are tested against
     push: dict[str, Any] | None = resumable()  # repo_id, private, revision, and the folder of the run that is pushed
     requirements: dict[str, Any] | None = resumable()  # optimizer steps of a run, parameters, disk space in bytes
+    same_time_ratio: float | None = resumable()  # steps of ce_same_time by those of the others; None: not known yet
     versions: dict[str, Any] | None = resumable()
     schema_version: int = SCHEMA_VERSION
 
@@ -212,6 +234,24 @@ class Experiment:
 
     def folder(self, run: RunSpec) -> Path:
         return Path(self.output_dir) / run.folder
+
+    def as_trained(self, run: RunSpec) -> RunSpec:
+        """A run with the schedule that it is trained with, which is longer for ce_same_time."""
+        if run.variation != SAME_TIME or self.same_time_ratio is None:
+            return run
+        return dataclasses.replace(run, schedule=run.schedule.stretched(self.same_time_ratio))
+
+    def with_same_time_ratio(self, ratio: float | None) -> Self:
+        """The plan with that ratio, and a command that repeats it."""
+        command = self.command
+        if command and ratio and "--same_time_ratio" not in command:
+            command += f" --same_time_ratio {ratio:g}"
+        return dataclasses.replace(self, same_time_ratio=ratio, command=command)
+
+    def control(self, run: RunSpec) -> dict[str, Any] | None:
+        """What the record says of a run that is a control."""
+        ratio = {"ratio": self.same_time_ratio} if run.variation == SAME_TIME else {}
+        return run.control and {**run.control, **ratio}
 
     def of(self, run: RunSpec) -> Self:
         """The plan of one of the runs alone, in its own folder."""
@@ -249,7 +289,13 @@ def _run_from_dict(values: Mapping[str, Any]) -> RunSpec:
     return RunSpec(**{**values, **fields})
 
 
-def run_spec(config, name: str | None = None, folder: str = ".", loss_source: dict | None = None) -> RunSpec:
+def run_spec(
+    config,
+    name: str | None = None,
+    folder: str = ".",
+    loss_source: dict | None = None,
+    control: dict[str, Any] | None = None,
+) -> RunSpec:
     """The spec of a run with these arguments, a `DistillationConfig`; `folder` is within the experiment's."""
     left_out = {"local_rank", "loss_kwargs"}
     values = {key: v for key, v in config.to_dict().items() if key not in left_out and not key.endswith("token")}
@@ -268,6 +314,8 @@ def run_spec(config, name: str | None = None, folder: str = ".", loss_source: di
         settings=values,  # the remaining ones
         folder=folder,
         engine=config.engine,
+        control=control,
+        variation=control["kind"] if control and control["kind"] in TRAINED_OTHERWISE else None,
     )
 
 
@@ -352,12 +400,14 @@ def continue_plan(plan: Experiment, checkpoint: str | os.PathLike) -> None:
             f"{checkpoint} was saved with save_only_model, without the state of the optimizer: training can't go on "
             "from it as it was. Start again in another --output_dir."
         )
-    state, schedule = json.loads(Path(checkpoint, "trainer_state.json").read_text()), plan.runs[0].schedule
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    schedule = plan.as_trained(plan.runs[0]).schedule
     key, done = "num_train_epochs", state["epoch"]
     if schedule.max_steps > 0:
         key, done = "max_steps", state["global_step"]
     length = getattr(schedule, key)
-    if done > length:
+    # Where the last step began, which may end beyond a part of an epoch.
+    if done * (1 - 1 / max(1, state["global_step"])) > length - 1e-6:
         raise ValueError(f"{checkpoint} is at {done:g}, beyond {key}={length:g}: go on from an earlier checkpoint.")
 
 

@@ -41,6 +41,8 @@ pytestmark = pytest.mark.slow
 def worker(folder: str, loss: str) -> None:
     from trainer_helpers import NAMES, freeze_batch_norm, make_teacher, rows, trainer_for
 
+    from hf_kd.data import ImageDataset
+
     if loss == "collectives":
         return collectives(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -51,6 +53,9 @@ def worker(folder: str, loss: str) -> None:
         loss, teacher = "kd", [make_teacher(), make_teacher("vit", size=32, names=NAMES[::-1])]
     if stop:
         loss = "ce"
+    permuted = loss == "permuted"
+    if permuted:
+        loss = "nkd"
     if loss == "skip":
         loss, broken = "ce", 5
     data = rows(48)
@@ -64,6 +69,8 @@ def worker(folder: str, loss: str) -> None:
         data = data.cast_column("image", datasets.Image())
     if loss == "token":
         loss, kind = "hard", "distilled timm_deit"
+    if permuted:
+        data = ImageDataset(data, seed=3).with_partners(3)
     trainer = trainer_for(
         folder, kind, loss, teacher, train=data, evaluation=rows(21, seed=5), per_device_train_batch_size=16 // world,
         gradient_accumulation_steps=1 if loss in ("uskd", "dist") else 2, max_steps=-1, augment="pad_crop",
@@ -119,7 +126,7 @@ def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    cases = ["nkd", "uskd", "dist", "token", "two teachers", "ema", "frozen", "skip"]
+    cases = ["nkd", "permuted", "uskd", "dist", "token", "two teachers", "ema", "frozen", "skip"]
     command += [str(Path(__file__)), str(folder / "2"), *cases, "stop", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -132,7 +139,7 @@ def results(folder, case):
     return [json.loads((folder / n / case / "result.json").read_text()) for n in "12"]
 
 
-@pytest.mark.parametrize("loss", ["nkd", "uskd", "dist", "token", "two teachers", "ema", "frozen"])
+@pytest.mark.parametrize("loss", ["nkd", "permuted", "uskd", "dist", "token", "two teachers", "ema", "frozen"])
 def test_two_processes_equal_one(loss, folder):
     """48 images: the last optimizer step has half as many, and the evaluation set (21) is odd."""
     one, two = results(folder, loss)

@@ -17,6 +17,7 @@ from ..labels import read_class_map, read_class_names
 from ..losses import LOSSES
 from ..models.ensemble import normalized_weights
 from ..recipes import EVERY_EPOCH, names
+from ..reporting.controls import CONTROLS, SAME_TIME
 from ..reporting.record import METRICS, TEACHER_METRICS
 
 
@@ -53,6 +54,13 @@ class ScriptArguments:
     against: str | None = option(
         "The variant that the others are tested against, such as kd: with --verdict any loss, with --compare one of "
         "its names. Default: ce."
+    )
+    controls: list[str] | None = option(
+        f"Further runs that a variant must beat in a comparison or verdict, any of: {', '.join(CONTROLS)}. They show "
+        "how much of a gain is regularisation or time, and not the teacher's knowledge."
+    )
+    same_time_ratio: float | None = option(
+        "How many times the steps of the others ce_same_time trains. Default: measured on 20 steps of each variant."
     )
     seeds: list[int] | None = option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
     image_size: int | None = option("Side of the student's square input, in pixels.")
@@ -118,6 +126,9 @@ class ScriptArguments:
             raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice.")
         if self.against and not self.verdict and self.compare is None:
             raise ValueError(f"--against {self.against} goes with --verdict or --compare.")
+        check_numbers(self, ["same_time_ratio"], same_time_ratio=(1, 1000))
+        if self.same_time_ratio is not None and SAME_TIME not in (self.controls or ()):
+            raise ValueError(f"--same_time_ratio goes with --controls {SAME_TIME}.")
         if self.verdict:
             if self.against and variant_name(self.against) == variant_name(config.loss):
                 raise ValueError(f"--against {self.against} is the loss itself: name another one.")

@@ -2,8 +2,9 @@
 
 A batch holds "pixels" uint8 (B, 3, h, w), float32 in [0, 1] after mixing, or "pixel_values" stacked as they are;
 "labels" int64 (B,), or float32 (B, C); "index" int64 (B,), the sample keys, and "epoch", an int, where the items have
-them; and "skipped", a dict of a text about each image that could not be decoded and its kind (see
-`UndecodableImage`), only if there are any, in evaluation with "decoded", bool (B,).
+them; "teacher_pixels" where the teacher is shown others, as a permuted teacher is; and "skipped", a dict of a text
+about each image that could not be decoded and its kind (see `UndecodableImage`), only if there are any, in evaluation
+with "decoded", bool (B,).
 """
 
 from collections import Counter
@@ -51,6 +52,8 @@ class TrainingCollator:
         rows, skipped = _decode(items)
         batch = _batch([row for row in rows if "labels" in row], self._stack, skipped)
         if self.mixer is not None:
+            if "teacher_pixels" in batch:
+                raise ValueError("mixup and cutmix do not go with images of their own for the teacher.")
             key = "pixels" if "pixels" in batch else "pixel_values"
             with forked_rng() if "index" in batch else nullcontext():
                 if "index" in batch:  # the 1: not the numbers that the transform of that image drew
@@ -143,7 +146,8 @@ def _decode(items: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, str]]
     """Decoded items, of those that cannot be decoded only the keys, and the reasons and kinds of these."""
     rows, skipped = [], {}
     for item in items:
-        row = {key: item[key] for key in ("index", "epoch") if isinstance(item, dict) and key in item}
+        keys = ("index", "epoch", "teacher_pixels") if isinstance(item, dict) else ()
+        row = {key: item[key] for key in keys if key in item}
         try:
             row |= decode_row(item)
         except UndecodableImage as error:
@@ -164,7 +168,8 @@ def _batch(rows: list[dict[str, Any]], stack: Stack, skipped: dict[str, str]) ->
     if "pixel_values" in rows[0]:
         batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
     else:
-        batch["pixels"] = stack([row["pixels"] for row in rows])
+        for key in ("pixels", *(["teacher_pixels"] if "teacher_pixels" in rows[0] else [])):
+            batch[key] = stack([row[key] for row in rows])
     if all("index" in row and "epoch" in row for row in rows):
         batch["index"] = torch.tensor([int(row["index"]) for row in rows])
         batch["epoch"] = int(rows[0]["epoch"])

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+from transformers.utils import logging
 
 from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
@@ -21,6 +22,8 @@ from .decode import UndecodableImage, decode_row
 from .order import Upcoming, epoch_order, groups_of
 from .streaming import StreamedRows
 from .transforms import CropAndFlip, augment_image, build_transform, forked_rng, sample_draws, sample_seed, seed_rngs
+
+logger = logging.get_logger(__name__)
 
 
 def read_item(
@@ -85,7 +88,12 @@ class ImageDataset(Dataset):
 
     With `replacement` (for training), a batch without one image that can be decoded gets the next in the dataset that
     can be, if one of the next 1,000 can, so that every process has a batch.
+
+    With `partners`, a permutation of the rows (see `with_partners`), items for training have "teacher_pixels": the
+    item of the row's partner, or, if that cannot be decoded, of the next in its cycle that can be.
     """
+
+    partners: np.ndarray | None = None
 
     replacement = False
     labelled = True
@@ -142,6 +150,27 @@ class ImageDataset(Dataset):
             dataset.transform = build_transform(augment, size)
         return dataset
 
+    def with_partners(self, seed: int) -> "ImageDataset":
+        """A copy whose `partners` have the same label: a random cycle of all rows of each, a function of `seed`, not
+        negative, alone. The only row of a label is its own partner, with a warning. ValueError for other datasets than
+        a `datasets.Dataset` of images with integers as labels."""
+        column = None
+        if self._undecoded and isinstance(self.dataset, datasets.Dataset):
+            column = self.dataset.select_columns(self.label_column).with_format("arrow")[:][self.label_column]
+        if column is None or not pa.types.is_integer(column.type) or column.null_count:
+            raise ValueError("partners of the same label need a datasets.Dataset of images with integers as labels.")
+        labels, dataset = column.to_numpy(), copy.copy(self)
+        dataset.partners = same_label_partners(labels, seed)
+        classes, counts = np.unique(labels, return_counts=True)
+        if alone := classes[counts == 1].tolist():
+            names = getattr(self.dataset.features[self.label_column], "names", None)
+            named = ", ".join(names[label] if names else str(label) for label in alone[:5])
+            logger.warning_once(
+                f"permuted teacher: {len(alone)} of {len(classes)} classes have a single training image, with which "
+                f"nothing is exchanged: {named}{', …' * (len(alone) > 5)}."
+            )
+        return dataset
+
     @property
     def _source(self):
         """The dataset below any subsets."""
@@ -181,6 +210,21 @@ class ImageDataset(Dataset):
         return next((item["pixels"] for item in items if "pixels" in item), None)
 
     def _read(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The items of these rows, for training with the pixels of their partners."""
+        items = self._read_rows(indices)
+        if self.partners is None or not self.replacement:
+            return items
+        found: dict[int, Tensor] = {}  # by the place in the batch
+        left = {place: index for place, index in enumerate(indices) if "pixels" in items[place]}
+        while left:
+            left = {place: int(self.partners[index]) for place, index in left.items()}
+            for place, partner in zip([*left], self._read_rows([*left.values()]), strict=True):
+                if "pixels" in partner:  # of the row itself, at last
+                    found[place] = partner["pixels"]
+                    del left[place]
+        return [item | {"teacher_pixels": found[i]} if i in found else item for i, item in enumerate(items)]
+
+    def _read_rows(self, indices: list[int]) -> list[dict[str, Any]]:
         """The items of these rows: those of decoded images at once, any other by itself."""
         by_batch = self.transform is None or isinstance(self.transform, CropAndFlip)
         if self._decoded is None or not by_batch or not all(0 <= row < len(self) for row in indices):
@@ -232,6 +276,20 @@ class ImageDataset(Dataset):
             if isinstance(row, dict):  # of a Subset, say, whose rows have a key already
                 key = int(row.get("index" if isinstance(self._source, ImageDataset) else INDEX_COLUMN, key))
             yield key, row
+
+
+def same_label_partners(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A permutation of the rows, int64 (N,), that maps each of integer `labels` (N,) to another row of its label: a
+    random cycle of all of its rows."""
+    order = np.random.default_rng((seed, 2)).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    ordered = labels[order]
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))  # of each label
+    following = np.roll(order, -1)
+    following[np.append(first[1:], len(order)) - 1] = order[first]
+    partners = np.empty_like(order)
+    partners[order] = following
+    return partners
 
 
 def _has_image_rows(dataset) -> bool:

@@ -13,12 +13,11 @@ from ..spec import PLAN_FILE, Experiment, RunSpec, check_same, continue_plan, di
 from .lock import RunLock
 
 
-def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str | None] = ()) -> None:
-    """Writes plan.json into the output folder, or holds the plan against the one that is there.
-
-    A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
-    what is resumable. `checkpoints` are what the runs go on from: what is refused leaves the folder as it was.
-    """
+def check_continuation(
+    experiment: Experiment, resume: bool, checkpoints: Sequence[str | None] = ()
+) -> Experiment | None:
+    """The plan that is in the output folder, if any. Raises ValueError if this one, or one of the `checkpoints` that
+    the runs go on from, does not continue it."""
     folder = Path(experiment.output_dir)
     old = earlier_plan(folder, resume)
     if old is not None:
@@ -26,10 +25,21 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
     for run, checkpoint in zip(experiment.runs, checkpoints, strict=False):
         if checkpoint and not finished_record(experiment, run):
             continue_plan(experiment.of(run), checkpoint)
+    return old
+
+
+def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str | None] = ()) -> Experiment:
+    """Writes plan.json into the output folder, or holds the plan against the one that is there. Returns what is there.
+
+    A later process with an equal plan joins the experiment. Only a continuation (`resume`) may add runs, and change
+    what is resumable. `checkpoints` are what the runs go on from: what is refused leaves the folder as it was.
+    """
+    folder = Path(experiment.output_dir)
+    old = check_continuation(experiment, resume, checkpoints)
     if old is None:
         old = _create_plan(experiment)
         if old is None:
-            return
+            return experiment
         check_same(old, experiment, folder)
     there, here = ({run.key: run for run in plan.runs} for plan in (old, experiment))
     for key in there.keys() & here.keys():
@@ -46,7 +56,7 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
                 "another --output_dir for a comparison."
             )
         write_json(folder / PLAN_FILE, dataclasses.replace(experiment, runs=runs).to_dict())
-        return
+        return experiment
     if there.keys() != here.keys():
         raise ValueError(
             f"{folder} holds a comparison of other runs ({'; '.join(there)}). Add runs to it with "
@@ -57,6 +67,7 @@ def open_folder(experiment: Experiment, resume: bool, checkpoints: Sequence[str 
             f"output_dir {folder} is in use: all of its {len(old.runs)} runs have been started. Continue those that "
             f"were interrupted with `{resume_command(folder)}`, choose another --output_dir, or remove it."
         )
+    return old
 
 
 def continues(folder: str | os.PathLike, resume: bool | str) -> bool:

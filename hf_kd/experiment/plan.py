@@ -40,7 +40,7 @@ from ..spec import (
     run_spec,
 )
 from .folder import check_writable, continues, earlier_plan
-from .variants import run_configs, variant_name
+from .variants import controls, run_configs, variant_name
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +59,12 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         config = dataclasses.replace(config, output_dir=folder, hub_model_id=repo_id)
     check_writable(config.output_dir)
     earlier = earlier_plan(config.output_dir, continues(config.output_dir, resumes(config)))
+    ratio, ratio_there = script.same_time_ratio, earlier.same_time_ratio if earlier else None
+    if ratio_there and ratio not in (None, ratio_there):
+        raise ValueError(
+            f"--same_time_ratio {ratio:g}: in {config.output_dir} ce_same_time has {ratio_there:g} times the "
+            "steps. Leave it out, or choose another --output_dir."
+        )
     dataset_origin = _origin("dataset", script.dataset, script.dataset_revision, earlier.data if earlier else None)
     if dataset_origin.get("commit"):
         hub.check_access(script.dataset, "dataset")
@@ -83,7 +89,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     if config.freeze_backbone and student.from_scratch:
         logger.warning("freeze_backbone with from_scratch: the backbone's weights are random, and stay so.")
     asked = run_configs(script, config, recipe)
-    losses = {name: run for name, _, run in asked}
+    marks = controls(script, config)
+    losses = {name: run for name, _, run in asked if name not in marks}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
     needs_labels = any(run.build_loss().needs_labels for _, _, run in asked)
@@ -106,7 +113,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
     found["train_image_size"] = config.train_image_size or side
     runs = tuple(
-        run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss)) for name, folder, run in asked
+        run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss), control=marks.get(name))
+        for name, folder, run in asked
     )
     experiment = Experiment(
         output_dir=config.output_dir,
@@ -122,7 +130,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
         push=push,
         requirements=_requirements(runs, parameters, len(data.train)),
         versions=collect_versions(),
-    )
+    ).with_same_time_ratio(ratio or ratio_there)
     return Experiment.from_dict(experiment.to_dict())  # JSON types, as those that are read from plan.json
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import set_seed
 from transformers.utils import logging
 
 from .. import hub
@@ -19,16 +18,14 @@ from ..config import DistillationConfig
 from ..data import ImageData, load_data
 from ..data.collators import count_kinds
 from ..launcher import check_processes, resume_command
-from ..losses import loss_source
-from ..models.ensemble import TeacherEnsemble
-from ..models.student import load_student
-from ..models.teacher import Teacher, load_teacher
+from ..models.teacher import Teacher
 from ..push import publish
 from ..ranks import check_same_plan, failures_named
 from ..reporting.card import write_card
 from ..reporting.classes import read_counts
 from ..reporting.collect import describe_teacher, make_record, write_record
 from ..reporting.comparison import write_comparison
+from ..reporting.controls import SAME_TIME
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
 from ..reporting.significance import shared_errors, verdicts
 from ..reporting.tables import comparison_table, pairwise_table, teacher_row_of
@@ -45,9 +42,10 @@ from ..spec import (
 )
 from ..stopping import stop_error, stop_request
 from ..trainer import DistillationTrainer
-from .folder import check_disk, continues, finished_record, open_folder
+from .folder import check_continuation, check_disk, continues, finished_record, open_folder
 from .lock import RunLock
 from .progress import ComparisonProgress
+from .trainers import config_of, make_trainer, teacher_of, with_same_time
 from .variants import check_only
 
 logger = logging.get_logger(__name__)
@@ -68,14 +66,15 @@ def run(
     Raises ExperimentError after all else, if runs diverged or the push failed; TrainingStopped and KeyboardInterrupt
     where `DistillationTrainer.train` does; RankFailure where another process has failed.
     """
-    configs = {spec.key: _config(experiment, spec, token) for spec in experiment.runs}
+    configs = [config_of(experiment, spec) for spec in experiment.runs]  # which are wrong before anything is written
     if only is not None:
         check_only(only, [spec.name_and_seed for spec in experiment.runs])
     specs = [spec for spec in experiment.runs if only in (None, spec.name_and_seed)]
-    hours = configs[specs[0].key].max_hours
+    hours = configs[0].max_hours
     with stop_request.listening(hours, since=psutil.Process().create_time()), failures_named():
         check_same_plan(experiment)
-        records = _train_all(experiment, specs, configs, resume)
+        experiment, loaded = _open(experiment, resume, len(specs))
+        records = _train_all(experiment, specs, resume, token, loaded)
         state = PartialState()
         problems = [_conclude(experiment, records, token, only) if state.is_main_process else ""]
         broadcast_object_list(problems)  # also since a rank that leaves early takes the others' connections with it
@@ -84,18 +83,37 @@ def run(
     return list(records.values())
 
 
+def _open(
+    experiment: Experiment, resume: bool | str, runs: int
+) -> tuple[Experiment, tuple[ImageData, Teacher | None] | None]:
+    """Writes the plan, of which `runs` are to be trained, or finds it in the folder. Returns it with the ratio of
+    ce_same_time that is kept there, and data and teacher, if they were needed to measure that."""
+    main, resume_here = PartialState().is_main_process, continues(experiment.output_dir, resume)
+    checkpoints, loaded = [_checkpoint(experiment, spec, resume) for spec in experiment.runs], None
+    if main and not resume_here:
+        check_disk(experiment, runs)
+    if experiment.same_time_ratio is None and any(spec.variation == SAME_TIME for spec in experiment.runs):
+        if main:
+            check_continuation(experiment, resume_here, checkpoints)
+        loaded = _load(experiment)
+        experiment = with_same_time(experiment, *loaded)
+    ratio = [experiment.same_time_ratio]
+    if main:
+        ratio = [open_folder(experiment, resume_here, checkpoints).same_time_ratio]
+    broadcast_object_list(ratio)
+    return experiment.with_same_time_ratio(ratio[0]), loaded
+
+
 def _train_all(
-    experiment: Experiment, specs: list[RunSpec], configs: dict[str, DistillationConfig], resume: bool | str
+    experiment: Experiment,
+    specs: list[RunSpec],
+    resume: bool | str,
+    token: str | None,
+    loaded: tuple[ImageData, Teacher | None] | None,
 ) -> dict[str, dict]:
     """Trains what is to be trained of these runs. Returns the records of those that are finished then."""
-    state = PartialState()
-    resume_here = continues(experiment.output_dir, resume)
-    if state.is_main_process:
-        if not resume_here:
-            check_disk(experiment, len(specs))
-        open_folder(experiment, resume_here, [_checkpoint(experiment, spec, resume) for spec in experiment.runs])
+    state, resume_here = PartialState(), continues(experiment.output_dir, resume)
     records: dict[str, dict] = {}
-    data, teacher = None, None
     progress = ComparisonProgress(dataclasses.replace(experiment, runs=tuple(specs)))
     if state.is_main_process and len(specs) > 1:
         print(progress.plan())
@@ -110,15 +128,15 @@ def _train_all(
         elif isinstance(claim[0], str):
             raise stop_error(claim[0], f"stopped before {spec.key}")
         elif claim[0]:
-            if data is None:
-                data, teacher = _load(experiment)
+            loaded = loaded or _load(experiment)
             try:
                 checkpoint = _checkpoint(experiment, spec, resume)
                 measured = next((r["teacher_metrics"] for r in records.values() if r.get("teacher_metrics")), None)
                 if resume and checkpoint is None:
                     logger.warning(f"no checkpoint in {folder}: starting from the beginning")
                 with stop_request.held():
-                    record = _train(experiment, spec, configs[spec.key], data, teacher, measured, checkpoint, progress)
+                    config = config_of(experiment, spec, token)
+                    record = _train(experiment, spec, config, *loaded, measured, checkpoint, progress)
                 records[spec.key] = record
                 if state.is_main_process:
                     print(progress.finish(record))
@@ -140,7 +158,7 @@ def resume(folder: str | os.PathLike, only: str | None = None) -> list[dict]:
     if not experiment.data.id:
         raise ValueError(f"{folder} was trained by a trainer built in Python: go on with {PYTHON_RESUME} there.")
     first = experiment.runs[0]
-    config = _config(experiment, first, None)
+    config = config_of(experiment, first)
     check_processes(config, folder)
     if config.world_size != first.processes:
         raise ValueError(
@@ -154,18 +172,6 @@ def resume(folder: str | os.PathLike, only: str | None = None) -> list[dict]:
             "checkpoints: launch it with the same configuration of accelerate."
         )
     return run(experiment, resume=True, only=only)
-
-
-def _config(experiment: Experiment, spec: RunSpec, token: str | None) -> DistillationConfig:
-    """The arguments of a run. A loss of the user's own must be in the file that the plan was made with."""
-    source = spec.loss.source
-    if source and (now := loss_source(spec.loss.name)) != source:  # before the loss is imported
-        raise ValueError(
-            f"{source['path']} is not the file that the plan was made with (sha256 {source['sha256'][:12]} there, "
-            f"{(now or {}).get('sha256', 'missing')[:12]} here): restore it, or start again in another --output_dir."
-        )
-    here = {"output_dir": str(experiment.folder(spec)), "hub_token": token, "resume_from_checkpoint": None}
-    return DistillationConfig(**{**spec.arguments(), **here})
 
 
 def _checkpoint(experiment: Experiment, spec: RunSpec, resume: bool | str) -> str | None:
@@ -193,13 +199,7 @@ def _load(experiment: Experiment) -> tuple[ImageData, Teacher | None]:
             f"fingerprint is {data.fingerprint[:16]}, there it is {str(experiment.data.fingerprint)[:16]}. Restore "
             "the dataset, or start again in another --output_dir."
         )
-    teachers = [
-        load_teacher(source.id, id2label=data.names, class_map=source.class_map, **source.hub)
-        for source in experiment.teachers
-    ]
-    if isinstance(experiment.teacher, EnsembleSource):
-        return data, TeacherEnsemble(teachers, experiment.teacher.weights, data.names)
-    return data, teachers[0] if teachers else None
+    return data, teacher_of(experiment, data)
 
 
 def _train(
@@ -213,19 +213,7 @@ def _train(
     progress: ComparisonProgress,
 ) -> dict:
     """Trains, evaluates and saves one student; returns its record."""
-    source = experiment.student
-    set_seed(spec.seed)  # the same initial weights for every loss
-    student, processor = load_student(source.id, id2label=data.names, **source.hub | options(source, STUDENT_OPTIONS))
-    trainer = DistillationTrainer(
-        student,
-        config,
-        teacher=teacher if "teacher_logits" in config.loss_class().requires else None,
-        eval_teacher=teacher,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=processor,
-        plan=experiment.of(spec),
-    )
+    source, trainer = experiment.student, make_trainer(experiment, spec, config, data, teacher)
     where = progress.start(spec, trainer)
     if config.process_index == 0:
         print(f"\n{where}: {trainer.train_loss}")
@@ -266,6 +254,7 @@ def _train(
         command=experiment.command,
         preset=experiment.preset,
         teacher=teacher and describe_teacher(teacher, experiment.teachers),
+        control=experiment.control(spec),
         diverged=diverged,
     )
     write_record(record, config.output_dir)
@@ -329,9 +318,11 @@ def _conclude(experiment: Experiment, records: dict[str, dict], token: str | Non
     return "\n".join(problems)
 
 
-def _report(experiment: Experiment, runs: list[dict]) -> None:
+def _report(experiment: Experiment, records: list[dict]) -> None:
     """Prints the table and the verdicts, and writes the comparison and the cards."""
     output_dir, against = Path(experiment.output_dir), experiment.against
+    marks = [experiment.control(spec) for spec in experiment.runs]  # of older runs, too, that were none before
+    runs = [{**record, "control": mark} for record, mark in zip(records, marks, strict=True)]
     found = verdicts(runs, against)
     sentences = [verdict["sentence"] for verdict in found]
     shared = [test["sentence"] for test in shared_errors(runs, against).values()]
@@ -341,14 +332,14 @@ def _report(experiment: Experiment, runs: list[dict]) -> None:
     if len(runs) > 1:
         counts = [read_counts(experiment.folder(spec)) for spec in experiment.runs]
         comparison = write_comparison(runs, output_dir, experiment.command, against, counts)
-        keys = ("name", "seed", "loss", "loss_description", "metrics", "timings")
+        keys = ("name", "seed", "loss", "loss_description", "control", "metrics", "timings")
         brief = [{key: record[key] for key in keys if key in record} for record in results(runs)]
         verdict_of = {verdict["loss"]: {**verdict, "runs": brief} for verdict in found}
-        for spec, record in zip(experiment.runs, runs, strict=True):
-            own = {"verdict": verdict_of.get(record["name"])}
+        for spec, record, before in zip(experiment.runs, runs, records, strict=True):
+            own = {"verdict": verdict_of.get(record["name"]), "control": record["control"]}
             if changes := comparison["class_changes"].get(record["name"]):
                 own["class_changes"] = changes
-            if any(record.get(key) != value for key, value in own.items()):
+            if any(before.get(key) != value for key, value in own.items()):
                 record |= {**own, "command": comparison["command"]}
                 write_json(experiment.folder(spec) / RUN_FILE, record)
     for spec, record in zip(experiment.runs, runs, strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ..reporting.controls import describe_control
 from ..spec import Experiment
 
 
@@ -34,6 +35,9 @@ def summary(experiment: Experiment) -> str:
     for run in experiment.runs:
         values = ", ".join(f"{key} {value}" for key, value in run.loss.hyperparameters.items())
         lines.append(f"  {run.key}: {run.loss.name}{f' ({values})' if values else ''} in {run.folder}")
+        if control := experiment.control(run):
+            measured = "" if control.get("ratio", True) else "; how many is to be measured"
+            lines[-1] += f"; control: {describe_control(control)}{measured}"
     preset = experiment.preset or {}
     lines += [*_provenance(experiment), preset.get("text", "")]
     if preset.get("deviations"):

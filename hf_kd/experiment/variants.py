@@ -3,10 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..config import DistillationConfig, read_json
 from ..losses import loss_class
 from ..recipes import published_hyperparameters
+from ..reporting.controls import CONTROLS, PERMUTED, RANDOM, SAME_TIME
 from ..reporting.significance import BASELINE
 
 
@@ -17,6 +19,59 @@ def variant_name(loss: str) -> str:
 
 def variants(script, config: DistillationConfig) -> dict[str, dict]:
     """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss"."""
+    asked = _asked(script, config)
+    return asked | {name: values for name, (values, _) in _controls(script, config, asked).items()}
+
+
+def controls(script, config: DistillationConfig) -> dict[str, dict[str, Any]]:
+    """By the names of the variants that `--controls` makes controls: the kind, and of which variant (None: of all)."""
+    return {name: mark for name, (_, mark) in _controls(script, config, _asked(script, config)).items()}
+
+
+def _controls(script, config: DistillationConfig, asked: dict[str, dict]) -> dict[str, tuple[dict, dict]]:
+    """Hyperparameters and mark of each control; ValueError for those that do not fit what is compared."""
+    kinds = list(dict.fromkeys(script.controls or ()))
+    if unknown := [kind for kind in kinds if kind not in CONTROLS]:
+        raise ValueError(f"--controls {unknown[0]} is unknown; there are: {', '.join(CONTROLS)}.")
+    if kinds and not script.verdict and script.compare is None:
+        raise ValueError(f"--controls {' '.join(kinds)} goes with --verdict or --compare.")
+    classes = {name: loss_class(values.get("loss", name)) for name, values in asked.items()}
+    baseline = variant_name(script.against or BASELINE)
+    distil = [name for name, cls in classes.items() if BASELINE not in (name, cls.name) and name != baseline]
+    if kinds and not distil:
+        raise ValueError(f"--controls {' '.join(kinds)}: no variant distils, so that there is nothing to control.")
+    found: dict[str, tuple[dict, dict]] = {}
+    for kind in kinds:
+        mark = {"kind": kind, "of": None}
+        if kind in (RANDOM, PERMUTED):
+            taught = [name for name in distil if "teacher_logits" in classes[name].requires]
+            if not taught:
+                raise ValueError(f"--controls {kind} is for losses that learn from a teacher, of which there is none.")
+            for name in taught:
+                values = {"loss": name, **asked[name]}
+                found[f"{variant_name(name)}-{kind}"] = values, mark | {"of": variant_name(name)}
+        elif kind in asked and kind != SAME_TIME:
+            if classes[kind].name != BASELINE:
+                raise ValueError(f"--controls {kind} is the name of another variant of --compare: rename that one.")
+            found[kind] = asked[kind], mark
+        else:
+            values = {"loss": kind}
+            if kind == SAME_TIME:  # with the hyperparameters of plain training
+                plain = baseline if baseline in asked and classes[baseline].name == BASELINE else BASELINE
+                values = {**asked.get(plain, {}), "loss": BASELINE}
+            found[kind] = values, mark
+            smoothing = (config.loss_kwargs or {}).get("label_smoothing") if script.verdict else None
+            if kind == "label_smoothing" and (smoothing or config.label_smoothing_factor):
+                raise ValueError("--controls label_smoothing: the labels of all runs are smoothed already. Drop it.")
+            if smoothing is not None:
+                found[kind][0].setdefault("label_smoothing", smoothing)
+    if twice := [name for name, (values, _) in found.items() if asked.get(name, values) is not values]:
+        raise ValueError(f"--compare has a variant {twice[0]}, the name of a control: rename it.")
+    return found
+
+
+def _asked(script, config: DistillationConfig) -> dict[str, dict]:
+    """The variants without those that `--controls` adds."""
     numbers = config.loss_kwargs or {}
     single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:
@@ -58,7 +113,7 @@ def check_only(only: str, names: Sequence[str]) -> None:
 
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:
     """Name, folder (within the experiment's) and arguments of each run, seed by seed."""
-    losses = variants(script, config)
+    losses, marks = variants(script, config), controls(script, config)
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
     runs = []
     for seed in seeds:  # the outer loop, so that a comparison that is cut off has whole pairs
@@ -82,5 +137,26 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
             if "teacher_logits" in run.loss_class().requires or not (script.verdict or script.compare):
                 run.check_teacher(script.teacher is not None)
+            kind = marks.get(name, {}).get("kind")
+            if kind == RANDOM:
+                run.teacher_check_batches = 0  # which would warn of a teacher near chance
+            if kind == PERMUTED:
+                _check_permuted(script, run)
+            if kind == SAME_TIME and run.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(
+                    f"--controls {kind}: a learning rate that follows the evaluations ({run.lr_scheduler_type}) can't "
+                    "be stretched over more steps. Choose another --lr_scheduler_type."
+                )
             runs.append((name, os.path.join(*several) if several else ".", run))
     return runs
+
+
+def _check_permuted(script, run: DistillationConfig) -> None:
+    """Raises ValueError where the outputs of a teacher can't be exchanged among images."""
+    if script.streaming:
+        raise ValueError(f"--controls {PERMUTED} needs all images at hand: it does not go with --streaming.")
+    if run.mixup_alpha or run.cutmix_alpha:
+        raise ValueError(
+            f"--controls {PERMUTED}: mixed images have no label whose images could be exchanged. Add --mixup_alpha 0 "
+            f"--cutmix_alpha 0 (mixup_alpha is {run.mixup_alpha:g}, cutmix_alpha {run.cutmix_alpha:g})."
+        )

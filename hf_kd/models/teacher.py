@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -107,6 +108,7 @@ def load_teacher(
     image_size: int | None = None,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
+    random_seed: int | None = None,
 ) -> Teacher:
     """A frozen teacher.
 
@@ -118,17 +120,27 @@ def load_teacher(
             of a JSON or YAML file; see `ClassMapping.between`.
         dtype, class_names: see `Teacher`.
         processor, revision, trust_remote_code, image_size, image_mean, image_std: see `load_student`.
+        random_seed: not negative; the architecture of an id with random weights that depend on it alone, as its
+            library initializes them, in place of the trained ones: a control. A student of that seed has others.
 
     Raises:
         ValueError: weights are missing or do not fit (a freshly initialised head teaches noise), or the classes
             can't be matched; with names and counts.
     """
+    if random_seed is not None and isinstance(model, nn.Module):
+        raise ValueError("random_seed= takes the architecture of a Hub id or folder, not a module.")
     if isinstance(model, Teacher):
         return model.aligned(id2label, class_map, dtype)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         name, hub = loading.check_id(model), {"revision": revision, "trust_remote_code": trust_remote_code}
-        module, faults = loading.load_classifier(name, loading.load_config(name, hub), hub, "teacher")
+        config, faults = loading.load_config(name, hub), dict[str, tuple | None]()
+        if random_seed is None:
+            module, faults = loading.load_classifier(name, config, hub, "teacher")
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(np.random.SeedSequence((random_seed, 1)).generate_state(1)[0]))
+                module = loading.build(config, trust_remote_code)
         if faults:
             raise ValueError(
                 f"teacher {name}: {len(faults)} weights are missing from its checkpoint or have another shape, and "

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from ..losses import LOSSES
 from ..spec import DATA_OPTIONS, EXECUTION, STUDENT_OPTIONS
 from .classes import changes_sentence
+from .controls import control_names, describe_control
 from .metadata import metadata, on_hub, one_line, title
 from .record import CARD_FILE, RUN_FILE, by_name, loss_description, redact
 from .significance import BASELINE
@@ -74,6 +75,8 @@ def model_card(run: Mapping[str, Any]) -> str:
         glossary=[text for key, text in GLOSSARY.items() if key in rates],
         errors=_errors(run),
         variants=_variants(run),
+        control=describe_control(run.get("control") or {}),
+        teaches="teacher_logits" in description.get("requires", ()),
         log=log_table(run),
         settings=_settings(run["settings"]),
         baseline=_baseline(run),
@@ -119,7 +122,9 @@ def _variants(run: Mapping[str, Any]) -> list[str]:
         loss = dict(seeds[0].get("loss") or {})
         what = [escape(loss_description(seeds[0]).get("title")) or code(loss.get("name"))]
         numbers = [code(f"{key} {value}") for key, value in loss.items() if key != "name" and value is not None]
-        lines.append(f"{code(name)}: {', '.join(what + numbers)}")
+        control = seeds[0].get("control")
+        note = f" (a control: {escape(describe_control(control))})" if control else ""
+        lines.append(f"{code(name)}: {', '.join(what + numbers)}{note}")
     return lines
 
 
@@ -154,7 +159,7 @@ def _table(run: Mapping[str, Any], rates: Mapping[str, str]) -> str:
     rows = [_row(f"**this model** ({own}, seed {number(run.get('seed'))})", [run], student, rates)]
     if teacher or run["teacher_metrics"]:
         rows.append(_row(f"teacher {code(teacher.get('id'))}", [{"metrics": run["teacher_metrics"]}], teacher, rates))
-    controls = {name for each in (run, *others) for name in loss_description(each).get("controls", ())}
+    controls = control_names([run, *others])
     for name, seeds in by_name(others).items():
         kind = "baseline without distillation " if name == BASELINE else "baseline "
         role = kind if name in (BASELINE, _baseline(run)) else "control " if name in controls else ""

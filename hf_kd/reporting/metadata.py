@@ -15,7 +15,8 @@ HUB_NAMES = {"top1": "accuracy", "top5": "top_5_accuracy", "ece": "expected_cali
 
 def title(run: Mapping[str, Any]) -> str:
     """The repository's name, or one made of student, loss and data."""
-    ids = [(run.get(key) or {}).get("name" if key == "loss" else "id") for key in ("student", "loss", "data")]
+    student, loss, data = ((run.get(key) or {}) for key in ("student", "loss", "data"))
+    ids = [student.get("id"), run.get("name") if run.get("control") else loss.get("name"), data.get("id")]
     ids = [run["repo_id"]] if run.get("repo_id") else ids
     return "-".join(one_line(text).rstrip("/").split("/")[-1] for text in ids if text) or "image-classifier"
 

@@ -5,10 +5,11 @@ sums, and "teachers" with the weight of each), data, seed, command, versions, se
 None; of several those of their mean), terms, history, timings, device, created, preset (name, source, what the user
 changed, and the deviations from the paper, or None), latency (how it was measured), repo_id (or None), verdict (None,
 or what `significance.verdicts` says of its loss, with the metrics of all `runs`), loss_description (of a loss that is
-not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are those of the first), license (of
-the model, as the Hub writes it, if it is known; of pretrained weights it is a key of student), class_changes (of a
-comparison: see `classes.class_changes`), and diverged (None, or why this is no result: it has no metrics then, only a
-history). `make_record` gives it class_counts, too, which are written to classes.csv.
+not hf_kd's), evaluation_sets (of several, size and metrics by name; `metrics` are those of the first), control (None,
+or of what the run is a control, see `hf_kd.reporting.controls`), license (of the model, as the Hub writes it, if it is
+known; of pretrained weights it is a key of student), class_changes (of a comparison: see `classes.class_changes`), and
+diverged (None, or why this is no result: it has no metrics then, only a history). `make_record` gives it class_counts,
+too, which are written to classes.csv.
 """
 
 import json

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .record import loss_description
+from .controls import REMAINS, controls_of
 
 BASELINE = "ce"
 LEVEL = 0.05
@@ -91,7 +91,11 @@ def baseline_tests(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -
 
 def _distil(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     variants = {run["name"]: run for run in runs}
-    return [name for name, run in variants.items() if BASELINE not in (name, (run.get("loss") or {}).get("name"))]
+    return [
+        name
+        for name, run in variants.items()
+        if BASELINE not in (name, (run.get("loss") or {}).get("name")) and not run.get("control")
+    ]
 
 
 def shared_errors(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> dict[str, dict[str, Any]]:
@@ -123,8 +127,8 @@ def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list
     without runs of the baseline or several seeds.
 
     A variant *helped* if its mean difference to the baseline is positive with a corrected p of at most 0.05, and if
-    the 95 % interval of its difference to each of its loss's `controls` among the runs is above 0: a gain that a
-    control shows too is not due to the loss. The controls are further conditions, not further chances, and are not
+    the 95 % interval of its difference to each of its controls (see `controls_of`) is above 0: a gain that a control
+    shows too is not due to the loss. The controls are further conditions, not further chances, and are not
     counted.
 
     Returns:
@@ -138,11 +142,16 @@ def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list
     for name, first in baseline_tests(runs, against).items():
         if len(first["seeds"]) < 2:
             continue
-        controls = [control for control in loss_description(variants[name]).get("controls", ()) if control in variants]
+        controls = controls_of(variants[name], variants.values())
         tests = [first, *(test for other in controls if other != against and (test := compare(runs, name, other)))]
         beats_all = len(tests) == len({against, *controls}) and all(_above(test) for test in tests)
         verdict = {"loss": name, "seeds": first["seeds"], "helped": beats_all}
-        sentence = _sentence(name, tests, beats_all) + _not_counted(runs, [name, against, *controls])
+        sentence = _sentence(name, tests, beats_all)
+        for control in controls:
+            what = REMAINS.get((variants[control].get("control") or {}).get("kind", ""))
+            if what and first["mean"] > 0 and (rest := compare(runs, control, against)):
+                sentence += f" Of {describe(first)} points over {against}, {describe(rest)} remain {what}."
+        sentence += _not_counted(runs, [name, against, *controls])
         own_errors = {"shared_errors": shared[name]} if name in shared else {}
         found.append(verdict | {"sentence": sentence, "tests": tests, **own_errors})
     return found

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from .controls import control_names, describe_controls
 from .record import by_name, eval_key, results
 from .significance import BASELINE, baseline_tests, compare, describe, p_value, pairwise
 
@@ -35,7 +36,8 @@ def comparison_table(
     without evaluations, "MB" is the saved model. The difference is in top-1 points to the baseline's run of the
     same seed, with the half-width of the paired 95 % interval. Of several seeds, "p" is that of the paired t-test,
     corrected for the number of variants that distil (see `baseline_tests`). What is missing or not finite shows as
-    "–". The sampling error is the half-width of the 95 % interval of one top-1 (Wilson 1927).
+    "–". Controls are marked, and described below. The sampling error is the half-width of the 95 % interval of one
+    top-1 (Wilson 1927).
 
     Args:
         runs: records (see `record`) that share student, data and settings; only "name" is required.
@@ -43,7 +45,7 @@ def comparison_table(
         markdown: a GitHub table instead of aligned text.
         against: the name of the baseline's runs.
     """
-    variants, tests = by_name(runs), baseline_tests(runs, against)
+    variants, tests, controls = by_name(runs), baseline_tests(runs, against), control_names(runs)
     tested = any(p_value(test) is not None for test in tests.values())
     rates = rates_of(runs)
     header = [
@@ -59,7 +61,8 @@ def comparison_table(
         rows.append(_row(label, [{"metrics": teacher_row, "student": teacher_row}], rates))
     for name, seeds in variants.items():
         test, kept = tests.get(name) or compare(runs, name, against), results(seeds)
-        label = name if len(kept) == len(seeds) else f"{name} ({len(seeds) - len(kept)} of {len(seeds)} diverged)"
+        label = f"{name} (control)" if name in controls - {against} else name
+        label += "" if len(kept) == len(seeds) else f" ({len(seeds) - len(kept)} of {len(seeds)} diverged)"
         p = p_value(tests[name]) if name in tests else None
         cells = [describe(test) if test else MISSING, MISSING if p is None else f"{p:.2g}"]
         rows.append(_row(label, kept or seeds, rates) + cells)
@@ -69,6 +72,8 @@ def comparison_table(
         family = max(test["family"] for test in tests.values())
         corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
         caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
+    if described := describe_controls(runs):
+        caveat += f" Controls: {'; '.join(described)}."
     return f"{layout(rows, markdown)}\n\n{caveat}"
 
 
