@@ -282,8 +282,11 @@ def test_one_process_goes_on_from_two_and_two_from_one_under_ddp_only(engine, fo
 
 CONFIGURATIONS = {
     "ddp": ["--loss", "uskd"],
+    "cpu_ddp": ["--loss", "uskd"],
     "deepspeed_zero2": ["--loss", "uskd"],
+    "cpu_deepspeed_zero2": ["--loss", "uskd"],
     "deepspeed_zero3": ["--compare", "ce,uskd"],
+    "cpu_deepspeed_zero3": ["--loss", "uskd"],
     "fsdp2": ["--loss", "uskd"],
 }
 COMMON = ["--optim", "sgd", "--learning_rate", "0.01", "--save_strategy", "no"]
@@ -312,7 +315,7 @@ def test_the_command_line_with_a_configuration_of_the_examples(name, things, tmp
         assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
         assert record["terms"] == pytest.approx(expected["terms"], abs=1e-5)
         assert record["student"]["parameters"] == expected["student"]["parameters"]
-        assert record["plan"]["runs"][0]["engine"] == ENGINE_OF[name]
+        assert record["plan"]["runs"][0]["engine"] == ENGINE_OF[name.removeprefix("cpu_")]
         assert f"--config_file examples/accelerate_configs/{name}.yaml" in record["command"]
 
 
