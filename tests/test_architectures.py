@@ -114,7 +114,7 @@ def test_an_architecture_that_takes_no_images_is_refused_before_the_data_are_loa
             "--output_dir",
             str(tmp_path / "out"),
         ]
-        monkeypatch.setattr(plans, "_origin", lambda key, script, earlier: {"id": getattr(script, key)})
+        monkeypatch.setattr(plans, "_origin", lambda kind, name, *_: {"id": name})
         with pytest.raises(ValueError, match=message):
             plans.plan(*parse([*arguments, "--loss", "ce", "--use_cpu", *more]))
 

@@ -27,7 +27,15 @@ pytestmark = pytest.mark.usefixtures("undrawn_figures")
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDENT, DATA, TOKEN = "facebook/deit-tiny-patch16-224", "uoft-cs/cifar100", "hf_" + "a" * 34
 COMMAND = f"accelerate launch examples/run_distill.py --student {STUDENT} --loss uskd"
-PUSHED = {"README.md", "config.json", "curves.png", "model.safetensors", "preprocessor_config.json", "run.json"}
+PUSHED = {
+    "README.md",
+    "config.json",
+    "curves.png",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "classes.csv",
+    "run.json",
+}
 
 
 @pytest.fixture(scope="module")
