@@ -101,8 +101,9 @@ def engine_arguments(engine: str) -> dict:
     return {}
 
 
-def cell_trainer(engine: str, cell: str, folder: Path, student=None, **settings):
-    """The trainer of a cell; with another student, and `settings`, arguments of `DistillationConfig`, if any."""
+def cell_trainer(engine: str, cell: str, folder: Path, student=None, data=None, **settings):
+    """The trainer of a cell; with another student, other `data` to train on and to evaluate, and `settings`, arguments
+    of `DistillationConfig`, if any."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from tiny import tiny
     from trainer_helpers import NAMES, config, freeze_batch_norm, make_teacher, rows
@@ -126,12 +127,16 @@ def cell_trainer(engine: str, cell: str, folder: Path, student=None, **settings)
         options |= {"optim": "adamw_torch", "learning_rate": 1e-3}
     if variant == ["live"]:
         options |= {"learning_rate": 1e-3}
+    train, evaluation = data or (
+        rows(48 if variant == ["live"] else IMAGES),  # one process has no uneven shares
+        rows(EVAL_IMAGES, seed=5),
+    )
     trainer = DistillationTrainer(
         model if student is None else student,
         config(folder, **(options | settings)),
         teacher=teacher,
-        train_dataset=rows(48 if variant == ["live"] else IMAGES),  # one process has no uneven shares
-        eval_dataset=rows(EVAL_IMAGES, seed=5),
+        train_dataset=train,
+        eval_dataset=evaluation,
         processing_class=processor,
     )
     if variant != ["live"]:

@@ -11,19 +11,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from cli_helpers import REPOSITORY
 from safetensors.torch import load_file
 from tiny import tiny, tiny_config
 from torch import nn
-from trainer_helpers import NAMES, config
+from trainer_helpers import NAMES, config, noted, rows
 from transformers import TrainerCallback
 
 from hf_kd import engines, load_student
 from hf_kd.checkpointing import HEAD_FILE
 from hf_kd.cli import main
+from hf_kd.data import order
+from hf_kd.data.streaming import StreamedRows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import parity  # noqa: E402
@@ -164,8 +168,45 @@ def freezes(engine, folder):
     trainer.save_model()
 
 
+class OfTwo(order.EpochSampler):
+    """In one process, the batches of two processes for the same step."""
+
+    def __init__(self, dataset, batch_size, readers, *args):
+        super().__init__(dataset, batch_size // 2, (2, 0, readers[2]), *args)
+
+    def __iter__(self):
+        every = self._batches()
+        return (np.concatenate(every[i : i + 2]).tolist() for i in range(0, len(every), 2))
+
+
+@mock.patch.object(order, "BLOCK_ROWS", 8)
+def streams(engine, folder):
+    """Three passes of two steps each; resumed in the second one."""
+    rank = os.environ.get("RANK", "0")
+    (folder / rank).mkdir(parents=True)
+    data = []
+    for split, table in (("train", rows(parity.IMAGES)), ("test", rows(parity.EVAL_IMAGES, seed=5))):
+        file = str(folder / rank / f"{split}.parquet")
+        table.to_parquet(file, batch_size=4)  # rows of a row group
+        data.append(StreamedRows([file], table.features))
+    settings = SAVING | {"data": data, "save_steps": 3, "max_steps": 6}
+    sampler = OfTwo if engine == "one" else order.EpochSampler
+    with mock.patch.object(order, "EpochSampler", sampler):
+        whole = trainer_of(engine, folder / "whole", **settings)
+        seen = noted(whole)
+        whole.train()
+        metrics = whole.evaluate()
+        trainer_of(engine, folder / "cut", at=(5, stop), **settings).train()
+        cut = trainer_of(engine, folder / "cut", **settings)
+        resumed = noted(cut)
+        cut.train(resume_from_checkpoint=True)
+    numbers = {key: metrics[key] for key in ("eval_loss", "eval_top1", "eval_samples")}
+    (folder / f"found-{rank}.json").write_text(json.dumps({"seen": seen, "resumed": resumed, "metrics": numbers}))
+    whole.accelerator.wait_for_everyone()
+
+
 ALL = (exports, resumes, takes_the_best, finds_nan, describes, goes_on_from_one, trains_plain_modules)
-ALL += (has_a_weight_without_gradient, freezes)
+ALL += (has_a_weight_without_gradient, freezes, streams)
 JOBS = {job.__name__: job for job in ALL}
 
 
@@ -261,6 +302,22 @@ def test_the_record_measures_the_student_as_it_is_saved(engine, folder):
 def same_weights(folder, other, step=4):
     pairs = [[load_file(path / f"checkpoint-{step}" / name) for path in (folder, other)] for name in SAVED]
     return all(parity.largest_difference(*pair) <= parity.TOLERANCE for pair in pairs)
+
+
+def test_a_stream_has_the_images_and_weights_of_one_process_and_resumes(engine, folder):
+    folder, plain = (folder / name / "streams" for name in (engine, "one"))
+    ours = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+    one = json.loads((plain / "found-0.json").read_text())
+    for key, first in (("seen", 0), ("resumed", 6)):  # of 12 micro-batches, two to a step and four to a pass
+        shared = [sorted(a + b) for a, b in zip(*(found[key] for found in ours), strict=True)]
+        assert shared == [sorted(batch) for batch in one[key]] == [sorted(batch) for batch in one["seen"][first:]]
+    for start in (0, 4, 8):
+        assert sorted(sum(one["seen"][start : start + 4], [])) == list(range(parity.IMAGES))
+    assert ours[0]["metrics"] == ours[1]["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+    assert same_weights(folder / "whole", plain / "whole", step=6)
+    for name in SAVED:
+        cut, whole = ((folder / run / "checkpoint-6" / name).read_bytes() for run in ("cut", "whole"))
+        assert cut == whole, name
 
 
 def test_one_process_goes_on_from_two_and_two_from_one_under_ddp_only(engine, folder, tmp_path):

@@ -87,11 +87,15 @@ def worker(case: str, statuses: str, argv: list[str]) -> int:
     return status
 
 
-def launch(case, folder, argv):
+ACCELERATE = ["accelerate.commands.launch", "--quiet", "--config_file", "examples/accelerate_configs/cpu_ddp.yaml"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def launch(case, folder, argv, launcher=TORCHRUN, expected=1):
     """Messages and the exit status of each rank (None: it was killed). The launcher must end within two minutes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [__file__, case, str(folder), *map(str, argv)]
+    command = [sys.executable, "-m", *launcher, __file__, case, str(folder), *map(str, argv)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == expected, done.stderr[-4000:]
     files = [folder / f"{case}-{rank}" for rank in (0, 1)]
     return done.stderr, [int(file.read_text()) if file.exists() else None for file in files]
 
@@ -106,17 +110,17 @@ def arguments(things, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("case", "failed", "message"),
+    ("case", "failed", "message", "launcher"),
     [
-        ("raises", 1, "rank 1 has failed: division by zero"),
-        ("killed", 1, "rank 1 ended without a message: killed"),
-        ("reads", 1, "rank 1 has failed: the disk is gone"),
-        ("saves", 0, "rank 0 has failed: the disk is gone"),
-        ("records", 0, "rank 0 has failed: the disk is gone"),
+        ("raises", 1, "rank 1 has failed: division by zero", ACCELERATE),
+        ("killed", 1, "rank 1 ended without a message: killed", TORCHRUN),
+        ("reads", 1, "rank 1 has failed: the disk is gone", TORCHRUN),
+        ("saves", 0, "rank 0 has failed: the disk is gone", TORCHRUN),
+        ("records", 0, "rank 0 has failed: the disk is gone", TORCHRUN),
     ],
 )
-def test_the_other_rank_says_which_failed_and_why(case, failed, message, arguments, tmp_path):
-    said, statuses = launch(case, tmp_path, arguments)
+def test_the_other_rank_says_which_failed_and_why(case, failed, message, launcher, arguments, tmp_path):
+    said, statuses = launch(case, tmp_path, arguments, launcher)
     assert f"error: rank {1 - failed}: {message}" in said, said[-4000:]
     # The launcher ends the other one when the first has ended, which may be before that has written its status.
     assert statuses[1 - failed] in (1, None) and statuses[failed] == (None if case == "killed" else 1)
@@ -158,7 +162,7 @@ def test_a_signal_to_one_rank_stops_both_and_resume_continues(arguments, tmp_pat
     assert f"Resume with: torchrun --nproc_per_node 2 -m hf_kd resume {tmp_path / 'out'}" in said
     assert said.count("exitcode  : 75") == 2
     assert said.count("SIGUSR1: stopped at step 9; the state is saved in") == 2
-    said, statuses = launch("resumed", tmp_path, ["resume", tmp_path / "out"])
+    said, statuses = launch("resumed", tmp_path, ["resume", tmp_path / "out"], expected=0)
     assert statuses == [0, 0], said[-4000:]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["history"][-1]["step"] == 12
 
