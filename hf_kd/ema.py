@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +108,6 @@ class StudentAverage(TrainerCallback):
             held = value.clone()
             value.copy_(self._average[name])
             self._average[name].copy_(held)
-
-
-def evaluates_average(loop: Callable) -> Callable:
-    """Makes a trainer's method see the averaged student."""
-
-    @functools.wraps(loop)
-    def evaluate(self, *args, **kwargs):
-        with self.average.in_student():
-            return loop(self, *args, **kwargs)
-
-    return evaluate
 
 
 def _changing(student: nn.Module) -> dict[str, torch.Tensor]:

@@ -58,12 +58,15 @@ def _count_in_all_processes(trainer, count: int | None, error: Exception | None,
         total, no_data = agree(trainer, count or 0, device, no_data=error is not None)
         if not streams or not no_data:
             return total
-    raise _saved_without_data(trainer, error)
+    raise saved_without_data(trainer, error)
 
 
-def _saved_without_data(trainer, error: Exception | None) -> Exception:
-    """Saves the state of the last step in all processes. Returns what this one raises: its own error, if any."""
-    step = trainer.state.global_step
+def saved_without_data(trainer, error: Exception | None) -> Exception:
+    """Saves the state of the last step in all processes, while they train, after `error` in this or another one.
+
+    Returns what this one raises: its own error, if any, else an OSError that names those of the others.
+    """
+    step = trainer.state.global_step if trainer.is_in_train else 0
     folder = Path(trainer.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
     text = None if error is None else user_message(error) or str(error) or type(error).__name__
     found = [(text, folder.exists())]

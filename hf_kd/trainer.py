@@ -23,7 +23,7 @@ from .data.collators import evaluation_collator, training_collator
 from .data.dataset import check_labels
 from .data.order import sampler_of
 from .data.wait import DataWait
-from .ema import StudentAverage, evaluates_average
+from .ema import StudentAverage
 from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
@@ -87,10 +87,8 @@ class DistillationTrainer(Trainer):
     auxiliary_head: AuxiliaryHead | None = None
     _steps_per_epoch = 1
     _seconds_before = 0.0  # trained by earlier sessions of a run that is resumed
-    _meter: ClassificationMeter | None = None  # in evaluation_loop only, as the next three
+    _meter: ClassificationMeter | None = None  # in evaluation_loop only, as the next
     _labelled = True  # whether what is evaluated has labels
-    _evaluated = 0  # how many images are
-    _skipped_now: dict[str, str] = {}  # which of them could not be decoded
     _resumed_from: str | None = None
     _diverged: str | None = None  # what this process of several has met
     _staging: str | None = None  # where the checkpoint is that is being saved
@@ -339,7 +337,6 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
-    @evaluates_average
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -350,7 +347,8 @@ class DistillationTrainer(Trainer):
         `predict` leaves them out without labels, and gives NaN for an image that could not be decoded. ValueError if
         another evaluation does not count every image that could be.
         """
-        loop = functools.partial(super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys)
+        options = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
+        loop = functools.partial(super().evaluation_loop, description=description, **options)
         return evaluation.measured(self, loop, dataloader, description == "Prediction", metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -385,6 +383,7 @@ class DistillationTrainer(Trainer):
                     self._add_heads()
                 return super().train(checkpoint, **kwargs)
             finally:
+                self.is_in_train = False
                 self.average.end()
                 self._remove_head()
 

@@ -45,6 +45,8 @@ def worker(folder: str, loss: str) -> None:
 
     if loss == "collectives":
         return collectives(folder)
+    if loss == "evaluation fault":
+        return evaluation_faults(folder)
     world = int(os.environ.get("WORLD_SIZE", 1))
     more = {"ema": {"ema_decay": 0.7, "eval_strategy": "epoch"}, "frozen": {"freeze_backbone": True}}.get(loss, {})
     kind, loss = ("resnet" if more else "vit"), {"ema": "ce", "frozen": "uskd"}.get(loss, loss)
@@ -121,13 +123,52 @@ def collectives(folder: str) -> None:
     Path(folder, f"counts-{trainer.args.process_index}.json").write_text(json.dumps(counts))
 
 
+def evaluation_faults(folder: str) -> None:
+    """The second process cannot read, from the first batch of an evaluation on or later; both skip too many images."""
+    from data_helpers import with_broken
+    from trainer_helpers import rows, trainer_for, weights
+
+    from hf_kd.data.collators import EvaluationCollator
+
+    collate, found = EvaluationCollator.__call__, {}
+
+    def training(name, evaluation, fails_at=None, resume=None, **more):
+        calls = []
+
+        def reading(self, items):
+            calls.append(items)
+            if fails_at is not None and trainer.args.process_index == 1 and len(calls) > fails_at:
+                raise PermissionError("access was withdrawn")
+            return collate(self, items)
+
+        settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.7} | more
+        trainer = trainer_for(Path(folder, name), evaluation=evaluation, **settings)
+        EvaluationCollator.__call__ = reading
+        try:
+            trainer.train(resume)
+        except (OSError, ValueError) as error:
+            return [str(error), *error.__notes__]
+        finally:
+            EvaluationCollator.__call__ = collate
+        return weights(trainer)
+
+    data = rows(40, seed=5)  # 3 batches for each
+    whole = training("whole", data)
+    for name, fails_at in (("first", 0), ("later", 2)):
+        found[name] = training(name, data, fails_at)
+        found[f"{name} resumed"] = torch.equal(training(name, data, resume=True), whole)
+    found["broken"] = training("broken", with_broken(data, 9, 10, 17, 18), max_skipped_fraction=0.05)  # 2 each
+    rank = os.environ["RANK"]
+    Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder `2` with the results of every case by name, and `1` with those that one process can have."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     cases = ["nkd", "permuted", "uskd", "dist", "token", "two teachers", "ema", "frozen", "skip"]
-    command += [str(Path(__file__)), str(folder / "2"), *cases, "stop", "collectives"]
+    command += [str(Path(__file__)), str(folder / "2"), *cases, "stop", "evaluation fault", "collectives"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for case in cases:
@@ -178,6 +219,18 @@ def test_ctrl_c_in_one_process_stops_both_with_a_checkpoint(folder):
     saved = {path.name for path in (folder / "2" / "stop" / "checkpoint-4").iterdir()}
     assert saved >= {"trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"}  # moved when both were written
     assert not (folder / "2" / "stop" / ".incomplete").exists()
+
+
+def test_both_save_their_state_where_one_has_no_data_for_an_evaluation(folder):
+    out, withdrawn = folder / "2" / "evaluation fault", "access was withdrawn"
+    for rank in (0, 1):
+        found = json.loads((out / f"found-{rank}.json").read_text())
+        for name in ("first", "later"):
+            text = withdrawn if rank else f"process 1 has no data: {withdrawn}"
+            assert found[name] == [text, f"The state of step 2 is saved in {out / name / 'checkpoint-2'}."]
+            assert found[f"{name} resumed"]
+        text, note = found["broken"]
+        assert text.startswith("4 of 40 images could not be decoded (4 empty)") and "step 2 is saved" in note
 
 
 @pytest.mark.parametrize(("loss", "own"), [("ce", 1), ("nkd", 1), ("uskd", 2)])

@@ -20,6 +20,7 @@ from trainer_helpers import trainer_for, weights
 
 from hf_kd.data import ImageDataset, load_data, order, streaming, wait
 from hf_kd.data import dataset as dataset_module
+from hf_kd.data.collators import EvaluationCollator
 from hf_kd.data.order import EpochSampler, RowGroup, batch_sizes, epoch_order
 from hf_kd.data.streaming import StreamedRows
 
@@ -386,6 +387,42 @@ def test_where_the_data_is_gone_the_state_is_saved_first(tmp_path, monkeypatch):
         trainer_for(tmp_path / "out", train=rows, **SETTINGS).train()
     assert caught.value.__notes__ == [f"The state of step 3 is saved in {tmp_path / 'out' / 'checkpoint-3'}."]
     resumed = trainer_for(tmp_path / "out", train=rows, **SETTINGS)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(("fails_at", "broken"), [(0, False), (3, False), (3, True)])
+def test_where_the_data_of_an_evaluation_is_gone_the_state_is_saved_first(fails_at, broken, tmp_path, monkeypatch):
+    (train, _), (_, test) = write(tmp_path / "d", SHARDS[4]), write(tmp_path / "d", [20], "test", 1)  # 3 batches
+    settings = {"train": StreamedRows(train, FEATURES), "evaluation": test, "loss": "uskd", "ema_decay": 0.7}
+    settings |= SETTINGS | {"eval_strategy": "steps", "eval_steps": 5}
+    whole = trainer_for(tmp_path / "whole", **settings)
+    whole.train()
+    keep, calls = EvaluationCollator.__call__, []
+
+    def fail(self, items):
+        calls.append(items)
+        if len(calls) <= fails_at:
+            return keep(self, items)
+        if broken:
+            return keep(self, items) | {"skipped": {"a.png": "empty"}}
+        raise PermissionError("access was withdrawn")
+
+    step, error = 10 if fails_at else 5, ValueError if broken else PermissionError
+    monkeypatch.setattr(EvaluationCollator, "__call__", fail)
+    cut = trainer_for(tmp_path / "out", **settings)
+    with pytest.raises(
+        ValueError if broken else PermissionError, match="1 of 20" if broken else "withdrawn"
+    ) as caught:
+        cut.train()
+    assert caught.value.__notes__ == [
+        f"The state of step {step} is saved in {tmp_path / 'out' / f'checkpoint-{step}'}."
+    ]
+    with pytest.raises(error) as caught:
+        cut.evaluate()  # not in training: nothing is saved
+    assert not hasattr(caught.value, "__notes__")
+    monkeypatch.setattr(EvaluationCollator, "__call__", keep)
+    resumed = trainer_for(tmp_path / "out", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights(resumed), weights(whole))
 
