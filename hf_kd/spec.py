@@ -33,6 +33,8 @@ EXECUTION = (
     "save_steps save_total_limit save_on_each_node skip_memory_metrics ddp_timeout resume_from_checkpoint push_to_hub "
     "hub_model_id hub_strategy hub_private_repo hub_revision hub_always_push max_hours"
 ).split()
+# Arguments that are newer than plans which are still continued, and off by another value than None or False.
+OFF = {"distillation_alpha": 0.5}
 # Of lr_scheduler_kwargs, those that count steps.
 STEPS_OF_SCHEDULERS = {"num_stable_steps", "num_decay_steps", "timescale"}
 
@@ -345,7 +347,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         elif isinstance(there, dict) and isinstance(here, dict):
             keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
             # What an earlier hf_kd did not have yet, and is off, is no difference.
-            keys = [key for key in keys if key in there or here[key] is not False]
+            keys = [key for key in keys if key in there or here[key] != OFF.get(key, False)]
             found += [_difference(f"{prefix}{key}", there.get(key), here.get(key)) for key in keys]
         else:
             found.append(_difference(name, there, here))

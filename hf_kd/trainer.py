@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
         needs_labels = self.train_loss.needs_labels
         train_dataset = as_image_dataset(train_dataset, id2label, args, self._own_collator, needs_labels)
         if needs_labels:
-            check_labels(train_dataset, args.loss)
+            check_labels(train_dataset, self.train_loss)
         eval_dataset = as_image_dataset(eval_dataset, id2label, args, self._own_collator)
         self.augmentation_applied = None if train_dataset is None else augmentation_of(train_dataset, args)
         align = functools.partial(aligned_teacher, model=student, id2label=id2label, args=args)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for, weig
 from hf_kd import load_teacher
 from hf_kd.cli import main
 from hf_kd.cli.arguments import parse
-from hf_kd.data import ImageDataset, as_image_dataset
+from hf_kd.data import ImageDataset, as_image_dataset, load_data
 from hf_kd.data.dataset import same_label_partners
 from hf_kd.experiment import trainers
 from hf_kd.experiment.plan import plan
@@ -365,6 +366,46 @@ def test_ctrl_c_while_steps_are_measured_leaves_nothing(things, tmp_path, monkey
     assert not (tmp_path / "out").exists() and not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_permuted_teacher_needs_labels(things, tmp_path):
+    """All images that have none would else be exchanged as one class."""
+    data = datasets.load_dataset("parquet", data_dir=str(things / "data"))
+    feature, labels = data["train"].features["label"], data["train"]["label"]
+    for missing in (labels[:-3] + [-1] * 3, [None] * 48):
+        train = data["train"].remove_columns("label").add_column("label", missing, feature=feature)
+        with pytest.raises(
+            ValueError, match=f"need labels, and {3 if missing[0] == 0 else 48} of 48 images have none"
+        ):
+            ImageDataset(train).with_partners(0)
+    datasets.DatasetDict(train=train, test=data["test"]).save_to_disk(tmp_path / "data")
+    more = ["--compare", "kl_only", "--dataset", tmp_path / "data", "--controls"]
+    assert len(planned(things, tmp_path / "out", *more, "random_teacher").runs) == 2
+    with pytest.raises(ValueError, match="permuted_teacher exchanges images of the same label, and 48 of the 48"):
+        planned(things, tmp_path / "out", *more, "permuted_teacher")
+
+
+@pytest.mark.parametrize(("against", "number"), [("label_smoothing", 0.1), ("2xce", 2.0), ("ce", 0.0)])
+def test_ce_same_time_is_the_baseline_for_longer(things, tmp_path, against, number):
+    more = ["--compare", "ce,label_smoothing,2xce,kd", "--against", against, "--controls", "ce_same_time"]
+    by_name = {run.name: run.loss.hyperparameters for run in planned(things, tmp_path, *more).runs}
+    assert by_name["ce_same_time"] == by_name[against] and number in by_name["ce_same_time"].values()
+
+
+def test_random_teachers_differ_between_members_and_seeds(things, tmp_path):
+    several = ["--teacher", things / "teacher", things / "teacher", "--compare", "ce,kd"]
+    found = planned(things, tmp_path, *several)
+    data = load_data(**found.data.load_arguments)
+    members = [member for seed in (0, 1) for member in trainers.teacher_of(found, data, seed).teachers]
+    heads = {tuple(member.model.classifier[1].weight.flatten().tolist()) for member in members}
+    assert len(heads) == 4
+
+
+def test_measuring_the_time_says_nothing_about_the_average(things, tmp_path, quick, caplog):
+    more = ["--teacher", things / "teacher", "--compare", "ce,kd", "--controls", "ce_same_time"]
+    more += ["--ema_decay", "0.8", "--output_dir", tmp_path]  # of 5 steps, of which there are 6, and 4 to measure
+    assert distill(things, *more) == 0
+    assert "averages over" not in caplog.text
+
+
 @pytest.mark.slow
 def test_two_processes_have_one_ratio(things, tmp_path):
     out = tmp_path / "out"
@@ -420,6 +461,10 @@ def test_a_variant_must_beat_its_controls_which_are_not_counted():
     # Where nothing was gained, nothing remains.
     (found,) = verdicts(with_controls(ce=nkd, nkd=plain, **{"nkd-random_teacher": plain}))
     assert "remain" not in found["sentence"]
+    # A control below the baseline has none of the gain, which is then not regularisation.
+    (found,) = verdicts(with_controls(ce=plain, nkd=nkd, **{"nkd-random_teacher": [30, 41, 50]}))
+    none = "Of +4.00 ± 0.25 points over ce, none remain (-9.67 ± 1.43) with random weights in place of the teacher's."
+    assert none in found["sentence"] and "regularisation" not in found["sentence"]
 
 
 def test_a_control_of_an_unknown_kind_is_marked_all_the_same():

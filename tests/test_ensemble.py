@@ -252,6 +252,12 @@ def test_record_and_card_name_all_teachers_with_their_weights(tmp_path):
         "- Teacher of weight 0.3: `second`",
     ):
         assert text in card, text
+    weightless = {
+        **record,
+        "teacher": {**teacher, "teachers": [teacher["teachers"][0], {**teacher["teachers"][1], "weight": 0.0}]},
+    }
+    lines = [line for line in model_card(weightless).splitlines() if line.startswith("- Teacher of weight")]
+    assert ["taught the student" in line for line in lines] == [True, False]
     commits = ["b07c" * 10, "3a5e" * 10]
     for each, commit in zip(teacher["teachers"], commits, strict=True):
         each |= {"id": f"you/{each['id']}", "revision": commit}

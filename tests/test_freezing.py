@@ -82,7 +82,7 @@ def test_a_plan_of_before_these_options_is_continued(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trainer_for(tmp_path, **settings, max_steps=2).train()
     plan = json.loads((tmp_path / "plan.json").read_text())
-    for key in ("freeze_backbone", "ema_decay", "ema_warmup"):
+    for key in ("freeze_backbone", "ema_decay", "ema_warmup", "distillation_alpha"):
         del plan["runs"][0]["settings"][key]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match=r"freeze_backbone \(None there, True here\)"):

@@ -255,6 +255,9 @@ def test_an_average_and_a_frozen_backbone_are_said_in_words():
 
     assert "moving average" not in card() and "only its classification head" not in card(ema_decay=None)
     averaged = card(ema_decay=0.9995, ema_warmup=True, freeze_backbone=True)
+    end = "the end of training: the evaluation set chose no checkpoint"
+    assert f"- The weights are that average at {end}" in card(ema_decay=0.9, load_best_model_at_end=False)
+    assert f"- The weights are those of {end}" in card(ema_decay=None, load_best_model_at_end=False)
     assert "an exponential moving average over the steps of training, of decay 0.9995 (with a warm-up)." in averaged
     assert "; only its classification head was trained\n" in averaged
     assert "`freeze_backbone True`" in averaged and "(with a warm-up)" not in card(ema_decay=0.9)

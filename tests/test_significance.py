@@ -229,3 +229,10 @@ def test_the_teachers_errors_are_compared_with_what_plain_training_repeats():
     without = [run for run in given if run["name"] != "ce"]
     assert shared_errors(without, "kd")["nkd"]["against"] == "kd"
     assert shared_errors(given[::3])["kd"]["sentence"].endswith("a difference of +10.00 points (1 seed).")
+
+
+def test_a_variant_without_a_p_is_neither_corrected_nor_counted():
+    given = runs(ce=[50, 50, 50], nkd=[51, 51, 51], kd=[51, 52, 54], uskd=[49, 52, 54])
+    nkd, kd, _ = (verdict["sentence"] for verdict in verdicts(given))
+    assert "(3 seeds, no test: the seeds do not differ)" in nkd and "after Holm's correction for 2 variants" in kd
+    assert "for the 2 variants that distil and have a p (of 3)." in comparison_table(given)

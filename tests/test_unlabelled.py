@@ -8,7 +8,7 @@ import torch
 from cli_helpers import distill, images
 from tiny import tiny
 from torch.utils.data import Dataset
-from trainer_helpers import NAMES, config, make_teacher, rows, weights
+from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for, weights
 
 from hf_kd import DistillationTrainer
 from hf_kd.cli import main
@@ -80,6 +80,16 @@ def test_other_losses_refuse_before_training(tmp_path, kind, loss):
     args, data = config(tmp_path, loss=loss), DATA[kind]()
     with pytest.raises(ValueError, match="label.*kl_only"):
         DistillationTrainer(student, args, make_teacher(), train_dataset=data, processing_class=processor)
+
+
+def test_a_class_head_needs_labels_and_the_hint_works(tmp_path):
+    def trainer(**settings):
+        return trainer_for(tmp_path, "distilled deit", "kd", train=with_labels_of(-1), **only, **settings)
+
+    only = {"loss_kwargs": {"ce_weight": 0.0}}
+    with pytest.raises(ValueError, match="the class head learns from them; train on labelled images, or with disti"):
+        trainer()
+    trainer(distillation_alpha=1).train()
 
 
 def test_a_loss_says_whether_it_needs_labels():

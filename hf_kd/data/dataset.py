@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..config import MAX_IMAGE_PIXELS, DistillationConfig
 from ..labels import check_class_order
+from ..losses import DistillationLoss
 from ..metrics.classification import IGNORED_LABEL
 from .cache import DecodedImages, decoded_images
 from .columns import INDEX_COLUMN, NO_LABELS, add_missing_labels, find_columns, missing_labels
@@ -153,12 +154,14 @@ class ImageDataset(Dataset):
     def with_partners(self, seed: int) -> "ImageDataset":
         """A copy whose `partners` have the same label: a random cycle of all rows of each, a function of `seed`, not
         negative, alone. The only row of a label is its own partner, with a warning. ValueError for other datasets than
-        a `datasets.Dataset` of images with integers as labels."""
+        a `datasets.Dataset` of images with integers as labels, and for missing labels."""
         column = None
         if self._undecoded and isinstance(self.dataset, datasets.Dataset):
             column = self.dataset.select_columns(self.label_column).with_format("arrow")[:][self.label_column]
-        if column is None or not pa.types.is_integer(column.type) or column.null_count:
+        if column is None or not pa.types.is_integer(column.type):
             raise ValueError("partners of the same label need a datasets.Dataset of images with integers as labels.")
+        if missing := missing_labels(self.dataset, cast(str, self.label_column)):
+            raise ValueError(f"partners of the same label need labels, and {missing} of {len(self)} images have none.")
         labels, dataset = column.to_numpy(), copy.copy(self)
         dataset.partners = same_label_partners(labels, seed)
         classes, counts = np.unique(labels, return_counts=True)
@@ -341,7 +344,7 @@ def as_image_dataset(
     return images
 
 
-def check_labels(dataset, loss: str) -> None:
+def check_labels(dataset, loss: DistillationLoss) -> None:
     """ValueError for a dataset to train on of which a column of integers, or else the first item, lacks labels."""
     if not isinstance(dataset, ImageDataset) or isinstance(dataset.dataset, StreamedRows):
         return  # of a stream, `load_data` has looked at the labels
@@ -353,7 +356,10 @@ def check_labels(dataset, loss: str) -> None:
         missing = int(not isinstance(label, str) and bool(torch.as_tensor(label).amax() < 0))
         where = "the label of the first image"
     if missing:
-        raise ValueError(f"loss={loss!r} learns from labels, and {where} is missing (below 0, or None): {NO_LABELS}.")
+        hint = NO_LABELS
+        if loss.distillation_alpha is not None and not loss.method_needs_labels:  # its own words would name it
+            hint = "the class head learns from them; train on labelled images, or with distillation_alpha=1"
+        raise ValueError(f"loss={loss.name!r} learns from labels, and {where} is missing (below 0, or None): {hint}.")
 
 
 def augmentation_of(dataset, args: DistillationConfig) -> str | None:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .. import hub, recipes
 from ..config import DistillationConfig, check_optim_args
 from ..data import ImageData, load_data, overlap
+from ..data.columns import missing_labels
 from ..labels import ClassMapping, name_classes
 from ..launcher import check_processes
 from ..losses import loss_source
@@ -26,6 +27,7 @@ from ..models.preprocessing import Preprocessing
 from ..models.student import student_config
 from ..push import check_push
 from ..quickstart import bundled
+from ..reporting.controls import PERMUTED
 from ..reporting.record import RUN_FILE, collect_versions
 from ..reporting.significance import BASELINE
 from ..spec import (
@@ -102,6 +104,8 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     configs_of_teachers = [load_config(teacher.id, teacher.hub) for teacher in teachers]
     side = max([side, *map(_input_side, teachers, configs_of_teachers)])
     data = load_data(**source.load_arguments)
+    if any(mark["kind"] == PERMUTED for mark in marks.values()):
+        _check_all_labelled(data)
     source = _with_facts(source, data)
     if source.streaming:
         source = dataclasses.replace(source, stream_workers=config.dataloader_num_workers)
@@ -232,6 +236,15 @@ def _with_facts(source: DataSource, data: ImageData) -> DataSource:
     found = {key: value for key, value in vars(data).items() if key in vars(source) and key != "revision"}
     found |= {"train_size": len(data.train), "eval_size": len(data.eval), "classes": data.names}
     return dataclasses.replace(source, **found)
+
+
+def _check_all_labelled(data: ImageData) -> None:
+    """Raises ValueError where a permuted teacher has no labels to exchange images by."""
+    if missing := missing_labels(data.train, data.label_column):
+        raise ValueError(
+            f"--controls {PERMUTED} exchanges images of the same label, and {missing} of the {len(data.train)} images "
+            "to train on count as unlabelled: drop it, or train on labelled images."
+        )
 
 
 def _count_parameters(config, names: list[str], student: ModelSource) -> int:

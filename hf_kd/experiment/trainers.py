@@ -44,7 +44,8 @@ def config_of(
 
 def teacher_of(experiment: Experiment, data: ImageData, random_seed: int | None = None) -> Teacher | None:
     """The plan's teacher, if it has one; with a seed its architecture with random weights."""
-    seeds = [None if random_seed is None else random_seed + i for i in range(len(experiment.teachers))]
+    # A seed has 32 bits: what is above makes the others' seeds, which no other run has.
+    seeds = [None if random_seed is None else random_seed + (i << 32) for i in range(len(experiment.teachers))]
     teachers = [
         load_teacher(source.id, id2label=data.names, class_map=source.class_map, random_seed=seed, **source.hub)
         for source, seed in zip(experiment.teachers, seeds, strict=True)
@@ -116,6 +117,8 @@ def _step_seconds(
 ) -> float:
     """The mean time of `STEPS` steps of a run, with reading the images and without evaluations; 0 if it diverges."""
     training = {"max_steps": WARMUP + STEPS, "lr_step_epochs": None, "warmup_steps": 0, "teacher_check_batches": 0}
+    if spec.settings.get("ema_decay") is not None:
+        training["ema_warmup"] = True  # costs nothing, and no decay is too long for so few steps then
     silent = {
         **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no"),
         **dict.fromkeys(("load_best_model_at_end", "eval_on_start"), False),

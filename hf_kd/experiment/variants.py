@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import DistillationConfig, read_json
-from ..losses import loss_class
+from ..losses import loss_class, named_settings
 from ..recipes import published_hyperparameters
 from ..reporting.controls import CONTROLS, PERMUTED, RANDOM, SAME_TIME
 from ..reporting.significance import BASELINE
@@ -58,7 +58,8 @@ def _controls(script, config: DistillationConfig, asked: dict[str, dict]) -> dic
             values = {"loss": kind}
             if kind == SAME_TIME:  # with the hyperparameters of plain training
                 plain = baseline if baseline in asked and classes[baseline].name == BASELINE else BASELINE
-                values = {**asked.get(plain, {}), "loss": BASELINE}
+                given = asked.get(plain, {})
+                values = named_settings(given.get("loss", plain)) | given | {"loss": BASELINE}
             found[kind] = values, mark
             smoothing = (config.loss_kwargs or {}).get("label_smoothing") if script.verdict else None
             if kind == "label_smoothing" and (smoothing or config.label_smoothing_factor):

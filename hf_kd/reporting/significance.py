@@ -150,7 +150,10 @@ def verdicts(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) -> list
         for control in controls:
             what = REMAINS.get((variants[control].get("control") or {}).get("kind", ""))
             if what and first["mean"] > 0 and (rest := compare(runs, control, against)):
-                sentence += f" Of {describe(first)} points over {against}, {describe(rest)} remain {what}."
+                left = f"{describe(rest)} remain {what}."
+                if rest["mean"] <= 0:
+                    left = f"none remain ({describe(rest)}) {what.split(':')[0]}."
+                sentence += f" Of {describe(first)} points over {against}, {left}"
         sentence += _not_counted(runs, [name, against, *controls])
         own_errors = {"shared_errors": shared[name]} if name in shared else {}
         found.append(verdict | {"sentence": sentence, "tests": tests, **own_errors})
@@ -187,7 +190,8 @@ def _sentence(name: str, tests: Sequence[Mapping[str, Any]], helped: bool) -> st
     def proof(test: Mapping[str, Any]) -> str:
         p = "no test: the seeds do not differ" if p_value(test) is None else f"p = {p_value(test):.2g}"
         several = test.get("family", 1)
-        corrected = f" after Holm's correction for {several} variants" if several > 1 else ""
+        is_corrected = several > 1 and p_value(test) is not None
+        corrected = f" after Holm's correction for {several} variants" if is_corrected else ""
         return f"({len(test['seeds'])} seeds, {p}{corrected})"
 
     first, *controls = tests

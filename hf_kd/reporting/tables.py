@@ -70,7 +70,10 @@ def comparison_table(
     caveat = _caveat(runs, max(map(len, variants.values()), default=0))
     if tested:
         family = max(test["family"] for test in tests.values())
-        corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
+        without = f" and have a p (of {len(tests)})" if family < len(tests) else ""
+        corrected = (
+            f", corrected by Holm's method for the {family} variants that distil{without}" if family > 1 else ""
+        )
         caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
     if described := describe_controls(runs):
         caveat += f" Controls: {'; '.join(described)}."
