@@ -89,7 +89,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     if config.freeze_backbone and student.from_scratch:
         logger.warning("freeze_backbone with from_scratch: the backbone's weights are random, and stay so.")
     asked = run_configs(script, config, recipe)
-    marks = controls(script, config)
+    marks = {name: mark for name, (_, mark) in controls(script, config).items()}
     losses = {name: run for name, _, run in asked if name not in marks}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
