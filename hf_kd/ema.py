@@ -15,8 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .models.auxiliary_head import auxiliary_head_of
-from .models.features import HEAD
+from .models.auxiliary_head import without_head
 
 logger = logging.get_logger(__name__)
 
@@ -125,9 +124,7 @@ def evaluates_average(loop: Callable) -> Callable:
 def _changing(student: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that are trained and the buffers, without the auxiliary head."""
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    values = {**trained, **dict(student.named_buffers())}
-    has_head = auxiliary_head_of(student) is not None
-    return {name: value for name, value in values.items() if not (has_head and name.startswith(f"{HEAD}."))}
+    return without_head(student, {**trained, **dict(student.named_buffers())})
 
 
 def _is_coarse(value: torch.Tensor) -> bool:
