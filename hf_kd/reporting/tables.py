@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .controls import control_names, describe_controls
+from .controls import control_names, describe_control
 from .record import by_name, eval_key, results
 from .significance import BASELINE, baseline_tests, compare, describe, p_value, pairwise
 
@@ -72,8 +72,8 @@ def comparison_table(
         family = max(test["family"] for test in tests.values())
         corrected = f", corrected by Holm's method for the {family} variants that distil" if family > 1 else ""
         caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
-    if described := describe_controls(runs):
-        caveat += f" Controls: {'; '.join(described)}."
+    if described := {str(run["name"]): describe_control(run["control"]) for run in runs if run.get("control")}:
+        caveat += f" Controls: {'; '.join(f'{name}: {text}' for name, text in described.items())}."
     return f"{layout(rows, markdown)}\n\n{caveat}"
 
 
