@@ -39,10 +39,10 @@ class TeacherEnsemble(Teacher):
         nn.Module.__init__(self)
         self.weights = normalized_weights(weights, len(teachers))
         loaded = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in teachers]
-        single = [isinstance(item, Teacher) and not isinstance(item, TeacherEnsemble) for item in loaded]
-        if not all(single):
-            kind = type(loaded[single.index(False)]).__name__
-            raise ValueError(f"an ensemble is made of single teachers (see load_teacher) or ids, not of {kind}.")
+        for teacher in loaded:
+            if not isinstance(teacher, Teacher) or isinstance(teacher, TeacherEnsemble):
+                kind = type(teacher).__name__
+                raise ValueError(f"an ensemble is made of single teachers (see load_teacher) or ids, not of {kind}.")
         names = min((teacher.id2label for teacher in loaded), key=len) if id2label is None else id2label
         self.id2label = self.class_names = label_maps(names)["id2label"]
         self.class_map, self.dtype, self.processor = None, None, None
