@@ -94,7 +94,6 @@ class ImageDataset(Dataset):
     """
 
     partners: np.ndarray | None = None
-
     replacement = False
     labelled = True
     _ignore_labels = False

@@ -119,9 +119,8 @@ def load_data(
     # Where the training split may have no labels, its columns are those of the evaluation split.
     first_split, other = (eval_split, train_split) if allow_unlabelled else (train_split, eval_split)
     image_column, label_column = find_columns(splits[first_split], image_column, label_column)
-    unlabelled = (
-        allow_unlabelled and train_split != eval_split and missing_labels(splits[train_split], label_column) > 0
-    )
+    may_lack = allow_unlabelled and train_split != eval_split
+    unlabelled = may_lack and missing_labels(splits[train_split], label_column) > 0
     if not unlabelled:
         find_columns(splits[other], image_column, label_column)
     labelled = (eval_split,) if unlabelled else (train_split, eval_split)
