@@ -45,7 +45,7 @@ from ..trainer import DistillationTrainer
 from .folder import check_continuation, check_disk, continues, finished_record, open_folder
 from .lock import RunLock
 from .progress import ComparisonProgress
-from .trainers import config_of, make_trainer, teacher_of, with_same_time
+from .trainers import config_of, make_trainer, measured_same_time_ratio, teacher_of
 from .variants import check_only
 
 logger = logging.get_logger(__name__)
@@ -92,16 +92,17 @@ def _open(
     checkpoints, loaded = [_checkpoint(experiment, spec, resume) for spec in experiment.runs], None
     if main and not resume_here:
         check_disk(experiment, runs)
-    if experiment.same_time_ratio is None and any(spec.variation == SAME_TIME for spec in experiment.runs):
+    ratio = experiment.same_time_ratio
+    if ratio is None and any(spec.variation == SAME_TIME for spec in experiment.runs):
         if main:
             check_continuation(experiment, resume_here, checkpoints)
         loaded = _load(experiment)
-        experiment = with_same_time(experiment, *loaded)
-    ratio = [experiment.same_time_ratio]
+        ratio = measured_same_time_ratio(experiment, *loaded)
+    ratios = [ratio]
     if main:
-        ratio = [open_folder(experiment, resume_here, checkpoints).same_time_ratio]
-    broadcast_object_list(ratio)
-    return experiment.with_same_time_ratio(ratio[0]), loaded
+        ratios = [open_folder(experiment.with_same_time_ratio(ratio), resume_here, checkpoints).same_time_ratio]
+    broadcast_object_list(ratios)
+    return experiment.with_same_time_ratio(ratios[0]), loaded
 
 
 def _train_all(
