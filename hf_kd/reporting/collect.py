@@ -248,10 +248,10 @@ def make_record(
         "metrics": {} if known["diverged"] else measured,
         "class_counts": None if known["diverged"] else _class_counts(trainer, prefix, measured),
         "teacher_metrics": trainer.teacher_metrics,
-        "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
+        "terms": {k: v for k, v in last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
         "timings": {
-            "train_seconds": _last_with("seconds", history).get("seconds"),
+            "train_seconds": last_with("seconds", history).get("seconds"),
             "eval_seconds": sum(v for k, v in metrics.items() if k.endswith("_runtime")) or None,
         },
         "latency": {"how": f"median of {FORWARDS} forwards of one image, 1 thread, {cpu_name()}"},
@@ -263,7 +263,8 @@ def make_record(
     return records.redact(record | known)
 
 
-def _last_with(key: str, history: list[dict]) -> dict:
+def last_with(key: str, history: list[dict]) -> dict:
+    """The last entry of a log that has a key; {} if there is none."""
     return next((entry for entry in reversed(history) if key in entry), {})
 
 
