@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ class StudentAverage(TrainerCallback):
         """
         if self.decay is None:
             return
-        coarse = [f"{name} ({value.dtype})" for name, value in _changing(student).items() if _is_coarse(value)]
-        if coarse:
+        floats = {name: value for name, value in _changing(student).items() if value.is_floating_point()}
+        if coarse := [f"{name} ({value.dtype})" for name, value in floats.items() if value.element_size() < 4]:
             raise ValueError(
                 f"ema_decay={self.decay} needs weights of 32 bits, since an average changes in small steps, and "
                 f"{len(coarse)} have fewer: {coarse[0]}. Load the student with dtype=torch.float32, and set bf16=True."
@@ -110,22 +109,7 @@ class StudentAverage(TrainerCallback):
             self._average[name].copy_(held)
 
 
-def evaluates_average(loop: Callable) -> Callable:
-    """Makes a trainer's method see the averaged student."""
-
-    @functools.wraps(loop)
-    def evaluate(self, *args, **kwargs):
-        with self.average.in_student():
-            return loop(self, *args, **kwargs)
-
-    return evaluate
-
-
 def _changing(student: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that are trained and the buffers, without the auxiliary head."""
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     return without_head(student, {**trained, **dict(student.named_buffers())})
-
-
-def _is_coarse(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and value.element_size() < 4

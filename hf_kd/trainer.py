@@ -23,7 +23,7 @@ from .data.collators import evaluation_collator, training_collator
 from .data.dataset import check_labels
 from .data.order import sampler_of
 from .data.wait import DataWait
-from .ema import StudentAverage, evaluates_average
+from .ema import StudentAverage
 from .losses import DistillationLoss, Progress, mean_over_ranks
 from .metrics.classification import ClassificationMeter
 from .metrics.loss_terms import LossTerms
@@ -339,7 +339,6 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
-    @evaluates_average
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -351,7 +350,8 @@ class DistillationTrainer(Trainer):
         another evaluation does not count every image that could be.
         """
         loop = functools.partial(super().evaluation_loop, dataloader, description, prediction_loss_only, ignore_keys)
-        return evaluation.measured(self, loop, dataloader, description == "Prediction", metric_key_prefix)
+        with self.average.in_student():
+            return evaluation.measured(self, loop, dataloader, description == "Prediction", metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """`(loss, logits, labels)` of a batch: labels if there are any, no logits with `prediction_loss_only`."""
