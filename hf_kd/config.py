@@ -105,7 +105,7 @@ class DistillationConfig(TrainingArguments):
         "Standardize the logits of student and teacher in the teacher's terms of --loss: kd and dkd.", False
     )
     distillation_alpha: float = option(
-        "Of students with a distillation head (DeiT and LeViT distilled), with a teacher: (1 - alpha) * cross entropy "
+        "For students with a distillation head (DeiT and LeViT distilled) and a teacher: (1 - alpha) * cross entropy "
         "trains the class head, alpha * the loss's other terms the distillation head.",
         0.5,
     )
@@ -133,8 +133,8 @@ class DistillationConfig(TrainingArguments):
         "the start of the process, for all runs; in Python from train()."
     )
     ema_decay: float | None = option(
-        "Decay of an exponential moving average of the student's weights, which is what is evaluated and saved then. "
-        "0.999 averages over about 1,000 steps. Default: no average."
+        "Evaluate and save an exponential moving average of the student's weights with this decay. 0.999 averages "
+        "over about 1,000 steps. Default: no average."
     )
     ema_warmup: bool = option("Let the decay rise up to ema_decay as 1 - step^(-2/3), as in timm.", False)
     freeze_backbone: bool = option(

@@ -29,10 +29,10 @@ class ScriptArguments:
         "Student: a Hub id, timm/NAME, a local folder with a model or its config, or (from scratch) cifar/NAME."
     )
     teacher: list[str] | None = option(
-        "Teacher: a Hub id, timm/NAME, or a local folder. Of several, the mean of their probabilities teaches."
+        "Teacher: a Hub id, timm/NAME, or a local folder. Several teach by the mean of their probabilities."
     )
     teacher_weights: list[float] | None = option(
-        "Of several teachers, the weight of each in that mean; they are divided by their sum. Default: equal."
+        "Weights of several teachers in that mean; they are divided by their sum. Default: equal weights."
     )
     dataset: str = option(
         "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"
@@ -57,7 +57,7 @@ class ScriptArguments:
     )
     controls: list[str] | None = option(
         f"Further runs that a variant must beat in a comparison or verdict, any of: {', '.join(CONTROLS)}. They show "
-        "how much of a gain is regularisation or time, and not the teacher's knowledge."
+        "how much of a gain is due to regularisation or training time rather than the teacher's knowledge."
     )
     same_time_ratio: float | None = option(
         "How many times the steps of the others ce_same_time trains. Default: measured on 20 steps of each variant."
@@ -87,7 +87,7 @@ class ScriptArguments:
         "Read the images of parquet or webdataset files while training, without downloading them first.", False
     )
     student_revision: str | None = option("Branch, tag or commit of the student.")
-    teacher_revision: list[str] | None = option("Branch, tag or commit of the teacher; of several, of each.")
+    teacher_revision: list[str] | None = option("Branch, tag or commit of the teacher, or one for each of several.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
     trust_remote_code: bool = option("Run code from the models' repositories.", False)
     only: str | None = option(
