@@ -329,11 +329,6 @@ def stream_features(file: str) -> datasets.Features:
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
 
 
-def has_column(rows_class: type[StreamedRows], files: list[str], column: str) -> bool:
-    """Whether the first of the files has a column, as far as files of this kind have columns."""
-    return rows_class is not StreamedRows or column in stream_features(files[0])
-
-
 def _footer(file: str) -> pq.FileMetaData:
     return _patiently(file, lambda opened: pq.ParquetFile(opened).metadata)
 
