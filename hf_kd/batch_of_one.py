@@ -23,9 +23,8 @@ _TORCH_SAYS = "Expected more than 1 value per channel"
 def check_batches_of_one(trainer, dataset, batch_size: int) -> None:
     """ValueError before training if it has a batch of one image in which a batch norm gets one value per channel."""
     args, preprocessing = trainer.args, trainer.preprocessing
-    ends_before = (
-        0 < args.max_steps * args.gradient_accumulation_steps <= len(dataset) // batch_size // args.world_size
-    )
+    micro_batches = args.max_steps * args.gradient_accumulation_steps
+    ends_before = 0 < micro_batches <= len(dataset) // batch_size // args.world_size
     has_one = 1 in batch_sizes(len(dataset), batch_size, args.world_size, args.dataloader_drop_last)
     if batch_size > 1 and (ends_before or not has_one):
         return

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from .adapters import is_adapter, load_adapters
 from .engines import non_finite_weights
 from .hub import is_disk_full
-from .models.auxiliary_head import auxiliary_head_of
+from .models.auxiliary_head import auxiliary_head_of, without_head
 from .models.features import HEAD
 from .models.preprocessing import Preprocessing
 
@@ -156,7 +156,7 @@ def weights_to_save(student: nn.Module, processor, state_dict: dict | None = Non
     """
     if is_adapter(student):
         return state_dict
-    state_dict = _without_head(student, student.state_dict() if state_dict is None else state_dict)
+    state_dict = without_head(student, student.state_dict() if state_dict is None else state_dict)
     if hasattr(student, "timm_model"):
         _complete_timm_config(student, processor)
         state_dict = {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
@@ -177,11 +177,6 @@ def _complete_timm_config(student: Any, processor) -> None:
 def _without_sharing(state_dict: dict) -> dict:
     uses = Counter(value.untyped_storage().data_ptr() for value in state_dict.values() if value.numel())
     return {k: v.clone() if uses[v.untyped_storage().data_ptr()] > 1 else v for k, v in state_dict.items()}
-
-
-def _without_head(student: nn.Module, state: dict) -> dict:
-    head = auxiliary_head_of(student)
-    return {key: value for key, value in state.items() if head is None or not key.startswith(f"{HEAD}.")}
 
 
 def _timm_data(processor) -> dict:
@@ -231,7 +226,7 @@ def load_weights(student: nn.Module, folder: str | os.PathLike) -> None:
 
 def _load_state(student: nn.Module, state: dict) -> tuple[set[str], list[str]]:
     result = student.load_state_dict(state, strict=False)
-    return set(_without_head(student, dict.fromkeys(result.missing_keys))), result.unexpected_keys
+    return set(without_head(student, dict.fromkeys(result.missing_keys))), result.unexpected_keys
 
 
 @contextlib.contextmanager

@@ -99,14 +99,14 @@ class DistillationConfig(TrainingArguments):
         "uskd",
     )
     loss_kwargs: JSONObject | None = option(
-        "Numbers of the loss, as JSON: '{\"gamma\": 1.0}'. Default: a preset's, or ImageNet's."
+        "Hyperparameters of the loss, as JSON: '{\"gamma\": 1.0}'. Default: as published."
     )
     logit_standardization: bool = option(
-        "Standardize the logits of student and teacher in the teacher's terms of --loss: kd and dkd.", False
+        "Standardize both models' logits in the teacher's terms of --loss (kd or dkd).", False
     )
     distillation_alpha: float = option(
-        "Of students with a distillation head (DeiT and LeViT distilled), with a teacher: (1 - alpha) * cross entropy "
-        "trains the class head, alpha * the loss's other terms the distillation head.",
+        "With a distillation head (DeiT, LeViT) and a teacher: (1 - alpha) * cross entropy trains the class head, "
+        "alpha * the loss's other terms the distillation head.",
         0.5,
     )
     augment: str = option(
@@ -117,8 +117,8 @@ class DistillationConfig(TrainingArguments):
     mixup_alpha: float = option("Alpha of mixup; 0: off. DeiT uses 0.8.", 0.0)
     cutmix_alpha: float = option("Alpha of cutmix; 0: off. DeiT uses 1.0.", 0.0)
     train_image_size: int | None = option(
-        "Longer side in pixels of every training image, the same for all runs of a comparison. Default: that of the "
-        "largest input of student, teacher and evaluation teacher."
+        "Longer side in pixels of every training image, in all runs of a comparison. Default: the largest input of "
+        "student, teacher and evaluation teacher."
     )
     image_column: str | None = option("Column of the images. Default: found by type.")
     label_column: str | None = option("Column of the labels. Default: found by type.")
@@ -133,8 +133,8 @@ class DistillationConfig(TrainingArguments):
         "the start of the process, for all runs; in Python from train()."
     )
     ema_decay: float | None = option(
-        "Decay of an exponential moving average of the student's weights, which is what is evaluated and saved then. "
-        "0.999 averages over about 1,000 steps. Default: no average."
+        "Evaluate and save an exponential moving average of the student's weights with this decay. 0.999 averages "
+        "over about 1,000 steps. Default: no average."
     )
     ema_warmup: bool = option("Let the decay rise up to ema_decay as 1 - step^(-2/3), as in timm.", False)
     freeze_backbone: bool = option(

@@ -14,8 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .models.auxiliary_head import auxiliary_head_of
-from .models.features import HEAD
+from .models.auxiliary_head import without_head
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +43,8 @@ class StudentAverage(TrainerCallback):
         """
         if self.decay is None:
             return
-        coarse = [f"{name} ({value.dtype})" for name, value in _changing(student).items() if _is_coarse(value)]
-        if coarse:
+        floats = {name: value for name, value in _changing(student).items() if value.is_floating_point()}
+        if coarse := [f"{name} ({value.dtype})" for name, value in floats.items() if value.element_size() < 4]:
             raise ValueError(
                 f"ema_decay={self.decay} needs weights of 32 bits, since an average changes in small steps, and "
                 f"{len(coarse)} have fewer: {coarse[0]}. Load the student with dtype=torch.float32, and set bf16=True."
@@ -113,10 +112,4 @@ class StudentAverage(TrainerCallback):
 def _changing(student: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that are trained and the buffers, without the auxiliary head."""
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    values = {**trained, **dict(student.named_buffers())}
-    has_head = auxiliary_head_of(student) is not None
-    return {name: value for name, value in values.items() if not (has_head and name.startswith(f"{HEAD}."))}
-
-
-def _is_coarse(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and value.element_size() < 4
+    return without_head(student, {**trained, **dict(student.named_buffers())})

@@ -149,12 +149,9 @@ def _is_answer(error: BaseException) -> bool:
 
 def is_unsupported(error: BaseException) -> bool:
     """Whether an answer of the Hub means that there is no such address, as on mirrors that serve only some."""
-    nothing_there = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
-    return (
-        isinstance(error, errors.HfHubHTTPError)
-        and not nothing_there
-        and error.response.status_code in (404, 405, 501)
-    )
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+        return False
+    return isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (404, 405, 501)
 
 
 def _answer(error: errors.HfHubHTTPError, repo: str, page: str) -> str:

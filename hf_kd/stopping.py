@@ -54,11 +54,7 @@ def stop_error(reason: str, text: str) -> BaseException:
 
 
 class StopRequest:
-    """What this process was asked to stop by. There is one for the process, `stop_request`, as for its signals.
-
-    Attributes:
-        listening_now (`bool`): whether a `listening` block is entered.
-    """
+    """What this process was asked to stop by. There is one for the process, `stop_request`, as for its signals."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -72,6 +68,7 @@ class StopRequest:
 
     @property
     def listening_now(self) -> bool:
+        """Whether a `listening` block is entered."""
         return self._depth > 0
 
     @contextlib.contextmanager

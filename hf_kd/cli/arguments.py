@@ -28,11 +28,9 @@ class ScriptArguments:
     student: str | None = option(
         "Student: a Hub id, timm/NAME, a local folder with a model or its config, or (from scratch) cifar/NAME."
     )
-    teacher: list[str] | None = option(
-        "Teacher: a Hub id, timm/NAME, or a local folder. Of several, the mean of their probabilities teaches."
-    )
+    teacher: list[str] | None = option("Teacher: a Hub id, timm/NAME or local folder. Several teach by their mean.")
     teacher_weights: list[float] | None = option(
-        "Of several teachers, the weight of each in that mean; they are divided by their sum. Default: equal."
+        "Weights of several teachers in the mean of their probabilities; else equal."
     )
     dataset: str = option(
         "Images: a Hub id, a folder of images or of parquet files, or 'quickstart' (bundled).", "uoft-cs/cifar100"
@@ -56,12 +54,10 @@ class ScriptArguments:
         "its names. Default: ce."
     )
     controls: list[str] | None = option(
-        f"Further runs that a variant must beat in a comparison or verdict, any of: {', '.join(CONTROLS)}. They show "
-        "how much of a gain is regularisation or time, and not the teacher's knowledge."
+        f"Further runs that a variant must beat, any of: {', '.join(CONTROLS)}. They show how much of a gain is not "
+        "due to the teacher's knowledge."
     )
-    same_time_ratio: float | None = option(
-        "How many times the steps of the others ce_same_time trains. Default: measured on 20 steps of each variant."
-    )
+    same_time_ratio: float | None = option("Length of ce_same_time, as a multiple of the others'. Default: measured.")
     seeds: list[int] | None = option("Seeds to train with. Default: --seed; with --verdict three, from --seed on.")
     image_size: int | None = option("Side of the student's square input, in pixels.")
     image_mean: list[float] | None = option("Channel means of the pixels, in [0, 1].")
@@ -83,11 +79,9 @@ class ScriptArguments:
     eval_fraction: float = option("Share of train to hold out where there is no such split.", 0.1)
     max_train_samples: int | None = option("Train on at most so many images, chosen by their content, not a seed.")
     max_eval_samples: int | None = option("Evaluate on at most so many images, chosen by their content.")
-    streaming: bool = option(
-        "Read the images of parquet or webdataset files while training, without downloading them first.", False
-    )
+    streaming: bool = option("Read parquet or webdataset files while training, not downloading them first.", False)
     student_revision: str | None = option("Branch, tag or commit of the student.")
-    teacher_revision: list[str] | None = option("Branch, tag or commit of the teacher; of several, of each.")
+    teacher_revision: list[str] | None = option("Branch, tag or commit of the teacher, or one for each of several.")
     dataset_revision: str | None = option("Branch, tag or commit of the dataset.")
     trust_remote_code: bool = option("Run code from the models' repositories.", False)
     only: str | None = option(

@@ -21,8 +21,7 @@ from .arguments import command_to_record, parse
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Runs "distill", "resume" or "push". Returns the exit status: 0, 1 after an error, 2 for wrong arguments, 75
-    after SIGTERM, SIGUSR1 or --max_hours, 130 after Ctrl-C."""
+    """Runs "distill", "resume" or "push". Returns the exit status, see `main`."""
     traceback, folder, only, status = "--traceback" in argv, None, None, 1
     try:
         with stop_request.listening(), failures_named():

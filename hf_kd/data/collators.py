@@ -59,9 +59,9 @@ class TrainingCollator:
                 if "index" in batch:  # the 1: not the numbers that the transform of that image drew
                     seed_rngs(sample_seed(self.seed, batch["epoch"], int(batch["index"][0]), 1))
                 labels = batch["labels"]
-                without = labels.ndim == 1 and bool((labels == IGNORED_LABEL).all())
-                batch[key], mixed = self.mixer(batch[key], torch.zeros_like(labels) if without else labels)
-                batch["labels"] = labels if without else mixed
+                unlabelled = labels.ndim == 1 and bool((labels == IGNORED_LABEL).all())
+                batch[key], mixed = self.mixer(batch[key], torch.zeros_like(labels) if unlabelled else labels)
+                batch["labels"] = labels if unlabelled else mixed
         return batch
 
     def _stack(self, images: list[Tensor]) -> Tensor:

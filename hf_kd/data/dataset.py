@@ -95,7 +95,6 @@ class ImageDataset(Dataset):
     """
 
     partners: np.ndarray | None = None
-
     replacement = False
     labelled = True
     _ignore_labels = False

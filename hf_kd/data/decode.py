@@ -105,11 +105,9 @@ def decode_row(
     image = next((key for key in ("pixel_values", image_column, "pixels", "image", "img") if key in row), None)
     label = next((key for key in (label_column, "labels", "label") if key in row), None)
     if image is None or label is None:
-        missing = (
-            "label; pass label_column, or a loss that needs none (kl_only)"
-            if image
-            else "image under pixel_values, pixels, image or img"
-        )
+        missing = "image under pixel_values, pixels, image or img"
+        if image:
+            missing = "label; pass label_column, or a loss that needs none (kl_only)"
         raise ValueError(f"an item with the keys {', '.join(row)} has no {missing}")
     if image == "pixel_values":
         return {"pixel_values": torch.as_tensor(row[image]), "labels": row[label]}

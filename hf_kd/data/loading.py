@@ -26,7 +26,7 @@ from .columns import (
 )
 from .columns import class_names as class_names_of
 from .splits import content_fingerprint, fingerprint, image_hashes, sort_rows
-from .streaming import StreamedRows, check_class_names, has_column, stream_features, stream_splits
+from .streaming import StreamedRows, check_class_names, stream_features, stream_splits
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +119,8 @@ def load_data(
     # Where the training split may have no labels, its columns are those of the evaluation split.
     first_split, other = (eval_split, train_split) if allow_unlabelled else (train_split, eval_split)
     image_column, label_column = find_columns(splits[first_split], image_column, label_column)
-    unlabelled = (
-        allow_unlabelled and train_split != eval_split and missing_labels(splits[train_split], label_column) > 0
-    )
+    may_lack = allow_unlabelled and train_split != eval_split
+    unlabelled = may_lack and missing_labels(splits[train_split], label_column) > 0
     if not unlabelled:
         find_columns(splits[other], image_column, label_column)
     labelled = (eval_split,) if unlabelled else (train_split, eval_split)
@@ -231,7 +230,7 @@ def _load_stream(
     rows, fingerprints, largest = {}, {}, {}
     for split, limit in zip((train_split, eval_split), limits, strict=True):
         optional = allow_unlabelled and split == train_split
-        there = not optional or has_column(rows_class, splits[split], label_column)
+        there = not optional or rows_class is not StreamedRows or label_column in stream_features(splits[split][0])
         read = features if there else datasets.Features({image_column: features[image_column]})
         rows[split] = rows_class(splits[split], read, limit)
         if not len(rows[split]):
@@ -244,8 +243,7 @@ def _load_stream(
         elif low < 0:
             raise ValueError(
                 f"split {split!r} of {name} has labels of -1 or missing ones in column {label_column!r}: it is "
-                "published without labels. Pass another --eval_split or --label_column. For training: "
-                f"{NO_LABELS}"
+                f"published without labels. Pass another --eval_split or --label_column. For training: {NO_LABELS}"
             )
         origin = [name, commit, config_name] if commit else rows[split].describe()
         fingerprints[split] = fingerprint(*origin, split, image_column, label_column)

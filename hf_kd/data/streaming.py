@@ -282,7 +282,7 @@ def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Itera
 
     for name, members in itertools.groupby((member for member in tar if member.isfile()), key):
         found: dict[str, list[Any]] = {"image": [], "cls": [], "json": []}
-        without = True
+        unlabelled = True
         for member in members:
             kind = member.name.rpartition("/")[2].partition(".")[2].lower()
             content: Any = tar.extractfile(member)
@@ -290,12 +290,12 @@ def _samples(tar: tarfile.TarFile, file: str, with_images: bool = True) -> Itera
                 data = content.read() if with_images else None
                 found["image"].append({"bytes": data, "path": f"{os.path.basename(file)}:{member.name}"})
             elif kind in found:
-                without = False
+                unlabelled = False
                 with contextlib.suppress(ValueError):  # no number, or no JSON
                     found[kind].append(json.loads(content.read()))
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         labels = found["cls"] or [each.get("label") for each in found["json"] if isinstance(each, dict)]
-        labels = labels or ([-1] if without else [])
+        labels = labels or ([-1] if unlabelled else [])
         if len(found["image"]) != 1 or len(labels) != 1 or type(labels[0]) is not int:
             raise ValueError(
                 f"{file}: {name} does not have exactly one image (jpg, png, webp), or no number as label (cls, or "
@@ -327,11 +327,6 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
 def stream_features(file: str) -> datasets.Features:
     """The features that a parquet file says its columns have."""
     return datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
-
-
-def has_column(rows_class: type[StreamedRows], files: list[str], column: str) -> bool:
-    """Whether the first of the files has a column, as far as files of this kind have columns."""
-    return rows_class is not StreamedRows or column in stream_features(files[0])
 
 
 def _footer(file: str) -> pq.FileMetaData:

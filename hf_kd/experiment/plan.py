@@ -91,7 +91,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
     if config.freeze_backbone and student.from_scratch:
         logger.warning("freeze_backbone with from_scratch: the backbone's weights are random, and stay so.")
     asked = run_configs(script, config, recipe)
-    marks = controls(script, config)
+    marks = {name: mark for name, (_, mark) in controls(script, config).items()}
     losses = {name: run for name, _, run in asked if name not in marks}
     preset = recipes.describe(recipe, changed, losses, why) if recipe else None
     data_options = {key: value for key, value in (vars(config) | vars(script)).items() if key in DATA_OPTIONS}
@@ -114,7 +114,7 @@ def plan(script, config: DistillationConfig, command: str | None = None) -> Expe
             ClassMapping.between(config_of_teacher.id2label, data.names, teacher.class_map)
     teachers = [dataclasses.replace(teacher, seen_evaluation_images=_seen(teacher, data)) for teacher in teachers]
     parameters = _count_parameters(config_of_student, data.names, student)
-    found: dict[str, Any] = {"image_column": data.image_column, "label_column": data.label_column}
+    found: dict[str, Any] = options(data, ("image_column", "label_column"))
     found["train_image_size"] = config.train_image_size or side
     runs = tuple(
         run_spec(dataclasses.replace(run, **found), name, folder, loss_source(run.loss), control=marks.get(name))
@@ -158,14 +158,10 @@ def _push_target(script, config: DistillationConfig) -> dict | None:
 def _teachers(script, earlier: Experiment | None) -> list[ModelSource]:
     names, before = script.teacher or [], dict(enumerate(earlier.teachers if earlier else ()))
     revisions = script.teacher_revision or [None] * len(names)
-    return [
-        ModelSource(
-            **_origin("model", name, revision, before.get(i)),
-            trust_remote_code=script.trust_remote_code,
-            class_map=script.class_map,
-        )
-        for i, (name, revision) in enumerate(zip(names, revisions, strict=True))
-    ]
+    pairs = zip(names, revisions, strict=True)
+    origins = [_origin("model", *pair, before.get(i)) for i, pair in enumerate(pairs)]
+    shared = options(script, ("trust_remote_code", "class_map"))
+    return [ModelSource(**origin, **shared) for origin in origins]
 
 
 def _together(teachers: list[ModelSource], weights: list[float] | None) -> ModelSource | EnsembleSource | None:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..push import publish
 from ..ranks import check_same_plan, failures_named
 from ..reporting.card import write_card
 from ..reporting.classes import read_counts
-from ..reporting.collect import describe_teacher, make_record, write_record
+from ..reporting.collect import describe_teacher, last_with, make_record, write_record
 from ..reporting.comparison import write_comparison
 from ..reporting.controls import SAME_TIME
 from ..reporting.record import CURVES_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, results, write_json
@@ -45,7 +44,7 @@ from ..trainer import DistillationTrainer
 from .folder import check_continuation, check_disk, continues, finished_record, open_folder
 from .lock import RunLock
 from .progress import ComparisonProgress
-from .trainers import config_of, make_trainer, teacher_of, with_same_time
+from .trainers import config_of, make_trainer, measured_same_time_ratio, teacher_of
 from .variants import check_only
 
 logger = logging.get_logger(__name__)
@@ -92,16 +91,17 @@ def _open(
     checkpoints, loaded = [_checkpoint(experiment, spec, resume) for spec in experiment.runs], None
     if main and not resume_here:
         check_disk(experiment, runs)
-    if experiment.same_time_ratio is None and any(spec.variation == SAME_TIME for spec in experiment.runs):
+    ratio = experiment.same_time_ratio
+    if ratio is None and any(spec.variation == SAME_TIME for spec in experiment.runs):
         if main:
             check_continuation(experiment, resume_here, checkpoints)
         loaded = _load(experiment)
-        experiment = with_same_time(experiment, *loaded)
-    ratio = [experiment.same_time_ratio]
+        ratio = measured_same_time_ratio(experiment, *loaded)
+    ratios = [ratio]
     if main:
-        ratio = [open_folder(experiment, resume_here, checkpoints).same_time_ratio]
-    broadcast_object_list(ratio)
-    return experiment.with_same_time_ratio(ratio[0]), loaded
+        ratios = [open_folder(experiment.with_same_time_ratio(ratio), resume_here, checkpoints).same_time_ratio]
+    broadcast_object_list(ratios)
+    return experiment.with_same_time_ratio(ratios[0]), loaded
 
 
 def _train_all(
@@ -264,7 +264,7 @@ def _train(
 
 def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
     """The trained student's metrics. An evaluation that training has made after its last step is not repeated."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    last = last_with("eval_loss", trainer.state.log_history)
     same_step = last.get("step") == trainer.state.global_step
     if same_step and trainer.class_counts and not trainer.args.load_best_model_at_end:
         return {key: value for key, value in last.items() if key.startswith("eval_")}
@@ -273,19 +273,17 @@ def _final_metrics(trainer: DistillationTrainer) -> dict[str, float]:
 
 def _source_options(experiment: Experiment) -> dict:
     """Models and data of the plan by the names of their options."""
-    student, teachers, data = experiment.student, experiment.teachers, experiment.data
+    student, teacher, data = experiment.student, experiment.teacher, experiment.data
     values = options(student, STUDENT_OPTIONS) | options(data, DATA_OPTIONS) | {"dataset_config": data.config_name}
-    sources: dict[str, Sequence[Any]] = {"student": [student], "teacher": teachers, "dataset": [data]}
-    for option, several in sources.items():
-        ids, commits = [source.id for source in several], [source.commit for source in several]
-        values |= {option: _one_or_all(ids), f"{option}_revision": _one_or_all(commits)}
-    if isinstance(experiment.teacher, EnsembleSource):
-        values["teacher_weights"] = experiment.teacher.weights
-    return values | {"class_map": teachers[0].class_map if teachers else None}
-
-
-def _one_or_all(values: list) -> Any:
-    return values if len(values) > 1 else values[0] if values else None
+    values |= {"student": student.id, "student_revision": student.commit}
+    values |= {"dataset": data.id, "dataset_revision": data.commit}
+    values |= dict.fromkeys(("teacher", "teacher_revision", "class_map"))
+    if isinstance(teacher, EnsembleSource):
+        ids, commits = [each.id for each in teacher.teachers], [each.commit for each in teacher.teachers]
+        values |= {"teacher": ids, "teacher_revision": commits, "teacher_weights": teacher.weights}
+    elif teacher is not None:
+        values |= {"teacher": teacher.id, "teacher_revision": teacher.commit, "class_map": teacher.class_map}
+    return values
 
 
 def _conclude(experiment: Experiment, records: dict[str, dict], token: str | None, only: str | None) -> str:

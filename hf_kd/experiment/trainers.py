@@ -78,11 +78,11 @@ def make_trainer(
     )
 
 
-def with_same_time(experiment: Experiment, data: ImageData, teacher: Teacher | None) -> Experiment:
-    """The plan with the `same_time_ratio` that is measured here: of the slowest variant's step to that of ce.
+def measured_same_time_ratio(experiment: Experiment, data: ImageData, teacher: Teacher | None) -> float:
+    """The time of the slowest variant's step by that of ce, at least 1.
 
-    All processes take part, and get the first one's. What is trained afterwards does not depend on it, and nothing
-    stays on the disk.
+    All processes take part, and the first one's counts. What is trained afterwards does not depend on the measurement,
+    and nothing stays on the disk.
     """
     here, folders = PartialState().is_main_process, list[Any]([None])
     if here:
@@ -95,21 +95,17 @@ def with_same_time(experiment: Experiment, data: ImageData, teacher: Teacher | N
         with forked_rng():
             # The first reads and decodes the images that all of them see, and is not counted.
             _, ce = (_step_seconds(experiment, plain, folders[0], data, teacher) for _ in range(2))
-            others = {
-                spec.name: _step_seconds(experiment, spec, folders[0], data, teacher)
-                for spec in one_seed
-                if spec.control is None
-            }
+            variants = [spec for spec in one_seed if spec.control is None]
+            others = {spec.name: _step_seconds(experiment, spec, folders[0], data, teacher) for spec in variants}
     finally:
         if here:
             shutil.rmtree(folders[0], ignore_errors=True)
     slowest = max(others, key=lambda name: others[name])
-    ratio = [round(max(1.0, others[slowest] / ce), 3) if ce else 1.0]
-    broadcast_object_list(ratio)
+    ratio = round(max(1.0, others[slowest] / ce), 3) if ce else 1.0
     if here:
         times = f"{others[slowest]:.3g} s with {slowest} and {ce:.3g} s with ce"
-        print(f"a step takes {times}: ce_same_time has {ratio[0]:g} times the steps")
-    return experiment.with_same_time_ratio(ratio[0])
+        print(f"a step takes {times}: ce_same_time has {ratio:g} times the steps")
+    return ratio
 
 
 def _step_seconds(

@@ -17,20 +17,10 @@ def variant_name(loss: str) -> str:
     return loss_class(loss).name if ":" in loss else loss
 
 
-def variants(script, config: DistillationConfig) -> dict[str, dict]:
-    """The losses to train with: hyperparameters by the name of the variant, with the loss's name under "loss"."""
-    asked = _asked(script, config)
-    return asked | {name: values for name, (values, _) in _controls(script, config, asked).items()}
-
-
-def controls(script, config: DistillationConfig) -> dict[str, dict[str, Any]]:
-    """By the names of the variants that `--controls` makes controls: the kind, and of which variant (None: of all)."""
-    return {name: mark for name, (_, mark) in _controls(script, config, _asked(script, config)).items()}
-
-
-def _controls(script, config: DistillationConfig, asked: dict[str, dict]) -> dict[str, tuple[dict, dict]]:
-    """Hyperparameters and mark of each control; ValueError for those that do not fit what is compared."""
-    kinds = list(dict.fromkeys(script.controls or ()))
+def controls(script, config: DistillationConfig) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By the names of the variants that `--controls` makes controls: the hyperparameters, with the loss's name under
+    "loss", and the kind and of which variant (None: of all). ValueError for those that do not fit what is compared."""
+    asked, kinds = _asked(script, config), list(dict.fromkeys(script.controls or ()))
     if unknown := [kind for kind in kinds if kind not in CONTROLS]:
         raise ValueError(f"--controls {unknown[0]} is unknown; there are: {', '.join(CONTROLS)}.")
     if kinds and not script.verdict and script.compare is None:
@@ -60,19 +50,19 @@ def _controls(script, config: DistillationConfig, asked: dict[str, dict]) -> dic
                 plain = baseline if baseline in asked and classes[baseline].name == BASELINE else BASELINE
                 given = asked.get(plain, {})
                 values = named_settings(given.get("loss", plain)) | given | {"loss": BASELINE}
-            found[kind] = values, mark
             smoothing = (config.loss_kwargs or {}).get("label_smoothing") if script.verdict else None
             if kind == "label_smoothing" and (smoothing or config.label_smoothing_factor):
                 raise ValueError("--controls label_smoothing: the labels of all runs are smoothed already. Drop it.")
             if smoothing is not None:
-                found[kind][0].setdefault("label_smoothing", smoothing)
+                values.setdefault("label_smoothing", smoothing)
+            found[kind] = values, mark
     if twice := [name for name, (values, _) in found.items() if asked.get(name, values) is not values]:
         raise ValueError(f"--compare has a variant {twice[0]}, the name of a control: rename it.")
     return found
 
 
 def _asked(script, config: DistillationConfig) -> dict[str, dict]:
-    """The variants without those that `--controls` adds."""
+    """The hyperparameters of the variants without those that `--controls` adds, with the loss's name under "loss"."""
     numbers = config.loss_kwargs or {}
     single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:
@@ -114,7 +104,8 @@ def check_only(only: str, names: Sequence[str]) -> None:
 
 def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[tuple[str, str, DistillationConfig]]:
     """Name, folder (within the experiment's) and arguments of each run, seed by seed."""
-    losses, marks = variants(script, config), controls(script, config)
+    added = controls(script, config)
+    losses = _asked(script, config) | {name: values for name, (values, _) in added.items()}
     seeds = script.seeds or [config.seed + i for i in range(3 if script.verdict else 1)]
     runs = []
     for seed in seeds:  # the outer loop, so that a comparison that is cut off has whole pairs
@@ -138,7 +129,7 @@ def run_configs(script, config: DistillationConfig, recipe: str | None) -> list[
             # In a comparison the teacher also measures the agreement of students that do not learn from it.
             if "teacher_logits" in run.loss_class().requires or not (script.verdict or script.compare):
                 run.check_teacher(script.teacher is not None)
-            kind = marks.get(name, {}).get("kind")
+            kind = added[name][1]["kind"] if name in added else None
             if kind == RANDOM:
                 run.teacher_check_batches = 0  # which would warn of a teacher near chance
             if kind == PERMUTED:

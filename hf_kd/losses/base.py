@@ -200,17 +200,17 @@ class DistillationLoss(nn.Module):
     @classmethod
     def describe(cls, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """What records keep of a loss with these hyperparameters, so that cards and verdicts need not import it."""
-        standardized = " The logits of both are standardized first (arXiv 2403.01427)."
-        two_heads = (
-            " The student has a distillation head: α times the terms besides the cross entropy trains it, and 1 − α "
-            "times the cross entropy, with no other weight, its class head; α = "
-            f"{hyperparameters.get('distillation_alpha')} (arXiv 2012.12877)."
-        )
+        formula, alpha = cls.formula, hyperparameters.get("distillation_alpha")
+        if hyperparameters.get("logit_standardization"):
+            formula += " The logits of both are standardized first (arXiv 2403.01427)."
+        if alpha is not None:
+            formula += (
+                " The student has a distillation head: α times the terms besides the cross entropy trains it, and "
+                f"1 − α times the cross entropy, with no other weight, its class head; α = {alpha} (arXiv 2012.12877)."
+            )
         return {
             "title": cls.title,
-            "formula": cls.formula
-            + standardized * bool(hyperparameters.get("logit_standardization"))
-            + two_heads * (hyperparameters.get("distillation_alpha") is not None),
+            "formula": formula,
             "paper": cls.paper,
             "citation": cls.CITATION,
             "tags": list(cls.tags),

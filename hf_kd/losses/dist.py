@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import DistillationLoss
-from .functional import at_least_float32, check_inputs, check_number
+from .functional import at_least_float32, check_hyperparameters, check_inputs
 
 
 def dist_loss(
@@ -38,7 +38,7 @@ def dist_loss(
     Returns:
         {"inter", "intra"}: scalars in [0, 2 beta t^2] and [0, 2 gamma t^2]. Errors as of `nkd_loss`.
     """
-    _check_numbers(temperature, beta, gamma)
+    check_hyperparameters(temperature=temperature, beta=beta, gamma=gamma)
     check_inputs(student_logits, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     s = torch.softmax(student / temperature, dim=1)
@@ -61,12 +61,6 @@ def _correlation(product: Tensor, square_a: Tensor, square_b: Tensor) -> Tensor:
     """a·b / (|a| |b| + 1e-8); its gradient at a = 0 is 0."""
     tiny = torch.finfo(product.dtype).tiny
     return product / (square_a.clamp_min(tiny).sqrt() * square_b.clamp_min(tiny).sqrt() + 1e-8)
-
-
-def _check_numbers(temperature: float, beta: float, gamma: float) -> None:
-    check_number("temperature", temperature, 0, above=True)
-    check_number("beta", beta, 0)
-    check_number("gamma", gamma, 0)
 
 
 class DISTLoss(DistillationLoss):
@@ -104,7 +98,7 @@ class DISTLoss(DistillationLoss):
         self, temperature: float = 1.0, beta: float = 2.0, gamma: float = 2.0, label_smoothing: float = 0.0
     ) -> None:
         super().__init__(label_smoothing)
-        _check_numbers(temperature, beta, gamma)
+        check_hyperparameters(temperature=temperature, beta=beta, gamma=gamma)
         self.temperature, self.beta, self.gamma = temperature, beta, gamma
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:

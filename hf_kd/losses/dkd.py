@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss
-from .functional import at_least_float32, check_inputs, check_number, mask_targets, top_targets
+from .functional import at_least_float32, check_hyperparameters, check_inputs, mask_targets, top_targets
 
 
 def dkd_loss(
@@ -35,7 +35,7 @@ def dkd_loss(
     Returns:
         {"target", "non_target"}: scalars in nats, without a warm-up factor. Errors as of `nkd_loss`.
     """
-    _check_numbers(temperature, alpha, beta)
+    check_hyperparameters(temperature=temperature, alpha=alpha, beta=beta)
     check_inputs(student_logits, labels, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
@@ -51,12 +51,6 @@ def dkd_loss(
     non_target = (soft * (others_t - others_s)).sum(1)
     scale = temperature**2
     return {"target": alpha * scale * target.mean(), "non_target": beta * scale * non_target.mean()}
-
-
-def _check_numbers(temperature: float, alpha: float, beta: float) -> None:
-    check_number("temperature", temperature, 0, above=True)
-    check_number("alpha", alpha, 0)
-    check_number("beta", beta, 0)
 
 
 class DKDLoss(DistillationLoss):
@@ -104,8 +98,7 @@ class DKDLoss(DistillationLoss):
         logit_standardization: bool = False,
     ) -> None:
         super().__init__(label_smoothing)
-        _check_numbers(temperature, alpha, beta)
-        check_number("warmup_epochs", warmup_epochs, 0)
+        check_hyperparameters(temperature=temperature, alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
         self.temperature, self.alpha, self.beta, self.warmup_epochs = temperature, alpha, beta, warmup_epochs
         self.logit_standardization = logit_standardization
 

@@ -73,6 +73,12 @@ def check_number(name: str, value: float, low: float, high: float = math.inf, *,
         raise ValueError(f"{name}={value!r} is not accepted: pass a finite number {accepted}")
 
 
+def check_hyperparameters(**numbers: float) -> None:
+    """Raise ValueError unless each is a finite number >= 0; a temperature or an exponent > 0."""
+    for name, value in numbers.items():
+        check_number(name, value, 0, above=name in ("temperature", "exponent"))
+
+
 def check_inputs(
     student_logits: Tensor, labels: Tensor | None = None, force_values: bool = False, **logits: Tensor
 ) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss
-from .functional import at_least_float32, check_inputs, check_number
+from .functional import at_least_float32, check_hyperparameters, check_inputs
 
 
 def kd_loss(
@@ -23,8 +23,7 @@ def kd_loss(
     Returns:
         {"kd"}: a scalar in nats, without the cross entropy. Errors as of `nkd_loss`.
     """
-    check_number("temperature", temperature, 0, above=True)
-    check_number("weight", weight, 0)
+    check_hyperparameters(temperature=temperature, weight=weight)
     check_inputs(student_logits, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     teacher = teacher_logits.detach().to(student.dtype)
@@ -81,10 +80,9 @@ class KDLoss(DistillationLoss):
         logit_standardization: bool = False,
     ) -> None:
         super().__init__(label_smoothing)
-        check_number("temperature", temperature, 0, above=True)
-        check_number("weight", weight, 0)
+        check_hyperparameters(temperature=temperature, weight=weight)
         if ce_weight is not None:
-            check_number("ce_weight", ce_weight, 0)
+            check_hyperparameters(ce_weight=ce_weight)
         elif weight > 1:
             raise ValueError(
                 f"weight={weight!r} is not accepted without ce_weight, which is then 1 - weight: pass a number >= 0 "

@@ -11,8 +11,8 @@ from .base import DistillationLoss
 from .functional import (
     Targets,
     at_least_float32,
+    check_hyperparameters,
     check_inputs,
-    check_number,
     cross_entropy,
     mask_targets,
     readable,
@@ -58,7 +58,7 @@ def uskd_loss(
     Returns:
         {"target", "non_target", "weak"}: scalars in nats. Errors as of `nkd_loss`.
     """
-    _check_numbers(alpha=alpha, beta=beta, mu=mu)
+    check_hyperparameters(alpha=alpha, beta=beta, mu=mu)
     check_inputs(student_logits, labels, weak_logits=weak_logits)
     student = at_least_float32(student_logits)
     weak = weak_logits.to(student.dtype)
@@ -127,11 +127,6 @@ def _ascending(values: np.ndarray) -> np.ndarray:
     return order
 
 
-def _check_numbers(**weights: float) -> None:
-    for name, weight in weights.items():
-        check_number(name, weight, 0)
-
-
 class USKDLoss(DistillationLoss):
     """Cross entropy + `uskd_loss`. alpha, beta, mu >= 0; `reduce_mean` may be set on the module later."""
 
@@ -170,7 +165,7 @@ class USKDLoss(DistillationLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(label_smoothing)
-        _check_numbers(alpha=alpha, beta=beta, mu=mu)
+        check_hyperparameters(alpha=alpha, beta=beta, mu=mu)
         self.alpha, self.beta, self.mu, self.target_in_rank = alpha, beta, mu, target_in_rank
         self.reduce_mean = reduce_mean
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss
-from .functional import at_least_float32, check_inputs, check_number
+from .functional import at_least_float32, check_hyperparameters, check_inputs
 
 
 def wttm_loss(
@@ -23,8 +23,7 @@ def wttm_loss(
     Returns:
         {"wttm"}: a scalar in nats, without the cross entropy. Errors as of `nkd_loss`.
     """
-    check_number("exponent", exponent, 0, above=True)
-    check_number("weight", weight, 0)
+    check_hyperparameters(exponent=exponent, weight=weight)
     check_inputs(student_logits, teacher_logits=teacher_logits)
     student = at_least_float32(student_logits)
     log_s = F.log_softmax(student, dim=1)
@@ -62,8 +61,7 @@ class WTTMLoss(DistillationLoss):
 
     def __init__(self, exponent: float = 0.8, weight: float = 1.6, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)
-        check_number("exponent", exponent, 0, above=True)
-        check_number("weight", weight, 0)
+        check_hyperparameters(exponent=exponent, weight=weight)
         self.exponent, self.weight = exponent, weight
 
     def method_terms(self, student_logits: Tensor, labels: Tensor, teacher_logits: Tensor) -> dict[str, Tensor]:

@@ -135,11 +135,10 @@ class ClassificationMeter:
                 "sample_statistics returns, always with or always without a teacher"
             )
         dtype = torch.float32 if stats.device.type == "mps" else torch.float64
-        undecodable = (stats[:, 0] < 0).sum()
+        self._undecodable = self._undecodable + (stats[:, 0] < 0).sum()
         stats = torch.where(stats[:, :1] > 0, stats, 0.0).to(dtype)
         if self._sums is None:
             self._sums, self._gaps = stats.new_zeros(stats.shape[1]), stats.new_zeros(self.n_bins)
-        self._undecodable = self._undecodable + undecodable
         self._sums += stats.sum(0)
         hit, confidence = stats[:, COLUMNS.index("top1")], stats[:, COLUMNS.index("confidence")]
         self._gaps.index_add_(0, calibration_bins(confidence, self.n_bins), hit - confidence)

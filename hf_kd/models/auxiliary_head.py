@@ -129,6 +129,12 @@ def auxiliary_head_of(student: nn.Module) -> AuxiliaryHead | None:
     return head if isinstance(head, AuxiliaryHead) else None
 
 
+def without_head(student: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """Of values by the names of the student's parameters and buffers, those that are not of the head it carries."""
+    head = auxiliary_head_of(student)
+    return {key: value for key, value in values.items() if head is None or not key.startswith(f"{HEAD}.")}
+
+
 def _ignored_when_saving(student: Any) -> set[str]:
     """The keys that save_pretrained leaves out, to be changed in place; of a model that has none, a new set."""
     return set() if (keys := getattr(student, "_keys_to_ignore_on_save", None)) is None else keys

@@ -39,10 +39,10 @@ class TeacherEnsemble(Teacher):
         nn.Module.__init__(self)
         self.weights = normalized_weights(weights, len(teachers))
         loaded = [load_teacher(teacher) if isinstance(teacher, str) else teacher for teacher in teachers]
-        single = [isinstance(item, Teacher) and not isinstance(item, TeacherEnsemble) for item in loaded]
-        if not all(single):
-            kind = type(loaded[single.index(False)]).__name__
-            raise ValueError(f"an ensemble is made of single teachers (see load_teacher) or ids, not of {kind}.")
+        for teacher in loaded:
+            if not isinstance(teacher, Teacher) or isinstance(teacher, TeacherEnsemble):
+                kind = type(teacher).__name__
+                raise ValueError(f"an ensemble is made of single teachers (see load_teacher) or ids, not of {kind}.")
         names = min((teacher.id2label for teacher in loaded), key=len) if id2label is None else id2label
         self.id2label = self.class_names = label_maps(names)["id2label"]
         self.class_map, self.dtype, self.processor = None, None, None
@@ -52,7 +52,7 @@ class TeacherEnsemble(Teacher):
             with teacher_named(teacher.name):
                 self.teachers.append(teacher.aligned(self.id2label))
         self.name = name_of_mean(self.weights, [teacher.name for teacher in loaded])
-        self.preprocessing: Any = _Views([teacher.preprocessing for teacher in loaded])
+        self.preprocessing: Any = _Preprocessings([teacher.preprocessing for teacher in loaded])
         self.eval()
 
     def aligned(self, id2label=None, class_map=None, dtype: torch.dtype | None = None) -> TeacherEnsemble:
@@ -69,30 +69,30 @@ class TeacherEnsemble(Teacher):
         Args:
             pixels, cropped: see `Preprocessing.__call__`; a list has the pixels for each teacher.
         """
-        views = pixels if isinstance(pixels, list) else [pixels] * len(self.teachers)
-        parts = zip(self.teachers, views, self.weights, strict=True)
-        logs = [teacher(view, cropped).log_softmax(1) + math.log(w) for teacher, view, w in parts if w]
+        batches = pixels if isinstance(pixels, list) else [pixels] * len(self.teachers)
+        parts = zip(self.teachers, batches, self.weights, strict=True)
+        logs = [teacher(batch, cropped).log_softmax(1) + math.log(w) for teacher, batch, w in parts if w]
         return torch.stack(logs).logsumexp(0)
 
 
-class _Views:
-    """What a trainer uses of `Preprocessing`, of several teachers; `size` is the largest."""
+class _Preprocessings:
+    """What a trainer uses of `Preprocessing`, for several teachers; `size` is the largest."""
 
     def __init__(self, parts: list):
         self.parts, self.size = parts, max((part.size for part in parts), key=max)
 
     def __eq__(self, other) -> bool:
-        return self.parts == (other.parts if isinstance(other, _Views) else [other] * len(self.parts))
+        return self.parts == (other.parts if isinstance(other, _Preprocessings) else [other] * len(self.parts))
 
     __hash__ = None  # type: ignore[assignment]  # as of `Preprocessing`
 
     def resize_and_crop(self, images) -> list[torch.Tensor]:
         """A batch for each teacher; those that see an image alike share it."""
-        views: list[torch.Tensor] = []
+        batches: list[torch.Tensor] = []
         for part in self.parts:
             first = self.parts.index(part)
-            views.append(views[first] if first < len(views) else part.resize_and_crop(images))
-        return views
+            batches.append(batches[first] if first < len(batches) else part.resize_and_crop(images))
+        return batches
 
 
 def normalized_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -113,13 +113,13 @@ def name_of_mean(weights: Sequence[float], names: Sequence[str]) -> str:
 
 
 def members(teacher: Teacher) -> list[Teacher]:
-    """The teachers of an ensemble; of any other teacher itself."""
+    """The teachers of an ensemble, or a list of the single teacher itself."""
     return list(teacher.teachers) if isinstance(teacher, TeacherEnsemble) else [teacher]  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def teacher_named(name: str | None) -> Iterator[None]:
-    """Errors inside say which of several teachers they are about; None: there is one."""
+    """Errors inside name the teacher that they are about; None: they are left as they are."""
     try:
         yield
     except ValueError as error:

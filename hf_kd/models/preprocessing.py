@@ -110,13 +110,14 @@ class Preprocessing:
             whole = (pixels * 255).round().to(torch.uint8) if pixels.is_floating_point() else pixels.to(torch.uint8)
             pixels = self.resize_and_crop(whole).to(pixels.device)
         elif pixels.shape[-2:] != self.size:
-            part = self._part_of(*pixels.shape[-2:])
+            scale = min(length / own for length, own in zip(pixels.shape[-2:], self.size, strict=True))
+            part = [round(scale * own) for own in self.size]  # the largest of the proportions of `size`
             if max(length - kept for length, kept in zip(pixels.shape[-2:], part, strict=True)) > 1:  # not rounding
                 logger.warning_once(
                     f"images of {' × '.join(map(str, pixels.shape[-2:]))} pixels are cut to the proportions of "
                     f"{self.size}, which a model takes: teacher and student do not see quite the same."
                 )
-                pixels = F.center_crop(pixels, list(part))
+                pixels = F.center_crop(pixels, part)
             mode = self.interpolation
             if mode == InterpolationMode.LANCZOS and pixels.device.type != "cpu":
                 mode = InterpolationMode.BICUBIC  # the nearest that torch has there
@@ -129,11 +130,6 @@ class Preprocessing:
         """Height and width of training images whose longer side is `side`, in the proportions of `size`."""
         height, width = (max(1, round(side * length / max(self.size))) for length in self.size)
         return height, width
-
-    def _part_of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the largest part of an image that has the proportions of `size`."""
-        scale = min(height / self.size[0], width / self.size[1])
-        return round(scale * self.size[0]), round(scale * self.size[1])
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """The affine map and the channel order alone: float32 from `(B, 3, H, W)` of any size, uint8 or in [0, 1]."""

@@ -164,9 +164,9 @@ def plot_changes(changes: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
         labels = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
         axes.set_yticks(range(len(listed)), labels, fontsize=8, parse_math=False)
         axes.set_ylim(len(listed) - 0.4, -0.6)
-        seeds = f"{len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else "one seed"
+        count = len(found["seeds"])
+        seeds, interval = (f"{count} seeds", "95 % interval") if count > 1 else ("one seed", "no interval")
         axes.set_title(f"{name} against {found['against']}, {seeds}", fontsize=10, parse_math=False)
-        interval = "95 % interval" if len(found["seeds"]) > 1 else "no interval"
         axes.set_xlabel(f"points ({interval})", fontsize=8)
         low, high = axes.get_xlim()
         axes.set_xlim(max(low, -105), min(high, 105))  # no difference is larger than 100 points

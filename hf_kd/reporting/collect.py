@@ -220,11 +220,9 @@ def make_record(
         known["teacher"] = teacher and describe_teacher(teacher)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device
     head, alpha = trainer.auxiliary_head, loss.distillation_alpha
-    loss_entry = {
-        "name": loss.name,
-        **loss.hyperparameters(),
-        **({} if alpha is None else {"distillation_alpha": alpha}),
-    }
+    loss_entry = {"name": loss.name, **loss.hyperparameters()}
+    if alpha is not None:
+        loss_entry["distillation_alpha"] = alpha
     if loss.name not in LOSSES:
         known.setdefault("loss_description", loss.describe(loss_entry))
     record = {
@@ -250,10 +248,10 @@ def make_record(
         "metrics": {} if known["diverged"] else measured,
         "class_counts": None if known["diverged"] else _class_counts(trainer, prefix, measured),
         "teacher_metrics": trainer.teacher_metrics,
-        "terms": {k: v for k, v in _last_with("loss", history).items() if k.startswith("loss")},
+        "terms": {k: v for k, v in last_with("loss", history).items() if k.startswith("loss")},
         "history": history,
         "timings": {
-            "train_seconds": _last_with("seconds", history).get("seconds"),
+            "train_seconds": last_with("seconds", history).get("seconds"),
             "eval_seconds": sum(v for k, v in metrics.items() if k.endswith("_runtime")) or None,
         },
         "latency": {"how": f"median of {FORWARDS} forwards of one image, 1 thread, {cpu_name()}"},
@@ -265,24 +263,21 @@ def make_record(
     return records.redact(record | known)
 
 
-def _last_with(key: str, history: list[dict]) -> dict:
+def last_with(key: str, history: list[dict]) -> dict:
+    """The last entry of a log that has a key; {} if there is none."""
     return next((entry for entry in reversed(history) if key in entry), {})
 
 
 def write_record(record: dict, folder: str | os.PathLike) -> None:
     """Writes a run's run.json, classes.csv, curves.png and card (README.md) into its folder; of one that diverged
     run.json only."""
-    counts = record.get("class_counts")  # of many classes too long for run.json
-    records.write_json(
-        Path(folder) / records.RUN_FILE, {key: value for key, value in record.items() if key != "class_counts"}
-    )
-    if record.get("diverged") or not counts:
-        Path(folder, records.CLASSES_FILE).unlink(missing_ok=True)  # of an earlier training
-    else:
-        write_counts(counts, folder)
+    kept = {key: value for key, value in record.items() if key != "class_counts"}  # with many classes too long for it
+    records.write_json(Path(folder, records.RUN_FILE), kept)
+    for name in (records.CLASSES_FILE, records.CURVES_FILE, records.CARD_FILE):  # of an earlier training
+        Path(folder, name).unlink(missing_ok=True)
     if record.get("diverged"):
-        for name in (records.CURVES_FILE, records.CARD_FILE):
-            Path(folder, name).unlink(missing_ok=True)
         return
-    plot_curves([record], Path(folder) / records.CURVES_FILE)
+    if counts := record.get("class_counts"):
+        write_counts(counts, folder)
+    plot_curves([record], Path(folder, records.CURVES_FILE))
     write_card(folder)

@@ -30,12 +30,6 @@ def describe_control(control: Mapping[str, Any]) -> str:
     return f"{text} ({ratio:g} times the steps)" if isinstance(ratio, int | float) else text
 
 
-def describe_controls(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A text about each control that was switched on, `NAME: what it is`."""
-    marked = {str(run["name"]): run["control"] for run in runs if run.get("control")}
-    return [f"{name}: {describe_control(control)}" for name, control in marked.items()]
-
-
 def controls_of(run: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The variants among the runs that a variant, one of whose runs this is, must beat: those that its loss names,
     and the controls that were switched on."""

@@ -103,22 +103,21 @@ def shared_errors(runs: Sequence[Mapping[str, Any]], against: str = BASELINE) ->
     it is among the runs, or else with `against`; with a `sentence`. A student repeats some of the teacher's errors
     without having learned from it: hard images are hard for both."""
     base = BASELINE if any(run["name"] == BASELINE for run in runs) else against
-    found = {}
+    found, key = {}, "teacher_errors_repeated"
     for name in _distil(runs):
-        test = None if name == base else compare(runs, name, base, "teacher_errors_repeated")
-        if test:
-            own, other = (
-                statistics.fmean(_points(runs, variant, "teacher_errors_repeated")[seed] for seed in test["seeds"])
-                for variant in (name, base)
-            )
-            seeds = f"{len(test['seeds'])} seed{'s' if len(test['seeds']) > 1 else ''}"
-            right = [*_points(runs, name, "teacher_top1").values()]
-            few = f" ({100 - statistics.fmean(right):.2f} % of all)" if right else ""
-            sentence = (
-                f"Of the images that the teacher gets wrong{few}, {name} gives the same wrong class to {own:.2f} % "
-                f"and {base} to {other:.2f} %: a difference of {describe(test)} points ({seeds})."
-            )
-            found[name] = {**test, "sentence": sentence}
+        if name == base or not (test := compare(runs, name, base, key)):
+            continue
+        own, other = (
+            statistics.fmean(_points(runs, variant, key)[seed] for seed in test["seeds"]) for variant in (name, base)
+        )
+        seeds = f"{len(test['seeds'])} seed{'s' if len(test['seeds']) > 1 else ''}"
+        right = [*_points(runs, name, "teacher_top1").values()]
+        few = f" ({100 - statistics.fmean(right):.2f} % of all)" if right else ""
+        sentence = (
+            f"Of the images that the teacher gets wrong{few}, {name} gives the same wrong class to {own:.2f} % "
+            f"and {base} to {other:.2f} %: a difference of {describe(test)} points ({seeds})."
+        )
+        found[name] = {**test, "sentence": sentence}
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .controls import control_names, describe_controls
+from .controls import control_names, describe_control
 from .record import by_name, eval_key, results
 from .significance import BASELINE, baseline_tests, compare, describe, p_value, pairwise
 
@@ -48,13 +48,8 @@ def comparison_table(
     variants, tests, controls = by_name(runs), baseline_tests(runs, against), control_names(runs)
     tested = any(p_value(test) is not None for test in tests.values())
     rates = rates_of(runs)
-    header = [
-        "student trained with",
-        *rates.values(),
-        "seconds",
-        "MB",
-        f"difference to {'CE' if against == BASELINE else against}",
-    ]
+    difference = f"difference to {'CE' if against == BASELINE else against}"
+    header = ["student trained with", *rates.values(), "seconds", "MB", difference]
     rows = [[*header, "p"] if tested else header]
     if teacher_row is not None:
         label = f"teacher {teacher_row.get('id') or ''}".strip()
@@ -75,8 +70,8 @@ def comparison_table(
             f", corrected by Holm's method for the {family} variants that distil{without}" if family > 1 else ""
         )
         caveat += f" p: of the paired t-test of the difference, two-sided{corrected}."
-    if described := describe_controls(runs):
-        caveat += f" Controls: {'; '.join(described)}."
+    if described := {str(run["name"]): describe_control(run["control"]) for run in runs if run.get("control")}:
+        caveat += f" Controls: {'; '.join(f'{name}: {text}' for name, text in described.items())}."
     return f"{layout(rows, markdown)}\n\n{caveat}"
 
 
@@ -88,10 +83,8 @@ def pairwise_table(runs: Sequence[Mapping[str, Any]], markdown: bool = False) ->
     if len(names) < 3 or all(test["half_width"] is None for test in tests.values()):
         return ""
     cells = [[describe(tests[row, column]) if row != column else "" for column in names] for row in names]
-    table = layout(
-        [["row − column", *names], *([name, *line] for name, line in zip(names, cells, strict=True))], markdown
-    )
-    return f"{table}\n\nEach interval is by itself: of many pairs, some differ by chance."
+    rows = [["row − column", *names], *([name, *line] for name, line in zip(names, cells, strict=True))]
+    return f"{layout(rows, markdown)}\n\nEach interval is by itself: of many pairs, some differ by chance."
 
 
 def _row(label: str, seeds: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
