@@ -157,7 +157,8 @@ def test_uskd_from_the_hub_to_the_hub(tmp_path, monkeypatch):
     ]
     assert set(scraped["results"]) == {"ce", "2xce", "uskd"}
     assert {path for path in files if "." in path[1:]} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "run.json", "curves.png", "classes.csv"
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "run.json", "curves.png",
+        "classes.csv",
     }  # fmt: skip
     pushed = tmp_path / "pushed"
     pushed.mkdir()
