@@ -159,10 +159,10 @@ def test_a_handler_that_others_have_set_stays(tmp_path):
 def test_workers_outlive_the_signal_that_all_processes_of_a_job_get(tmp_path):
     """Those of torch die of SIGTERM, an error in training. Afterwards these can be ended too."""
     workers = []
+    earlier = set(psutil.Process().children())  # of other tests, that nobody has waited for
 
     def send_to_all():
-        children = psutil.Process().children()  # with those of earlier tests that nobody has waited for
-        workers.extend(child for child in children if child.status() != psutil.STATUS_ZOMBIE)
+        workers.extend(set(psutil.Process().children()) - earlier)
         for name in ("-TERM", "-USR1"):  # not by their parent, from which torch expects SIGTERM
             subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
         send("SIGTERM")
