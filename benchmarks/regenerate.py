@@ -1,8 +1,9 @@
 """Writes everything that shows results again from the records, and docs/losses.md: python benchmarks/regenerate.py
 
 Cards and curves in model_cards/, curves in benchmarks/results/, and the tables and verdicts between
-`<!-- results NAME -->` and `<!-- end -->` in README.md and in benchmarks/results/ come from the run.json (seeds.json)
-beside them and from nothing else. In these records only the verdicts are written anew, which follow from the metrics.
+`<!-- results NAME -->` and `<!-- end -->` in README.md and in benchmarks/results/ come from the run.json (seeds.json,
+losses.json) beside them and from nothing else. In these records only the verdicts are written anew, which follow from
+the metrics.
 """
 
 import json
@@ -17,7 +18,7 @@ from hf_kd.reporting.significance import BASELINE
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORDS = sorted([*ROOT.glob("model_cards/*/run.json"), *RESULTS.glob("*/*.json")])
-PAGES = [ROOT / "README.md", RESULTS / "quickstart" / "seeds.md"]
+PAGES = [ROOT / "README.md", *(RESULTS / "quickstart" / name for name in ("seeds.md", "losses.md"))]
 BLOCK = re.compile(r"(<!-- (results|verdicts) ([\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,9 +40,11 @@ def with_verdicts(record: dict) -> dict:
 
 def block(kind: str, name: str) -> str:
     """The table of a comparison (of "results") and a line for each verdict, as Markdown."""
-    runs = read(RESULTS / f"{name}.json")["runs"]
-    sentences = "\n".join(f"- {verdict['sentence']}" for verdict in verdicts(runs))
-    table = comparison_table(runs, teacher_row_of(runs[0]), markdown=True) if kind == "results" else ""
+    record = read(RESULTS / f"{name}.json")
+    runs, against = record["runs"], record.get("against", BASELINE)
+    sentences = "\n".join(f"- {verdict['sentence']}" for verdict in verdicts(runs, against))
+    teacher = teacher_row_of(runs[0])
+    table = comparison_table(runs, teacher, markdown=True, against=against) if kind == "results" else ""
     return f"{table}\n\n{sentences}".strip()
 
 

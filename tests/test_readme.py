@@ -22,7 +22,9 @@ regenerate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(regenerate)
 
 
-@pytest.mark.parametrize(("path", "blocks"), zip(regenerate.PAGES, (3, 1), strict=True), ids=("README", "seeds"))
+@pytest.mark.parametrize(
+    ("path", "blocks"), zip(regenerate.PAGES, (3, 1, 1), strict=True), ids=("README", "seeds", "losses")
+)
 def test_tables_and_verdicts_are_those_of_the_records(path, blocks):
     text = path.read_text("utf-8")
     assert len(regenerate.BLOCK.findall(text)) == blocks
