@@ -15,7 +15,6 @@ import torch
 from cli_helpers import distill
 from data_helpers import image_table, with_broken
 from test_checkpoints import StopAt
-from test_significance import runs
 from tiny import tiny
 from trainer_helpers import NAMES, config, make_teacher, rows, trainer_for, weights
 
@@ -26,8 +25,6 @@ from hf_kd.data import ImageDataset, as_image_dataset, load_data
 from hf_kd.data.dataset import same_label_partners
 from hf_kd.experiment import trainers
 from hf_kd.experiment.plan import plan
-from hf_kd.reporting import comparison_table
-from hf_kd.reporting.significance import verdicts
 from hf_kd.spec import Schedule, read_plan
 
 pytestmark = pytest.mark.usefixtures("undrawn_figures")
@@ -419,54 +416,3 @@ def test_two_processes_have_one_ratio(things, tmp_path):
     ratio, record = read_plan(out).same_time_ratio, run_json(out / "ce_same_time")
     assert ratio >= 1 and record["control"]["ratio"] == ratio
     assert record["history"][-1]["step"] == np.ceil(round(3 * 4 * ratio, 6))
-
-
-# ---- the verdict ----
-
-
-def with_controls(**top1):
-    """Runs of nkd and of controls, whose names say their kind."""
-    found = runs(**{name.replace("x2ce", "2xce"): values for name, values in top1.items()})
-    for run in found:
-        kind = run["name"].removeprefix("nkd-")
-        if kind in ALL:
-            of = "nkd" if kind != run["name"] else None
-            run["control"] = {"kind": kind, "of": of} | ({"ratio": 1.25} if kind == "ce_same_time" else {})
-            run["loss"] = {"name": "nkd" if of else "ce"}
-    return found
-
-
-def test_a_variant_must_beat_its_controls_which_are_not_counted():
-    plain, nkd = [40, 50, 60], [44.0, 54.1, 63.9]
-    given = with_controls(ce=plain, nkd=nkd, **{"nkd-random_teacher": [41, 51.2, 60.9], "2xce": [40, 50.1, 60]})
-    (found,) = verdicts(given)
-    assert found["helped"] and [test["against"] for test in found["tests"]] == ["ce", "nkd-random_teacher", "2xce"]
-    assert found["tests"][0]["family"] == 1
-    assert "against its control nkd-random_teacher" in found["sentence"]
-    remains = "Of +4.00 ± 0.25 points over ce, +1.03 ± 0.38 remain with random weights in place of the teacher's: "
-    assert f" {remains}regularisation, not knowledge." in found["sentence"]
-
-    given = with_controls(ce=plain, nkd=nkd, **{"nkd-permuted_teacher": [44, 54, 64], "ce_same_time": [41, 51, 61.1]})
-    (found,) = verdicts(given)
-    assert not found["helped"] and found["sentence"].startswith("nkd did not help beyond its control: +4.00")
-    assert "remain with the teacher's outputs exchanged within each label: regularisation, not" in found["sentence"]
-    table = comparison_table(given)
-    assert "nkd-permuted_teacher (control)" in table and "ce_same_time (control)" in table
-    assert "(1.25 times the steps)" in table and "variants that distil" not in table
-
-    # Those of a variant are no controls of another; those of all are.
-    given += with_controls(kd=[43, 53.2, 63])
-    by_name = {verdict["loss"]: [test["against"] for test in verdict["tests"]] for verdict in verdicts(given)}
-    assert by_name == {"nkd": ["ce", "nkd-permuted_teacher", "ce_same_time"], "kd": ["ce", "ce_same_time"]}
-    # Where nothing was gained, nothing remains.
-    (found,) = verdicts(with_controls(ce=nkd, nkd=plain, **{"nkd-random_teacher": plain}))
-    assert "remain" not in found["sentence"]
-    # A control below the baseline has none of the gain, which is then not regularisation.
-    (found,) = verdicts(with_controls(ce=plain, nkd=nkd, **{"nkd-random_teacher": [30, 41, 50]}))
-    none = "Of +4.00 ± 0.25 points over ce, none remain (-9.67 ± 1.43) with random weights in place of the teacher's."
-    assert none in found["sentence"] and "regularisation" not in found["sentence"]
-
-
-def test_a_control_of_an_unknown_kind_is_marked_all_the_same():
-    given = with_controls(ce=[40], nkd=[41]) + [{"name": "x", "seed": 0, "control": {"kind": "other", "of": None}}]
-    assert "x (control)" in comparison_table(given)

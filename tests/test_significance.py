@@ -7,6 +7,7 @@ import statistics
 import pytest
 
 from hf_kd.reporting import comparison_table
+from hf_kd.reporting.controls import CONTROLS
 from hf_kd.reporting.significance import (
     baseline_tests,
     compare,
@@ -236,3 +237,54 @@ def test_a_variant_without_a_p_is_neither_corrected_nor_counted():
     nkd, kd, _ = (verdict["sentence"] for verdict in verdicts(given))
     assert "(3 seeds, no test: the seeds do not differ)" in nkd and "after Holm's correction for 2 variants" in kd
     assert "for the 2 variants that distil and have a p (of 3)." in comparison_table(given)
+
+
+# ---- controls ----
+
+
+def with_controls(**top1):
+    """Runs of nkd and of controls, whose names say their kind."""
+    found = runs(**{name.replace("x2ce", "2xce"): values for name, values in top1.items()})
+    for run in found:
+        kind = run["name"].removeprefix("nkd-")
+        if kind in CONTROLS:
+            of = "nkd" if kind != run["name"] else None
+            run["control"] = {"kind": kind, "of": of} | ({"ratio": 1.25} if kind == "ce_same_time" else {})
+            run["loss"] = {"name": "nkd" if of else "ce"}
+    return found
+
+
+def test_a_variant_must_beat_its_controls_which_are_not_counted():
+    plain, nkd = [40, 50, 60], [44.0, 54.1, 63.9]
+    given = with_controls(ce=plain, nkd=nkd, **{"nkd-random_teacher": [41, 51.2, 60.9], "2xce": [40, 50.1, 60]})
+    (found,) = verdicts(given)
+    assert found["helped"] and [test["against"] for test in found["tests"]] == ["ce", "nkd-random_teacher", "2xce"]
+    assert found["tests"][0]["family"] == 1
+    assert "against its control nkd-random_teacher" in found["sentence"]
+    remains = "Of +4.00 ± 0.25 points over ce, +1.03 ± 0.38 remain with random weights in place of the teacher's: "
+    assert f" {remains}regularisation, not knowledge." in found["sentence"]
+
+    given = with_controls(ce=plain, nkd=nkd, **{"nkd-permuted_teacher": [44, 54, 64], "ce_same_time": [41, 51, 61.1]})
+    (found,) = verdicts(given)
+    assert not found["helped"] and found["sentence"].startswith("nkd did not help beyond its control: +4.00")
+    assert "remain with the teacher's outputs exchanged within each label: regularisation, not" in found["sentence"]
+    table = comparison_table(given)
+    assert "nkd-permuted_teacher (control)" in table and "ce_same_time (control)" in table
+    assert "(1.25 times the steps)" in table and "variants that distil" not in table
+
+    # Those of a variant are no controls of another; those of all are.
+    given += with_controls(kd=[43, 53.2, 63])
+    by_name = {verdict["loss"]: [test["against"] for test in verdict["tests"]] for verdict in verdicts(given)}
+    assert by_name == {"nkd": ["ce", "nkd-permuted_teacher", "ce_same_time"], "kd": ["ce", "ce_same_time"]}
+    # Where nothing was gained, nothing remains.
+    (found,) = verdicts(with_controls(ce=nkd, nkd=plain, **{"nkd-random_teacher": plain}))
+    assert "remain" not in found["sentence"]
+    # A control below the baseline has none of the gain, which is then not regularisation.
+    (found,) = verdicts(with_controls(ce=plain, nkd=nkd, **{"nkd-random_teacher": [30, 41, 50]}))
+    none = "Of +4.00 ± 0.25 points over ce, none remain (-9.67 ± 1.43) with random weights in place of the teacher's."
+    assert none in found["sentence"] and "regularisation" not in found["sentence"]
+
+
+def test_a_control_of_an_unknown_kind_is_marked_all_the_same():
+    given = with_controls(ce=[40], nkd=[41]) + [{"name": "x", "seed": 0, "control": {"kind": "other", "of": None}}]
+    assert "x (control)" in comparison_table(given)

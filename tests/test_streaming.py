@@ -293,32 +293,6 @@ def test_a_webdataset_is_streamed(tmp_path, monkeypatch, label):
     assert [os.path.basename(file) for file in made] == ["test-0000.tar"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_integers_as_labels_are_named(tmp_path, streaming):
-    integers = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    for split, size in (("train", 24), ("test", 12)):
-        write(tmp_path / "d", [size], split, features=integers)
-        write(tmp_path / "named", [size], split)
-    names = ["ant", "bee, a", "cat", "dog", "elk", "no"]
-    (tmp_path / "names.json").write_text(json.dumps(names))
-    (tmp_path / "names.yaml").write_text("".join(f"- {name}\n" for name in names))  # where `no` is a name, not False
-    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8-sig")
-    for given in (names, *(tmp_path / f"names.{kind}" for kind in ("json", "yaml", "txt"))):
-        assert load_data(str(tmp_path / "d"), streaming=streaming, class_names=given).names == names
-    with pytest.raises(ValueError, match="class_names are for a column of integers"):
-        load_data(str(tmp_path / "named"), streaming=streaming, class_names=names)
-    with pytest.raises(ValueError, match="label 5|outside 0 … 4"):
-        load_data(str(tmp_path / "d"), streaming=streaming, class_names=names[:5])
-    for wrong, match in (
-        (["a", "b", "a"], "names a twice"),
-        ("nothing.txt", "cannot be read"),
-        (["a", ""], "empty"),
-        ([1, 2], "1, which is no"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            load_data(str(tmp_path / "d"), streaming=streaming, class_names=wrong)
-
-
 # ---- training ----
 
 

@@ -151,8 +151,9 @@ class ScriptArguments:
                 )
         if self.compare is not None and config.loss_kwargs:
             raise ValueError("loss_kwargs belongs to a single run; --compare holds each loss's numbers.")
-        # Not teacher_errors_repeated, which there is not if the teacher makes no error.
-        measured = METRICS + TEACHER_METRICS[:-1] if self.teacher else METRICS
+        measured: tuple[str, ...] = METRICS + TEACHER_METRICS if self.teacher else METRICS
+        # There is no teacher_errors_repeated if the teacher makes no error.
+        measured = tuple(name for name in measured if name != "teacher_errors_repeated")
         metric = config.metric_for_best_model
         if metric and metric.removeprefix("eval_") not in measured:
             raise ValueError(

@@ -67,10 +67,10 @@ def _asked(script, config: DistillationConfig) -> dict[str, dict]:
     single = {config.loss: {"loss": config.loss, **numbers}}
     if script.verdict:
         smoothing = {"label_smoothing": numbers["label_smoothing"]} if "label_smoothing" in numbers else {}
-        controls = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
+        others = {BASELINE: {"loss": "ce"}, **config.loss_class().controls}
         if script.against:
-            controls.setdefault(variant_name(script.against), {"loss": script.against})
-        return {name: {**values, **smoothing} for name, values in controls.items()} | single
+            others.setdefault(variant_name(script.against), {"loss": script.against})
+        return {name: {**values, **smoothing} for name, values in others.items()} | single
     if script.compare is None:
         return single
     asked = script.compare

@@ -178,9 +178,9 @@ class ClassificationMeter:
             loss (mean cross-entropy, nats), top1, top5, ece (all in [0, 1]), n (images counted); if the rows came with
             a teacher, also agreement (in [0, 1]), kl (nats), teacher_top1 (in [0, 1]) and, if the teacher makes any
             error, teacher_errors_repeated: of the images that the teacher gets wrong, the share in [0, 1] to which the
-            student gives the same wrong class. With `num_classes` also
-            macro_top1 in [0, 1]: top-1 of each class that has images, averaged over these classes, whatever their
-            numbers of images are (balanced accuracy). It is top1 where these numbers are equal.
+            student gives the same wrong class. With `num_classes` also macro_top1 in [0, 1]: top-1 of each class that
+            has images, averaged over these classes, whatever their numbers of images are (balanced accuracy). It is
+            top1 where these numbers are equal.
         """
         if self._sums is None or self._sums[0] == 0:
             raise ValueError("no labelled image was seen: every label is -100, or update() was never called")
